@@ -1,0 +1,33 @@
+# The two commands of the README are `make demo` and `make test`; both set up what they need.
+PYTHON ?= python3
+# A CPU-only machine wants a CPU build of torch. TORCH_INDEX may name the index that has it.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+DEVICE ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint clean bench-accuracy bench-memory bench-numerics
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bitgrain needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/bitgrain demo --device $(DEVICE)
+
+test: setup
+	$(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist demo-out

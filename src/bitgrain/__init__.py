@@ -1,0 +1,1 @@
+"""bitgrain: smaller, faster models in formats that engines already read, with the evidence of what it cost."""
