@@ -1,0 +1,40 @@
+"""Pure functions on tensors: formats, granularities, ranges, and quantize / dequantize / fake_quantize."""
+
+from .formats import CodebookFormat, FloatFormat, Format, IntFormat, get_format
+from .granularity import (
+    Granularity,
+    parse_granularity,
+    per_block,
+    per_channel,
+    per_group,
+    per_row_group,
+    per_tensor,
+    per_token,
+)
+from .qtensor import QTensor
+from .quantize import choose_scale, dequantize, fake_quantize, quantize
+from .spec import QuantSpec, mxfp4, nvfp4
+
+__all__ = [
+    "CodebookFormat",
+    "FloatFormat",
+    "Format",
+    "Granularity",
+    "IntFormat",
+    "QTensor",
+    "QuantSpec",
+    "choose_scale",
+    "dequantize",
+    "fake_quantize",
+    "get_format",
+    "mxfp4",
+    "nvfp4",
+    "parse_granularity",
+    "per_block",
+    "per_channel",
+    "per_group",
+    "per_row_group",
+    "per_tensor",
+    "per_token",
+    "quantize",
+]

@@ -1,0 +1,78 @@
+"""A running model out of dense tensors that carry the names on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from bitgrain.errors import ModelError
+
+
+def load_dense_into(
+    skeleton: nn.Module,
+    config: PretrainedConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of which `skeleton` is the shape, with the weights `tensors`, in eval mode on `device`.
+
+    `tensors`: (name on disk, dense tensor), as the original checkpoint holds them, without
+    `Anatomy.unexpected`. transformers itself does the loading: it renames, stacks experts, ties weights and
+    fills the buffers that no checkpoint holds. `dtype` None: the dtype in `config`. Where no dtype changes, the
+    model on the CPU may share the memory of `tensors`. `skeleton` itself stays on the meta device.
+
+    Raises ModelError when parameters get no tensor, tensors fit no parameter, or shapes differ.
+    """
+    model_class = type(cast(PreTrainedModel, skeleton))
+    try:
+        with _quiet():
+            loaded: Any = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(tensors),
+                dtype=dtype or config.dtype or "auto",
+                ignore_mismatched_sizes=True,  # reported below
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise ModelError(f"the weights do not fit {model_class.__name__}: {error}") from error
+    model, report = loaded
+    _check(model_class.__name__, report)
+    return model.to(torch.device(device)).eval()
+
+
+def _check(name: str, report: dict[str, Any]) -> None:
+    faults = {
+        "parameters without a tensor": report["missing_keys"],
+        "tensors that it does not know": report["unexpected_keys"],
+        "tensors of another shape": [mismatch[0] for mismatch in report["mismatched_keys"]],
+    }
+    told = [f"{len(names)} {what} ({_few(names)})" for what, names in faults.items() if names]
+    if told:
+        raise ModelError(f"the weights do not fit {name}: " + "; ".join(told))
+
+
+def _few(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar and its report of faults, which are raised here."""
+    bar, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

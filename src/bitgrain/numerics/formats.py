@@ -1,0 +1,376 @@
+"""Number formats as values: the grid of numbers that a code can mean. Grid, range and bits are derived, never tabulated.
+
+Three families cover the field:
+
+- `IntFormat(bits, signed)`: two's complement or unsigned integers, 1 to 16 bits;
+- `FloatFormat(exponent_bits, mantissa_bits, ...)`: OCP FP8 E4M3/E5M2 [1], OCP MX FP4 E2M1 and E8M0 [2], IEEE
+  half, single and bfloat16 (as the storage of scales);
+- `CodebookFormat(name, values)`: any sorted list of numbers; NF4 [3], ternary and binary are such lists.
+
+A format maps numbers to codes and back on whole tensors at once (`round`, `encode`, `decode`), so that a later
+format whose codes do not decode one by one (vector codebooks, trellises) is one more class here.
+
+[1] OCP 8-bit Floating Point Specification 1.0. [2] OCP Microscaling Formats Specification 1.0.
+[3] Dettmers et al., QLoRA, arXiv 2305.14314, appendix E.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+
+
+class Format(ABC):
+    """A grid of representable numbers. Subclasses are frozen dataclasses: equal by value, usable as keys."""
+
+    name: str
+    bits: int
+    """Bits that one code takes when packed densely."""
+
+    @property
+    @abstractmethod
+    def minimum(self) -> float:
+        """The smallest representable number."""
+
+    @property
+    @abstractmethod
+    def maximum(self) -> float:
+        """The largest representable number."""
+
+    @property
+    @abstractmethod
+    def overflow(self) -> float:
+        """The magnitude from which a number would round past `maximum` if the grid went on (maximum + half a step)."""
+
+    @property
+    @abstractmethod
+    def code_dtype(self) -> torch.dtype:
+        """The integer dtype that holds one code."""
+
+    @abstractmethod
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest representable number for each element of `x` (float32), saturating; ties as the class says."""
+
+    @abstractmethod
+    def encode(self, values: Tensor) -> Tensor:
+        """Codes (`code_dtype`) of numbers that are on the grid already."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Numbers (float32) that the codes mean."""
+
+    @property
+    @abstractmethod
+    def code_offset(self) -> int:
+        """What to add to a code so that it lies in [0, 2**bits): the unsigned form that is packed."""
+
+    @property
+    def signed(self) -> bool:
+        """Whether the grid has negative numbers."""
+        return self.minimum < 0
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is representable (binary and E8M0 have none)."""
+        return bool((self.round(torch.zeros(1)) == 0).item())
+
+    def grid(self) -> Tensor:
+        """All representable numbers, ascending, float32, without duplicates. Only for formats of up to 16 bits."""
+        if self.bits > 16:
+            raise SchemeError(f"{self.name} has 2**{self.bits} codes: too many to list")
+        first = -self.code_offset
+        codes = torch.arange(first, first + 2**self.bits, dtype=torch.int32)
+        values = self.decode(codes.to(self.code_dtype))
+        return torch.unique(values[torch.isfinite(values)])
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class IntFormat(Format):
+    """Integers of 1 to 16 bits. Rounding is to nearest, ties to even (IEEE 754 roundTiesToEven, as `torch.round`)."""
+
+    bits: int
+    is_signed: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 16:
+            raise SchemeError(f"an integer format has 1 to 16 bits, not {self.bits}")
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"{'int' if self.is_signed else 'uint'}{self.bits}"
+
+    @property
+    def minimum(self) -> float:
+        return float(-(2 ** (self.bits - 1))) if self.is_signed else 0.0
+
+    @property
+    def maximum(self) -> float:
+        return float(2 ** (self.bits - 1) - 1) if self.is_signed else float(2**self.bits - 1)
+
+    @property
+    def overflow(self) -> float:
+        return self.maximum + 0.5
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        if self.bits <= 8:
+            return torch.int8 if self.is_signed else torch.uint8
+        return torch.int16 if self.is_signed else torch.int32
+
+    @property
+    def code_offset(self) -> int:
+        return 2 ** (self.bits - 1) if self.is_signed else 0
+
+    def round(self, x: Tensor) -> Tensor:
+        return torch.round(x).clamp_(self.minimum, self.maximum)
+
+    def encode(self, values: Tensor) -> Tensor:
+        return values.to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class FloatFormat(Format):
+    """A binary floating-point format. Rounding is to nearest, ties to even mantissa; numbers beyond the range saturate.
+
+    `specials` says which codes are not numbers: "ieee" keeps the top exponent for Inf and NaN (E5M2, half), "fn" only
+    the all-ones code for NaN (E4M3FN), "none" none (E2M1). `subnormals=False` with no sign is E8M0: powers of two only.
+    """
+
+    name: str  # pyright: ignore[reportIncompatibleVariableOverride]
+    exponent_bits: int
+    mantissa_bits: int
+    specials: Literal["ieee", "fn", "none"] = "none"
+    is_signed: bool = True
+    subnormals: bool = True
+
+    @property
+    def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.exponent_bits + self.mantissa_bits + int(self.is_signed)
+
+    @property
+    def bias(self) -> int:
+        return 2 ** (self.exponent_bits - 1) - 1
+
+    @property
+    def smallest_exponent(self) -> int:
+        """Exponent of the smallest normal number."""
+        return (1 if self.subnormals else 0) - self.bias
+
+    @cached_property
+    def _top(self) -> tuple[int, int]:
+        """Exponent and mantissa field of the largest finite number."""
+        exponent, mantissa = 2**self.exponent_bits - 1, 2**self.mantissa_bits - 1
+        if self.specials == "ieee":
+            exponent -= 1
+        elif self.specials == "fn":
+            exponent, mantissa = (exponent, mantissa - 1) if self.mantissa_bits else (exponent - 1, 0)
+        return exponent - self.bias, mantissa
+
+    @property
+    def maximum(self) -> float:
+        exponent, mantissa = self._top
+        return math.ldexp(1 + mantissa / 2**self.mantissa_bits, exponent)
+
+    @property
+    def minimum(self) -> float:
+        return -self.maximum if self.is_signed else self.smallest_positive
+
+    @property
+    def smallest_positive(self) -> float:
+        step = self.smallest_exponent - (self.mantissa_bits if self.subnormals else 0)
+        return math.ldexp(1.0, step)
+
+    @property
+    def overflow(self) -> float:
+        return self.maximum + math.ldexp(0.5, self._top[0] - self.mantissa_bits)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The torch dtype with exactly this grid, where there is one."""
+        return _TORCH_DTYPES.get(self.name)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits <= 8 else torch.int32
+
+    @property
+    def code_offset(self) -> int:
+        return 0
+
+    def round(self, x: Tensor) -> Tensor:
+        if self.maximum >= torch.finfo(torch.float32).max and self.mantissa_bits >= 23:
+            return x.to(torch.float32)
+        x = x.to(torch.float32).clamp(
+            -self.maximum if self.is_signed else self.smallest_positive, self.maximum
+        )
+        dtype = self.torch_dtype
+        if dtype is not None and self.is_signed:
+            return x.to(dtype).to(torch.float32)
+        # The exponent field alone is the power of two at or below |x|; a step of the grid is that over 2**mantissa.
+        step = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+        step = step.clamp_(min=math.ldexp(1.0, self.smallest_exponent)).mul_(2.0**-self.mantissa_bits)
+        return torch.round(x / step).mul_(step)
+
+    def encode(self, values: Tensor) -> Tensor:
+        if self.bits > 16:
+            raise SchemeError(f"{self.name} is a storage dtype, its codes are not packed")
+        magnitude = values.to(torch.float32).abs()
+        normal = (magnitude.view(torch.int32) >> (23 - self.mantissa_bits)) - (
+            (127 - self.bias) << self.mantissa_bits
+        )
+        codes = normal
+        if self.subnormals:
+            small = (magnitude * 2.0 ** (self.mantissa_bits - self.smallest_exponent)).to(torch.int32)
+            codes = torch.where(magnitude < 2.0**self.smallest_exponent, small, normal)
+        if self.is_signed:
+            codes = codes | (torch.signbit(values).to(torch.int32) << (self.bits - 1))
+        return codes.to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        codes = codes.to(torch.int32)
+        mantissa = codes & (2**self.mantissa_bits - 1)
+        exponent = (codes >> self.mantissa_bits) & (2**self.exponent_bits - 1)
+        fraction = mantissa.to(torch.float64) / 2**self.mantissa_bits
+        values = torch.ldexp(1 + fraction, exponent - self.bias)
+        if self.subnormals:
+            values = torch.where(exponent == 0, torch.ldexp(fraction, torch.tensor(1 - self.bias)), values)
+        if self.specials != "none":
+            top_exponent, top_mantissa = self._top
+            beyond = (exponent - self.bias > top_exponent) | (
+                (exponent - self.bias == top_exponent) & (mantissa > top_mantissa)
+            )
+            values = values.masked_fill(beyond, math.nan)
+        if self.is_signed:
+            values = torch.where((codes >> (self.bits - 1)) & 1 == 1, -values, values)
+        return values.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class CodebookFormat(Format):
+    """Any ascending list of numbers; a code is an index. The nearest entry wins, a tie goes to the smaller number."""
+
+    name: str  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) < 2 or list(self.values) != sorted(set(self.values)) or len(self.values) > 2**16:
+            raise SchemeError(
+                f"codebook {self.name}: 2 to 65536 different numbers in ascending order are needed"
+            )
+
+    @property
+    def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (len(self.values) - 1).bit_length()
+
+    @property
+    def minimum(self) -> float:
+        return self.values[0]
+
+    @property
+    def maximum(self) -> float:
+        return self.values[-1]
+
+    @property
+    def overflow(self) -> float:
+        return self.maximum + (self.values[-1] - self.values[-2]) / 2
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits <= 8 else torch.int32
+
+    @property
+    def code_offset(self) -> int:
+        return 0
+
+    def grid(self) -> Tensor:
+        return torch.tensor(self.values, dtype=torch.float32)
+
+    def _index(self, x: Tensor) -> Tensor:
+        values = torch.tensor(self.values, dtype=torch.float64, device=x.device)
+        middles = ((values[1:] + values[:-1]) / 2).to(torch.float32)
+        return torch.bucketize(x.to(torch.float32), middles, out_int32=True)
+
+    def round(self, x: Tensor) -> Tensor:
+        return self.grid().to(x.device)[self._index(x)]
+
+    def encode(self, values: Tensor) -> Tensor:
+        return self._index(values).to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.grid().to(codes.device)[codes.to(torch.int32)]
+
+
+def _normal_float(bits: int) -> tuple[float, ...]:
+    """NormalFloat: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
+
+    2**(bits-1) quantiles on the negative side and 2**(bits-1) + 1 on the positive side share the zero; the tail
+    offset is the mean of 1 - 1/(2*15) and 1 - 1/(2*16), as for the published NF4.
+    """
+    half = 2 ** (bits - 1)
+    offset = (1 - 1 / (4 * half) + 1 - 1 / (4 * half - 2)) / 2
+    normal = torch.distributions.Normal(
+        torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    )
+    positive = normal.icdf(torch.linspace(offset, 0.5, half + 1, dtype=torch.float64))[:-1]
+    negative = -normal.icdf(torch.linspace(offset, 0.5, half, dtype=torch.float64))[:-1]
+    values = torch.cat([positive, torch.zeros(1, dtype=torch.float64), negative]).sort().values
+    return tuple((values / values.abs().max()).to(torch.float32).tolist())
+
+
+FP32 = FloatFormat("float32", 8, 23, "ieee")
+FP16 = FloatFormat("float16", 5, 10, "ieee")
+BF16 = FloatFormat("bfloat16", 8, 7, "ieee")
+FP8_E4M3 = FloatFormat("fp8_e4m3", 4, 3, "fn")
+FP8_E5M2 = FloatFormat("fp8_e5m2", 5, 2, "ieee")
+FP4_E2M1 = FloatFormat("fp4_e2m1", 2, 1, "none")
+E8M0 = FloatFormat("e8m0", 8, 0, "fn", is_signed=False, subnormals=False)
+
+_TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "e8m0": torch.float8_e8m0fnu,
+}
+
+
+@cache
+def _named_formats() -> dict[str, Format]:
+    floats = {f.name: f for f in (FP32, FP16, BF16, FP8_E4M3, FP8_E5M2, FP4_E2M1, E8M0)}
+    ints = {f.name: f for bits in (*range(1, 9), 16) for f in (IntFormat(bits), IntFormat(bits, False))}
+    books = {
+        "nf4": CodebookFormat("nf4", _normal_float(4)),
+        "ternary": CodebookFormat("ternary", (-1.0, 0.0, 1.0)),
+        "binary": CodebookFormat("binary", (-1.0, 1.0)),
+    }
+    return {**ints, **floats, **books}
+
+
+def get_format(name: str | Format) -> Format:
+    """A format by name (case-insensitive): int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4,
+    ternary, binary, and the scale dtypes float32, float16, bfloat16, e8m0.
+
+    Raises SchemeError for an unknown name, listing all.
+    """
+    if isinstance(name, Format):
+        return name
+    formats = _named_formats()
+    found = formats.get(name.lower())
+    if found is None:
+        raise SchemeError(f"unknown format {name!r}; known formats: {', '.join(formats)}")
+    return found

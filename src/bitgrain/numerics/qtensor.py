@@ -1,0 +1,43 @@
+"""QTensor: codes, scales and zero points, and the spec that gives them their meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .granularity import from_tiles, to_tiles
+from .scales import scale_values
+from .spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor.
+
+    codes  one code for each element, in the tensor's own shape, dtype `spec.format.code_dtype`
+    scale  [tiles down, tiles across] in the storage dtype, or a QTensor of that shape (double quantization)
+    zero   None if symmetric; "integer": codes [down, across]; "real": [down, across] in the scale's dtype
+    """
+
+    codes: Tensor
+    scale: Tensor | QTensor
+    zero: Tensor | None
+    spec: QuantSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """s * (v - z) for each element, computed in float32 and rounded once to `dtype`."""
+        values = self.spec.format.decode(to_tiles(self.codes, self.spec.granularity))
+        if self.zero is not None:
+            values = values - self.zero.to(torch.float32).unsqueeze(-1)
+        values = values * scale_values(self.scale).unsqueeze(-1)
+        return from_tiles(values, self.spec.granularity, self.shape).to(dtype)
+
+    def count_bits(self) -> int:
+        """Bits of codes, scales and zero points, densely packed."""
+        return self.spec.count_bits(self.shape)

@@ -1,0 +1,1 @@
+"""How a tile's range is chosen: one file each."""

@@ -1,0 +1,149 @@
+"""QuantSpec: one value that says everything about how a tensor is quantized.
+
+Format x Granularity x zero point x Range x scale storage x static or dynamic. The parts are orthogonal; only
+combinations without a meaning are refused. The scale's own storage is either a plain format (fp16, e8m0, ...) or another
+QuantSpec, applied to the matrix of scales: that is double quantization, and NVFP4 is an instance of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..errors import SchemeError
+from .formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat, Format, IntFormat, get_format
+from .granularity import Granularity, per_channel, per_group, per_tensor
+from .ranges.base import Range
+from .ranges.minmax import MinMax
+
+ZeroPoint = Literal["none", "integer", "real"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    format       the grid of numbers
+    granularity  the tile that shares one scale
+    zero_point   "none": symmetric, x = s * v; "integer": asymmetric, x = s * (v - z) with z a code of the format;
+                 "real": z is any number in the scale's storage dtype (as the minimum of the k-quants, or HQQ's zero)
+    restricted   symmetric integers only: leave out the most negative code, so that the grid is symmetric
+                 (int8 is -127..127, and scale = absmax / 127); False uses the full range
+    range        how a tile's limits are chosen
+    scale        storage of the scales: a float format, or a QuantSpec (double quantization)
+    dynamic      scales are computed from the data at run time (activations)
+    """
+
+    format: Format
+    granularity: Granularity
+    zero_point: ZeroPoint = "none"
+    restricted: bool = False
+    range: Range = field(default_factory=MinMax)
+    scale: Format | QuantSpec = FP32
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.restricted and not (
+            self.symmetric and isinstance(self.format, IntFormat) and self.format.signed
+        ):
+            raise SchemeError("restricted range means a symmetric signed integer format")
+        if self.restricted and self.format.bits == 1:
+            raise SchemeError(
+                "int1 restricted to a symmetric range has only the code 0; use binary or ternary"
+            )
+        if self.zero_point == "integer" and not isinstance(self.format, IntFormat):
+            raise SchemeError(
+                f"an integer zero point needs an integer format, {self.format} takes zero_point='real'"
+            )
+        if isinstance(self.scale, Format) and not (
+            isinstance(self.scale, FloatFormat) and self.scale.torch_dtype
+        ):
+            raise SchemeError(
+                f"scales are stored as float32, float16, bfloat16, e8m0, fp8_e4m3 or fp8_e5m2, not {self.scale}"
+            )
+        if not self.symmetric and self.scale == E8M0 and self.zero_point == "real":
+            raise SchemeError("a real zero point cannot be stored in e8m0, which has no sign and no zero")
+
+    @property
+    def symmetric(self) -> bool:
+        """No zero point: the grid's 0 means 0."""
+        return self.zero_point == "none"
+
+    @property
+    def low(self) -> float:
+        """The smallest number of the format that is used."""
+        return -self.format.maximum if self.restricted else self.format.minimum
+
+    @property
+    def high(self) -> float:
+        """The largest number of the format that is used."""
+        return self.format.maximum
+
+    @property
+    def scale_format(self) -> Format:
+        """The format in which one scale is stored."""
+        return self.scale.format if isinstance(self.scale, QuantSpec) else self.scale
+
+    def with_scale_dtype(self, format: Format) -> QuantSpec:
+        """The same, with plainly stored scales in `format`; nested and special storage (e8m0, ...) stays."""
+        return replace(self, scale=format) if self.scale in (FP32, FP16, BF16) else self
+
+    def describe(self) -> str:
+        """For tables: `int4 per_group(128) asymmetric, scale bfloat16`."""
+        parts = [str(self.format), str(self.granularity)]
+        parts += (
+            [] if self.symmetric else ["asymmetric" if self.zero_point == "integer" else "real zero point"]
+        )
+        parts += [] if isinstance(self.range, MinMax) else [f"range {self.range}"]
+        parts += ["dynamic"] if self.dynamic else []
+        nested = isinstance(self.scale, QuantSpec)
+        return " ".join(parts) + (
+            "" if self.dynamic else f", scale {self.scale_format}{' in scale' if nested else ''}"
+        )
+
+    def count_bits(self, shape: tuple[int, ...]) -> int:
+        """Bits of codes, scales and zero points for a tensor of `shape`, densely packed and without file overhead."""
+        down, across = self.granularity.tiles(shape)
+        bits = math.prod(shape) * self.format.bits
+        if isinstance(self.scale, QuantSpec):
+            bits += self.scale.count_bits((down, across))
+        else:
+            bits += down * across * self.scale.bits
+        if self.zero_point == "integer":
+            bits += down * across * self.format.bits
+        elif self.zero_point == "real":
+            bits += down * across * self.scale_format.bits
+        return bits
+
+
+def mxfp4(dynamic: bool = False) -> QuantSpec:
+    """MXFP4 (OCP Microscaling Formats 1.0): E2M1 in groups of 32 that share a power of two."""
+    return QuantSpec(FP4_E2M1, per_group(32), scale=E8M0, dynamic=dynamic)
+
+
+def nvfp4(dynamic: bool = False) -> QuantSpec:
+    """NVFP4: E2M1 in groups of 16 with E4M3 scales that share one scale for the tensor.
+
+    The shared scale is a power of two here: then E2M1 x E4M3 x shared is exact in bfloat16, and every engine decodes
+    the same numbers, whatever dtype it multiplies in. E4M3 has range to spare, so nothing is lost.
+    """
+    return QuantSpec(
+        FP4_E2M1, per_group(16), scale=QuantSpec(FP8_E4M3, per_tensor(), scale=E8M0), dynamic=dynamic
+    )
+
+
+def nf4_double_quantized(group: int = 64) -> QuantSpec:
+    """NF4 whose scales are themselves 8-bit in groups of 256 (QLoRA, arXiv 2305.14314, section 3)."""
+    inner = QuantSpec(IntFormat(8, is_signed=False), per_group(256), zero_point="integer", scale=FP32)
+    return QuantSpec(get_format("nf4"), per_group(group), scale=inner)
+
+
+def int_weight(
+    bits: int, group: int | None = None, *, asymmetric: bool = False, scale: Format = FP32
+) -> QuantSpec:
+    """Weight-only integers as GPTQ, AWQ and compressed-tensors store them: per group along the inputs, or per row."""
+    granularity = per_group(group) if group else per_channel()
+    return QuantSpec(
+        IntFormat(bits), granularity, zero_point="integer" if asymmetric else "none", scale=scale
+    )
