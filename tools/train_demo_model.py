@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ CONTEXT = 512
 SPECIAL = ("<s>", "</s>", "<pad>")
 # Every width is a multiple of 128, so that all group sizes and all 128 x 128 blocks divide; the hidden width is two
 # groups of 128 wide, so that per-group and per-channel differ in every layer.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 1920,
     "hidden_size": 256,
     "intermediate_size": 384,
@@ -241,7 +242,13 @@ A greedy continuation of `class Counter(dict):`:
 
 
 def measure(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, train_ids: Tensor, held_out: str, steps: int, seen: int, minutes: float
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    train_ids: Tensor,
+    held_out: str,
+    steps: int,
+    seen: int,
+    minutes: float,
 ) -> Measured:
     """The numbers of the card, from the weights as they are stored (bfloat16)."""
     ids = torch.tensor(tokenizer.encode(held_out).ids)
@@ -300,9 +307,7 @@ def train(arguments: argparse.Namespace) -> None:
     model.train()
 
     def finished() -> Measured:
-        return measure(
-            model, tokenizer, train_ids, held_out, step, seen, (time.monotonic() - started) / 60
-        )
+        return measure(model, tokenizer, train_ids, held_out, step, seen, (time.monotonic() - started) / 60)
 
     try:
         while True:

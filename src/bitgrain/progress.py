@@ -17,6 +17,7 @@ from typing import Literal, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task
 from rich.progress import Progress as RichBar
+from rich.table import Column
 from rich.text import Text
 
 __all__ = ["JsonProgress", "Progress", "ProgressMode", "QuietProgress", "RichProgress", "make_progress"]
@@ -87,8 +88,8 @@ class _Meter:
         return None if rate is None else (self.total - self.done) / rate
 
     def describe_amount(self) -> str:
-        done, total = _format_amount(self.done, self.unit), _format_amount(self.total, self.unit)
-        return f"{done} of {total}"
+        done = _format_amount(self.done, self.unit if self.unit == "bytes" else "")
+        return f"{done} of {_format_amount(self.total, self.unit)}"
 
     def describe_rate(self) -> str:
         rate = self.rate
@@ -204,7 +205,7 @@ class RichProgress:
             # the console's file is looked up now: stderr may have been redirected since the object was made
             console = Console(file=self._stream or sys.stderr)
             if console.is_terminal:
-                columns = (_TitleColumn(), BarColumn(), _MeterColumn(meter))
+                columns = (_TitleColumn(), BarColumn(bar_width=20), _MeterColumn(meter))
                 self._bar = RichBar(*columns, console=console, redirect_stdout=False)
                 self._bar.add_task(title, total=max(meter.total, 1e-9), completed=meter.done)  # type: ignore[arg-type]
                 self._bar.start()
@@ -253,10 +254,8 @@ class _TitleColumn(ProgressColumn):
 class _MeterColumn(ProgressColumn):
     """Our own figures. rich's columns take the rate over a short sliding window, ours over all the work."""
 
-    max_refresh = 0.1
-
     def __init__(self, meter: _Meter) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))  # the note, last, gives way
         self._meter = meter
 
     def render(self, task: Task) -> Text:

@@ -99,9 +99,9 @@ def builtin_modules(split: Split) -> list[tuple[str, str]]:
 def builtin_text(split: Split, *, max_bytes: int | None = None) -> str:
     """One split of the running Python's standard library as one string, modules in the order of their names.
 
-    `max_bytes` bounds the UTF-8 length; the cut is never inside a character. The same Python release gives the
-    same text on every machine that has it whole. The text differs a little between releases, and so do numbers measured on
-    it: compare only perplexities that were measured under one Python version.
+    `max_bytes` bounds the UTF-8 length; the cut is never inside a character. The same Python release gives the same
+    text on every machine that has it whole. Between releases the text differs a little, and so do numbers measured
+    on it: compare only perplexities that were measured under one Python version.
 
     Raises TextError where the running Python has no readable library sources, or `max_bytes` is not positive.
     """

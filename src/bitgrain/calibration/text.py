@@ -7,6 +7,7 @@ special tokens (`token_windows`).
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,18 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     if not custom and file.is_file():
         _check_tokenizer_file(file)
         if (folder / "tokenizer_config.json").is_file():
-            return _load_with(PreTrainedTokenizerFast, folder, trust_remote_code=False)
-        return PreTrainedTokenizerFast(tokenizer_file=str(file))
+            return _load(folder, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
+        return _load(folder, lambda: PreTrainedTokenizerFast(tokenizer_file=str(file)))
     present = any((folder / name).is_file() for name in TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
     if not present and not custom:
         raise TextError(
             f"tokenizer missing: {folder} has no tokenizer.json (nor an older tokenizer file); "
             "copy it from the original model, or name the model that has it"
         )
-    return _load_with(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
+    return _load(
+        folder,
+        lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code),
+    )
 
 
 def _has_custom_tokenizer(folder: Path) -> bool:
@@ -121,10 +125,10 @@ def _check_tokenizer_file(file: Path) -> None:
         _read_json(file.parent / "tokenizer_config.json")
 
 
-def _load_with(loader: Any, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load(folder: Path, loader: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
     try:
-        return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:
+        return loader()
+    except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise TextError(
             f"tokenizer of {folder} cannot be loaded: {reason[0]}; if it has code of its own, allow that with "

@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,7 @@ class Checkpoint:
         source = self._files[entry.file]
         raw = torch.empty(nbytes, dtype=torch.uint8)
         with _opened(source.path) as fd:
-            got = pread_into(fd, memoryview(raw.numpy()), entry.offset + skip)
+            got = pread_into(fd, raw.numpy().data, entry.offset + skip)
             now = os.fstat(fd)
         if got < nbytes or (now.st_size, now.st_mtime_ns, now.st_ino) != (source.size, source.mtime_ns, source.inode):
             raise CheckpointError(
@@ -256,7 +256,7 @@ def _read_whole(path: Path) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path) -> Generator[int, None, None]:
     """A read-only descriptor of a regular file; an `OSError` of the body becomes a CheckpointError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # non-blocking: opening a pipe must not hang
@@ -267,9 +267,7 @@ def _opened(path: Path) -> Iterator[int]:
         finally:
             os.close(fd)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: missing, or a link to a file that is not there. Download it again."
-        ) from error
+        raise CheckpointError(f"{path}: missing, or a link to a file that is not there. Download it again.") from error
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}). Check the disk and the file's permissions."

@@ -80,9 +80,7 @@ def header_length(first_bytes: bytes, file_bytes: int, label: str) -> int:
     if len(first_bytes) < 8:
         raise _corrupt(label, f"it has {file_bytes} bytes, too few for a safetensors file")
     if first_bytes[:8] == _GIT_LFS:
-        raise CheckpointError(
-            f"{label}: this is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder."
-        )
+        raise CheckpointError(f"{label}: this is a Git LFS pointer, not the weights. Run `git lfs pull` in its folder.")
     length = int.from_bytes(first_bytes[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise _corrupt(label, f"its header claims {length} bytes, over the format's limit of {MAX_HEADER_BYTES}")

@@ -146,18 +146,17 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in row-major order; a view where it is contiguous and on the CPU, else of a copy."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def stored_file(folder: Path, layout: ShardLayout) -> Path | None:
     """The layout's file under either name, if it has the planned size and header; None otherwise."""
     for path in (folder / (layout.file + PART), folder / layout.file):
         if path.is_file():
-            if path.stat().st_size != layout.nbytes:
-                return None
-            with path.open("rb") as file:
-                return path if file.read(len(layout.header)) == layout.header else None
+            with output_errors(path), path.open("rb") as file:
+                sound = os.fstat(file.fileno()).st_size == layout.nbytes
+                return path if sound and file.read(len(layout.header)) == layout.header else None
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bitgrain.checkpoints.reader import INDEX_FILE, SINGLE_FILE
+from bitgrain.checkpoints.reader import SINGLE_FILE
 from bitgrain.checkpoints.safetensors_header import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,

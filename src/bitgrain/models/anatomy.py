@@ -75,7 +75,7 @@ class Anatomy:
     """What a checkpoint holds. Every tensor on disk is in exactly one of weights, others and unexpected.
 
     block_names: paths in memory of the blocks, in order, all stacks. tied: names in memory that share one
-    tensor, as config.json says. missing: parameters that no tensor fills. unexpected: tensors that the model
+    tensor on disk. missing: parameters that no tensor fills. unexpected: tensors that the model
     does not know. sizes: number of elements of each tensor on disk.
     """
 
@@ -137,7 +137,7 @@ def read_anatomy(skeleton: nn.Module, stored: Mapping[str, StoredTensor]) -> Ana
         else:
             weights.append(_weight(name, shape, route, matrix, block_of[name]))
 
-    tied = _tied_groups(skeleton)
+    tied = _tied_groups(skeleton, {target for route in routes.values() for target in route.targets})
     return Anatomy(
         architecture=type(skeleton).__name__,
         block_names=blocks,
@@ -199,7 +199,8 @@ def _memory_leaf(weight: Weight) -> str:
     return weight.memory_module if leaf == "weight" else weight.memory
 
 
-def _tied_groups(skeleton: nn.Module) -> tuple[tuple[str, ...], ...]:
+def _tied_groups(skeleton: nn.Module, filled: set[str]) -> tuple[tuple[str, ...], ...]:
+    """Groups with one tensor on disk. Where several members have their own, transformers ties only equal ones."""
     model = cast(PreTrainedModel, skeleton)
     same: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -209,14 +210,16 @@ def _tied_groups(skeleton: nn.Module) -> tuple[tuple[str, ...], ...]:
     for target, origin in [*model.all_tied_weights_keys.items(), *pairs]:
         merged = group_of.get(target, {target}) | group_of.get(origin, {origin})
         group_of |= dict.fromkeys(merged, merged)
-    return tuple(sorted({tuple(sorted(group)) for group in group_of.values()}))
+    groups = {tuple(sorted(group)) for group in group_of.values()}
+    return tuple(sorted(group for group in groups if len(filled.intersection(group)) < 2))
 
 
 def _missing(skeleton: nn.Module, routes: Mapping[str, Route], tied: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     model = cast(PreTrainedModel, skeleton)
     filled = {target for route in routes.values() for target in route.targets}
     filled |= {name for group in tied if filled.intersection(group) for name in group}
-    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    ignored = model._keys_to_ignore_on_load_missing  # pyright: ignore[reportPrivateUsage]
+    optional = [re.compile(pattern) for pattern in ignored or ()]
     return tuple(
         name
         for name in model.state_dict()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -35,8 +36,8 @@ def load_dense_into(
         with _quiet():
             loaded: Any = model_class.from_pretrained(
                 None,
-                config=config,
-                state_dict=dict(tensors),
+                config=copy.deepcopy(config),  # its name_or_path is overwritten
+                state_dict={name: _aligned(tensor) for name, tensor in tensors},
                 dtype=dtype or config.dtype or "auto",
                 ignore_mismatched_sizes=True,  # reported below
                 output_loading_info=True,
@@ -45,7 +46,14 @@ def load_dense_into(
         raise ModelError(f"the weights do not fit {model_class.__name__}: {error}") from error
     model, report = loaded
     _check(model_class.__name__, report)
+    model.config.name_or_path = config.name_or_path
     return model.to(torch.device(device)).eval()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values where vector loads like them. Tensors read from files start anywhere, and the CPU's matrix
+    products then round differently: the same weights would give other bits, depending on how they were read."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
 def _check(name: str, report: dict[str, Any]) -> None:
@@ -65,7 +73,7 @@ def _few(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without transformers' bar and its report of faults, which are raised here."""
     bar, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

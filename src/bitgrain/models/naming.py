@@ -120,12 +120,12 @@ def _run_converter(
         _check_shape(operations, (value[0] if isinstance(value, list) else value).shape, name, memory[name])
 
     stacked = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
-    joined = len(sources) > 1 and len(targets) == 1
+    joined = len(sources) > 1
     routes = {}
     for names in sources.values():
         for index, name in enumerate(names):
             mates = tuple(group[index] for group in sources.values() if index < len(group)) if joined else ()
-            routes[name] = Route(targets, flipped, index if stacked else None, mates)
+            routes[name] = Route(targets, flipped, index if stacked and len(targets) == 1 else None, mates)
     return routes
 
 

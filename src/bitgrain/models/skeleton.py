@@ -64,7 +64,7 @@ def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) ->
             if remote is not None and trust_remote_code:
                 model = remote.from_config(config, trust_remote_code=True)
             else:
-                model = _native_class(config)._from_config(config)
+                model = _native_class(config)._from_config(config)  # pyright: ignore[reportPrivateUsage]
     except (
         ImportError,
         OSError,
@@ -74,6 +74,7 @@ def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) ->
         NotImplementedError,
         ValueError,
         TypeError,
+        StrictDataclassError,
     ) as error:
         raise ModelError(f"the architecture {name} cannot be built from its config.json: {error}") from error
     return cast(nn.Module, model).eval()

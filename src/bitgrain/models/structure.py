@@ -5,6 +5,7 @@ Read off the module tree (classes of torch, shapes, and who sits next to whom), 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,11 +13,19 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitgrain.errors import ModelError
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 Role = Literal["linear", "expert", "router", "embedding", "lm_head", "conv"]
 
@@ -65,7 +74,7 @@ def find_matrices(skeleton: nn.Module) -> dict[str, Matrix]:
 def _kind(module: nn.Module, leaf: str, parameter: torch.Tensor, root: nn.Module) -> tuple[Role, bool] | None:
     if not parameter.is_floating_point():
         return None
-    if isinstance(module, _ConvNd):
+    if isinstance(module, _CONVOLUTIONS):
         return ("conv", False) if leaf == "weight" else None
     if isinstance(module, nn.Embedding):
         return ("embedding", False) if leaf == "weight" else None
@@ -123,10 +132,27 @@ def _is_transposed(module: nn.Module, leaf: str, parameter: torch.Tensor, root: 
     if (rows == hidden) != (columns == hidden):
         reads_hidden = not _DOWN.search(leaf)
         return (rows == hidden) == reads_hidden
+    if (transposed := _transposed_in_source(module, leaf)) is not None:
+        return transposed
     raise ModelError(
         f"the experts in {type(module).__name__}.{leaf} have shape {list(parameter.shape)}: "
         "it cannot be told whether they are stored [in, out] or [out, in]"
     )
+
+
+def _transposed_in_source(module: nn.Module, leaf: str) -> bool | None:
+    """How forward multiplies by a square parameter: linear(x, W) reads [out, in], x @ W reads [in, out]."""
+    try:
+        source = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return None
+    lines = [line for line in source.splitlines() if re.search(rf"\bself\.{leaf}\b", line)]
+    if any("linear(" in line for line in lines):
+        return False
+    products = [line for line in lines if re.search(r"bmm\(|matmul\(|@", line)]
+    if products and not any(re.search(r"transpose\(|\.mT\b|\.T\b|\.t\(", line) for line in products):
+        return True
+    return None
 
 
 def _hidden_size(module: nn.Module, root: nn.Module) -> int | None:
@@ -198,10 +224,11 @@ def _router_weights(skeleton: nn.Module, found: dict[str, Matrix]) -> set[str]:
 
 
 def _matrices_under(prefix: str, module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> (rows, columns) of what could be a matrix; a bias of shape [1, experts] is none."""
     return {
         f"{prefix}.{leaf}": (parameter.shape[0], parameter.shape[1])
         for leaf, parameter in module.named_parameters()
-        if parameter.ndim == 2 and parameter.is_floating_point()
+        if parameter.ndim == 2 and parameter.is_floating_point() and not leaf.endswith("bias")
     }
 
 

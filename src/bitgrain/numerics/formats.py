@@ -67,6 +67,10 @@ class Format(ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Numbers (float32) that the codes mean."""
 
+    def to_codes(self, x: Tensor) -> Tensor:
+        """`encode(round(x))`; formats that know a shorter way take it."""
+        return self.encode(self.round(x))
+
     @property
     @abstractmethod
     def code_offset(self) -> int:
@@ -219,6 +223,8 @@ class FloatFormat(Format):
         )
         dtype = self.torch_dtype
         if dtype is not None and self.is_signed:
+            if self.bits == 8:
+                return self.decode(x.to(dtype).view(torch.uint8))
             return x.to(dtype).to(torch.float32)
         # The exponent field alone is the power of two at or below |x|; a step of the grid is that over 2**mantissa.
         step = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -228,6 +234,11 @@ class FloatFormat(Format):
     def encode(self, values: Tensor) -> Tensor:
         if self.bits > 16:
             raise SchemeError(f"{self.name} is a storage dtype, its codes are not packed")
+        if self._within_half:
+            shift = 10 - self.mantissa_bits
+            half = (values * 2.0 ** (self.bias - 15)).to(torch.float16).view(torch.int16)
+            sign = (half >> (16 - self.bits)) & (1 << (self.bits - 1))
+            return ((half >> shift) & (2 ** (self.bits - 1) - 1)).bitwise_or_(sign).to(self.code_dtype)
         magnitude = values.to(torch.float32).abs()
         normal = (magnitude.view(torch.int32) >> (23 - self.mantissa_bits)) - (
             (127 - self.bias) << self.mantissa_bits
@@ -240,7 +251,29 @@ class FloatFormat(Format):
             codes = codes | (torch.signbit(values).to(torch.int32) << (self.bits - 1))
         return codes.to(self.code_dtype)
 
+    def to_codes(self, x: Tensor) -> Tensor:
+        dtype = self.torch_dtype
+        if dtype is None or not self.is_signed or self.bits != 8:
+            return self.encode(self.round(x))
+        return x.to(torch.float32).clamp(-self.maximum, self.maximum).to(dtype).view(torch.uint8)
+
+    @property
+    def _within_half(self) -> bool:
+        """Whether a code, with its exponent and mantissa moved to where half precision has them, is a half (times 2**k)."""
+        return self.is_signed and self.subnormals and self.bits <= 8 and self.exponent_bits <= 5
+
     def decode(self, codes: Tensor) -> Tensor:
+        if self._within_half:
+            bits = codes.to(torch.int16)
+            magnitude = bits & (2 ** (self.bits - 1) - 1)
+            half = (magnitude << (10 - self.mantissa_bits)).bitwise_or_((bits >> (self.bits - 1)) << 15)
+            values = half.view(torch.float16).to(torch.float32)
+            values = values if self.bias == 15 else values.mul_(2.0 ** (15 - self.bias))
+            if self.specials == "fn":  # the all-ones code is the only one that is not a number
+                magnitude = codes & (2 ** (self.bits - 1) - 1)
+                if bool((magnitude.amax() if magnitude.numel() else magnitude.sum()) == 2 ** (self.bits - 1) - 1):
+                    values = values.masked_fill_(magnitude == 2 ** (self.bits - 1) - 1, math.nan)
+            return values
         codes = codes.to(torch.int32)
         mantissa = codes & (2**self.mantissa_bits - 1)
         exponent = (codes >> self.mantissa_bits) & (2**self.exponent_bits - 1)
@@ -301,17 +334,24 @@ class CodebookFormat(Format):
 
     def _index(self, x: Tensor) -> Tensor:
         values = torch.tensor(self.values, dtype=torch.float64, device=x.device)
-        middles = ((values[1:] + values[:-1]) / 2).to(torch.float32)
+        exact = (values[1:] + values[:-1]) / 2
+        middles = exact.to(torch.float32)
+        # a middle that float32 cannot hold is rounded down, or numbers just above it would go to the smaller entry
+        middles = torch.where(middles.double() > exact, middles.nextafter(torch.full_like(middles, -math.inf)), middles)
         return torch.bucketize(x.to(torch.float32), middles, out_int32=True)
 
     def round(self, x: Tensor) -> Tensor:
-        return self.grid().to(x.device)[self._index(x)]
+        return self.decode(self._index(x))
 
     def encode(self, values: Tensor) -> Tensor:
         return self._index(values).to(self.code_dtype)
 
+    def to_codes(self, x: Tensor) -> Tensor:
+        return self._index(x).to(self.code_dtype)
+
     def decode(self, codes: Tensor) -> Tensor:
-        return self.grid().to(codes.device)[codes.to(torch.int32)]
+        index = codes.to(torch.int32).reshape(-1)
+        return self.grid().to(codes.device).index_select(0, index).view(codes.shape)
 
 
 def _normal_float(bits: int) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .affine import from_grid
 from .granularity import from_tiles, to_tiles
 from .scales import scale_values
 from .spec import QuantSpec
@@ -33,9 +34,7 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """s * (v - z) for each element, computed in float32 and rounded once to `dtype`."""
         values = self.spec.format.decode(to_tiles(self.codes, self.spec.granularity))
-        if self.zero is not None:
-            values = values - self.zero.to(torch.float32).unsqueeze(-1)
-        values = values * scale_values(self.scale).unsqueeze(-1)
+        values = from_grid(values, scale_values(self.scale), self.zero)
         return from_tiles(values, self.spec.granularity, self.shape).to(dtype)
 
     def count_bits(self) -> int:

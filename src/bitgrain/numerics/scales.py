@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
-from .formats import E8M0, FloatFormat
-from .spec import QuantSpec
+from .formats import E8M0, FloatFormat, Format
 
 if TYPE_CHECKING:
     from .qtensor import QTensor
+    from .spec import QuantSpec
 
 _BIASED_ONE = 127
 
@@ -25,11 +25,11 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     rounded to the element's mantissa, as vLLM and compressed-tensors do.
     A positive scale that would become 0 becomes the smallest positive number of the storage dtype.
     """
-    if isinstance(spec.scale, QuantSpec):
+    if not isinstance(spec.scale, Format):
         return scale
     assert isinstance(spec.scale, FloatFormat)
     if spec.scale == E8M0:
-        exponent = torch.frexp(scale * (spec.high / spec.format.overflow)).exponent
+        exponent = torch.frexp(scale * spec.high / spec.format.overflow).exponent
         rounded = torch.ldexp(torch.ones_like(scale), exponent.clamp(-127, 127))
         return torch.where(scale > 0, rounded, torch.ones_like(scale))
     rounded = scale if spec.scale.mantissa_bits >= 23 else spec.scale.round(scale)
@@ -38,7 +38,7 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 def check_scale(scale: Tensor, spec: QuantSpec, name: str) -> None:
     """NumericsError if a scale is beyond the largest number of its storage dtype."""
-    if isinstance(spec.scale, QuantSpec):
+    if not isinstance(spec.scale, Format):
         return
     limit = 2.0**127 if spec.scale == E8M0 else spec.scale.maximum
     beyond = int((scale > limit).sum().item())
@@ -59,7 +59,7 @@ def store_scale(
     are exact; formats without a zero get 0.
     """
     one = torch.ones_like(scale) if spec.format.has_zero else torch.zeros_like(scale)
-    if isinstance(spec.scale, QuantSpec):
+    if not isinstance(spec.scale, Format):
         from .quantize import quantize
 
         inner = quantize(scale, spec.scale, name=f"{name} (scales)", scale=outer)

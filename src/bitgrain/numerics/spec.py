@@ -48,10 +48,8 @@ class QuantSpec:
             self.symmetric and isinstance(self.format, IntFormat) and self.format.signed
         ):
             raise SchemeError("restricted range means a symmetric signed integer format")
-        if self.restricted and self.format.bits == 1:
-            raise SchemeError(
-                "int1 restricted to a symmetric range has only the code 0; use binary or ternary"
-            )
+        if self.symmetric and self.format == IntFormat(1):
+            raise SchemeError("symmetric int1 has only the numbers -1 and 0; use binary, ternary or a zero point")
         if self.zero_point == "integer" and not isinstance(self.format, IntFormat):
             raise SchemeError(
                 f"an integer zero point needs an integer format, {self.format} takes zero_point='real'"

@@ -1,0 +1,6 @@
+"""Schemes, their presets, and recipe files."""
+
+from .recipe import OnIndivisible, Recipe, Rule, load_recipe, make_recipe
+from .scheme import ALIASES, PRESETS, Scheme, get_scheme
+
+__all__ = ["ALIASES", "PRESETS", "OnIndivisible", "Recipe", "Rule", "Scheme", "get_scheme", "load_recipe", "make_recipe"]

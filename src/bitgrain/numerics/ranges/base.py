@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class Range(ABC):
     """A way to choose limits. Subclasses are frozen dataclasses whose fields are the method's settings."""
 
-    name: str = ""
+    name: ClassVar[str] = ""
+    fill: ClassVar[float] = 0.0
+    """What stands beyond the edge in cut tiles: 0 cannot widen min-max limits; NaN for ranges that count elements."""
 
     @abstractmethod
     def limits(
@@ -24,7 +26,7 @@ class Range(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Low and high limit of each tile, float32 [down, across].
 
-        tiles       float32 [down, across, elements of a tile]; cut tiles are filled with zeros
+        tiles       float32 [down, across, elements of a tile]; cut tiles are filled with `fill`
         spec        what the limits are for
         importance  non-negative weights of the elements, broadcastable to `tiles`; only for ranges that use it
         """

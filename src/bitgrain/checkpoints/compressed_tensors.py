@@ -1,0 +1,280 @@
+"""The compressed-tensors layout, which vLLM, SGLang and transformers load as it is.
+
+Tensors of a layer `M` (library compressed-tensors 0.20, its compressors and QuantizationConfig):
+
+| format                 | tensors |
+|---|---|
+| pack-quantized         | M.weight_packed int32 [out, ceil(in * bits / 32)], M.weight_scale, M.weight_shape int64 [2]; asymmetric: M.weight_zero_point int32, packed along the rows |
+| int-, float-quantized  | M.weight int8 / float8_e4m3fn [out, in], M.weight_scale |
+| nvfp4-pack-quantized   | M.weight_packed uint8 [out, in / 2], M.weight_scale float8_e4m3fn, M.weight_global_scale float32 [1] (the inverse of the shared scale), M.input_global_scale |
+| mxfp4-pack-quantized   | M.weight_packed uint8 [out, in / 2], M.weight_scale uint8 (E8M0) |
+
+Codes are packed densely, least significant bits first, as code + 2**(bits - 1). Readers decode to the dtype of the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitgrain.checkpoints.layout import Read, StoredLayer
+from bitgrain.checkpoints.shards import TensorSpec
+from bitgrain.errors import CheckpointError
+from bitgrain.numerics import Granularity, IntFormat, QTensor, QuantSpec
+from bitgrain.numerics.formats import E8M0, FP4_E2M1, FP8_E4M3, FloatFormat
+from bitgrain.numerics.packing import pack, unpack
+from bitgrain.numerics.spec import mxfp4, nvfp4
+from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
+
+PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+
+
+class CompressedTensors:
+    """See `Layout`."""
+
+    name = "compressed-tensors"
+
+    def refusal(self, layer: StoredLayer) -> str | None:
+        spec = layer.scheme.weight
+        if layer.role not in ("linear", "expert", "lm_head", "router"):
+            return f"compressed-tensors holds linear layers, {layer.module} is {layer.class_name}"
+        if layer.transposed:
+            return f"{layer.module} is stored as [in, out] ({layer.class_name}), which compressed-tensors does not know"
+        if layer.experts > 1:
+            return f"{layer.module} stacks {layer.experts} experts in one tensor; compressed-tensors holds matrices"
+        if _format(layer.scheme) is None:
+            return f"compressed-tensors has no format for weights {spec.describe()}"
+        rows, cols = spec.granularity.tile(layer.shape)
+        if layer.in_features % cols:
+            return f"{spec.granularity} does not divide the {layer.in_features} inputs of {layer.module}"
+        if spec.symmetric is False and _strategy(spec.granularity) not in ("channel", "group"):
+            return f"compressed-tensors packs zero points per channel or per group, not {spec.granularity}"
+        if rows > 1 and rows < layer.out_features and cols != rows and _strategy(spec.granularity) != "block":
+            return f"compressed-tensors has no granularity {spec.granularity}"
+        inputs = layer.scheme.input
+        if layer.scheme.output is not None or (inputs is not None and _activation(inputs) is None):
+            return f"compressed-tensors has no form for activations {inputs.describe() if inputs else 'at the output'}"
+        return None
+
+    def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
+        spec, kind = layer.scheme.weight, _format(layer.scheme)
+        rows, cols = layer.shape
+        scales = _scale_shape(spec, layer.shape)
+        found: list[tuple[str, torch.dtype, tuple[int, ...]]]
+        if kind == PACKED:
+            bits = spec.format.bits
+            found = [
+                ("weight_packed", torch.int32, (rows, math.ceil(cols * bits / 32))),
+                ("weight_scale", _scale_dtype(spec), scales),
+                ("weight_shape", torch.int64, (2,)),
+            ]
+            if not spec.symmetric:
+                found.append(("weight_zero_point", torch.int32, (math.ceil(scales[0] * bits / 32), scales[1])))
+        elif kind in (NVFP4, MXFP4):
+            dtype = torch.uint8 if kind == MXFP4 else torch.float8_e4m3fn
+            found = [("weight_packed", torch.uint8, (rows, cols // 2)), ("weight_scale", dtype, scales)]
+            if kind == NVFP4:
+                found.append(("weight_global_scale", torch.float32, (1,)))
+                if layer.scheme.input is not None:
+                    found.append(("input_global_scale", torch.float32, (1,)))
+        else:
+            dtype = torch.int8 if kind == INT else torch.float8_e4m3fn
+            found = [("weight", dtype, (rows, cols)), ("weight_scale", _scale_dtype(spec), scales)]
+        return [TensorSpec(f"{layer.module}.{suffix}", dtype, shape) for suffix, dtype, shape in found]
+
+    def encode(self, layer: StoredLayer, parts: Sequence[QTensor]) -> dict[str, Tensor]:
+        (q,) = parts
+        spec, kind = layer.scheme.weight, _format(layer.scheme)
+        shape = _scale_shape(spec, layer.shape)
+        found: dict[str, Tensor] = {}
+        if kind in (NVFP4, MXFP4):
+            found["weight_packed"] = pack(q.codes, 4, torch.uint8)
+            if isinstance(q.scale, QTensor):
+                found["weight_scale"] = q.scale.codes.view(torch.float8_e4m3fn)
+                assert isinstance(q.scale.scale, Tensor)
+                found["weight_global_scale"] = 1.0 / q.scale.scale.to(torch.float32).reshape(1)
+                if layer.scheme.input is not None:
+                    found["input_global_scale"] = torch.tensor([1.0 / NVFP4_INPUT_OUTER_SCALE])
+            else:
+                found["weight_scale"] = q.scale.view(torch.uint8)
+        else:
+            assert isinstance(q.scale, Tensor)
+            found["weight_scale"] = q.scale.reshape(shape)
+            if kind == PACKED:
+                bits, offset = spec.format.bits, spec.format.code_offset
+                found["weight_packed"] = pack(_unsigned(q.codes, offset), bits, torch.int32)
+                found["weight_shape"] = torch.tensor(layer.shape, dtype=torch.int64)
+                if q.zero is not None:
+                    found["weight_zero_point"] = pack(_unsigned(q.zero, offset), bits, torch.int32, axis=0)
+            else:
+                found["weight"] = q.codes if kind == INT else q.codes.view(torch.float8_e4m3fn)
+        return {f"{layer.module}.{suffix}": tensor.contiguous() for suffix, tensor in found.items()}
+
+    def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
+        spec, kind = layer.scheme.weight, _format(layer.scheme)
+        rows, cols = layer.shape
+        down, across = spec.granularity.tiles(layer.shape)
+
+        def get(suffix: str) -> Tensor:
+            return read(f"{layer.module}.{suffix}")
+
+        zero: Tensor | None = None
+        if kind in (NVFP4, MXFP4):
+            codes = unpack(get("weight_packed"), 4, cols).to(spec.format.code_dtype)
+            stored = get("weight_scale")
+            if isinstance(spec.scale, QuantSpec):
+                inner = spec.scale
+                outer = (1.0 / get("weight_global_scale")).reshape(1, 1)
+                scale = QTensor(stored.view(torch.uint8), outer, None, inner)
+            else:
+                scale = stored.view(torch.float8_e8m0fnu)
+            return [QTensor(codes, scale, None, spec)]
+        scale = get("weight_scale").reshape(down, across)
+        if kind == PACKED:
+            bits, offset = spec.format.bits, spec.format.code_offset
+            codes = _signed(unpack(get("weight_packed"), bits, cols), offset, spec)
+            if not spec.symmetric:
+                zero = _signed(unpack(get("weight_zero_point"), bits, down, axis=0), offset, spec)
+        else:
+            codes = get("weight")
+            codes = codes if kind == INT else codes.view(torch.uint8)
+        if tuple(codes.shape) != (rows, cols):
+            raise CheckpointError(f"{layer.module}: codes of shape {tuple(codes.shape)} where {(rows, cols)} is needed")
+        return [QTensor(codes, scale, zero, spec)]
+
+    def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+        """One group for each scheme. With a single scheme the target is the class Linear and the kept linears are
+        ignored by name; with several, every layer is named. Names are given as on disk (vLLM) and as in memory
+        (transformers) where they differ."""
+        by_scheme: dict[str, list[StoredLayer]] = {}
+        for layer in layers:
+            by_scheme.setdefault(repr(layer.scheme), []).append(layer)
+        ordered = sorted(by_scheme.values(), key=lambda members: (-len(members), members[0].module))
+        single = len(ordered) == 1
+        groups = {
+            f"group_{i}": {
+                "targets": ["Linear"] if single else _names((m.module, m.memory_module) for m in members),
+                "format": _format(members[0].scheme),
+                "weights": _weights(members[0].scheme.weight),
+                "input_activations": None if (s := members[0].scheme.input) is None else _activation(s),
+                "output_activations": None,
+            }
+            for i, members in enumerate(ordered)
+        }
+        formats = {str(group["format"]) for group in groups.values()}
+        ignore = _names((module, memory) for module, memory, _ in kept) if single else []
+        return {
+            "quant_method": "compressed-tensors",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": ignore,
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "version": version("compressed-tensors"),
+        }
+
+
+def _names(pairs: Any) -> list[str]:
+    return list(dict.fromkeys(name for pair in pairs for name in pair))
+
+
+def _unsigned(codes: Tensor, offset: int) -> Tensor:
+    """Codes + offset in [0, 2**bits) as uint8 (two's complement makes the sum right without a wider dtype)."""
+    return codes.view(torch.uint8) + offset if offset else codes
+
+
+def _signed(codes: Tensor, offset: int, spec: QuantSpec) -> Tensor:
+    return (codes.to(torch.uint8) - offset).view(torch.int8) if offset else codes.to(spec.format.code_dtype)
+
+
+def _format(scheme: Scheme) -> str | None:
+    """The compressed-tensors format of a scheme, or None."""
+    spec = scheme.weight
+    if spec.format == FP4_E2M1:
+        plain = (spec.format, spec.granularity, spec.scale)
+        for known, name in ((nvfp4(), NVFP4), (mxfp4(), MXFP4)):
+            if plain == (known.format, known.granularity, known.scale):
+                return name
+        return None
+    if not isinstance(spec.scale, FloatFormat) or spec.scale == E8M0 or spec.zero_point == "real":
+        return None
+    if spec.format == FP8_E4M3:
+        return FLOAT
+    if isinstance(spec.format, IntFormat) and spec.format.signed and spec.format.bits <= 8:
+        int8_inputs = scheme.input is not None and scheme.input.format == IntFormat(8)
+        return INT if spec.format.bits == 8 and spec.symmetric and int8_inputs else PACKED
+    return None
+
+
+def _strategy(granularity: Granularity) -> str | None:
+    match (granularity.rows, granularity.cols):
+        case (None, None):
+            return "tensor"
+        case (1, None):
+            return "channel"
+        case (1, int()):
+            return "group"
+        case (int(), int()):
+            return "block"
+        case _:
+            return None
+
+
+def _scale_shape(spec: QuantSpec, shape: tuple[int, int]) -> tuple[int, ...]:
+    return (1,) if _strategy(spec.granularity) == "tensor" else spec.granularity.tiles(shape)
+
+
+def _scale_dtype(spec: QuantSpec) -> torch.dtype:
+    assert isinstance(spec.scale, FloatFormat)
+    dtype = spec.scale.torch_dtype
+    assert dtype is not None
+    return dtype
+
+
+def _arguments(spec: QuantSpec) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "num_bits": spec.format.bits,
+        "type": "int" if isinstance(spec.format, IntFormat) else "float",
+        "symmetric": spec.symmetric,
+        "group_size": spec.granularity.cols if _strategy(spec.granularity) == "group" else None,
+        "strategy": _strategy(spec.granularity),
+        "dynamic": spec.dynamic,
+    }
+    if spec.format == FP4_E2M1:
+        nested = isinstance(spec.scale, QuantSpec)
+        arguments["scale_dtype"] = "torch.float8_e4m3fn" if nested else "torch.uint8"
+        if nested:
+            arguments["strategy"] = "tensor_group"
+            arguments["dynamic"] = "local" if spec.dynamic else False
+    return arguments
+
+
+def _weights(spec: QuantSpec) -> dict[str, Any]:
+    arguments = {**_arguments(spec), "observer": "mse" if spec.range.name == "mse" else "minmax"}
+    if _strategy(spec.granularity) == "block":
+        arguments["block_structure"] = [spec.granularity.rows, spec.granularity.cols]
+    if not spec.symmetric:
+        arguments["zp_dtype"] = "torch.int8"
+    return arguments
+
+
+def _activation(spec: QuantSpec) -> dict[str, Any] | None:
+    """Arguments for dynamic activations, or None where compressed-tensors has no form."""
+    arguments = _arguments(spec)
+    if not spec.dynamic or not spec.symmetric:
+        return None
+    if spec.format not in (IntFormat(8), FP8_E4M3, FP4_E2M1) or arguments["strategy"] not in (
+        *("channel", "tensor", "group"),
+        "tensor_group",
+    ):
+        return None
+    if arguments["strategy"] == "channel":
+        arguments["strategy"] = "token"
+    return arguments

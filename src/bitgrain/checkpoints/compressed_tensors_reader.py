@@ -1,0 +1,136 @@
+"""Which layers of a compressed-tensors checkpoint are quantized, and under which scheme: from its config and headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bitgrain.checkpoints.compressed_tensors import CompressedTensors
+from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.reader import Checkpoint, StoredTensor
+from bitgrain.errors import CheckpointError, SchemeError
+from bitgrain.numerics import IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
+from bitgrain.numerics.formats import BF16, FP8_E4M3, FP16, FP32, FloatFormat, Format
+from bitgrain.recipes import Scheme
+
+__all__ = ["CompressedTensors", "read_layers"]
+
+_STORAGE = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
+
+
+def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
+    """Every module with a `weight_scale` on disk, with the scheme of the config group that targets it.
+
+    Raises CheckpointError for a module that no group targets, or a group that bitgrain cannot express.
+    """
+    entries = checkpoint.entries
+    layers: list[StoredLayer] = []
+    schemes: dict[tuple[str, FloatFormat], Scheme] = {}
+    for name, entry in entries.items():
+        if not name.endswith(".weight_scale"):
+            continue
+        module = name.removesuffix(".weight_scale")
+        key = _group_of(module, config)
+        storage = _STORAGE.get(entry.dtype, BF16)
+        if (key, storage) not in schemes:
+            schemes[key, storage] = _scheme(key, config["config_groups"][key], storage)
+        rows, cols = _shape(module, checkpoint)
+        layers.append(
+            StoredLayer(
+                tensor=f"{module}.weight",
+                module=module,
+                memory_module=module,
+                class_name="Linear",
+                role="linear",
+                out_features=rows,
+                in_features=cols,
+                experts=1,
+                transposed=False,
+                dtype=_dense_dtype(entry.dtype, entries),
+                scheme=schemes[key, storage],
+            )
+        )
+    return layers
+
+
+def _dense_dtype(scale: torch.dtype, entries: Mapping[str, StoredTensor]) -> torch.dtype:
+    """What the original was: the dtype of the scale, or (FP4) that of the tensors that were kept."""
+    if scale in _STORAGE:
+        return scale
+    kept = [entry.dtype for name, entry in entries.items() if name.endswith((".weight", ".bias"))]
+    floats = [dtype for dtype in kept if dtype in _STORAGE]
+    return max(set(floats), key=floats.count) if floats else torch.bfloat16
+
+
+def _shape(module: str, checkpoint: Checkpoint) -> tuple[int, int]:
+    entries = checkpoint.entries
+    plain = entries.get(f"{module}.weight")
+    if plain is not None:
+        return plain.shape[0], plain.shape[1]
+    packed = entries.get(f"{module}.weight_packed")
+    if packed is None:
+        raise CheckpointError(f"{module} has a scale but neither weight nor weight_packed: the checkpoint is incomplete")
+    if packed.dtype == torch.uint8:
+        return packed.shape[0], packed.shape[1] * 2
+    shape = checkpoint.read(f"{module}.weight_shape").tolist()
+    if len(shape) != 2 or shape[0] != packed.shape[0]:
+        raise CheckpointError(f"{module}.weight_shape is {shape}, but weight_packed has {packed.shape[0]} rows")
+    return int(shape[0]), int(shape[1])
+
+
+def _group_of(module: str, config: Mapping[str, Any]) -> str:
+    groups: Mapping[str, Any] = config.get("config_groups", {})
+    by_class: str | None = None
+    for key, group in groups.items():
+        for target in group["targets"]:
+            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+                return key
+            if target == "Linear":
+                by_class = key
+    if by_class is None:
+        raise CheckpointError(f"{module} is quantized, but no group of quantization_config targets it")
+    return by_class
+
+
+def _scheme(name: str, group: Mapping[str, Any], storage: FloatFormat) -> Scheme:
+    inputs = group.get("input_activations")
+    try:
+        return Scheme(name, _spec(group["weights"], storage), _spec(inputs, FP32) if inputs else None)
+    except SchemeError as error:
+        raise CheckpointError(f"quantization_config, {name}: {error}") from error
+
+
+def _spec(arguments: Mapping[str, Any], storage: FloatFormat) -> QuantSpec:
+    strategy, bits = arguments["strategy"], arguments["num_bits"]
+    dynamic = arguments.get("dynamic") in (True, "local")
+    if arguments["type"] == "float" and bits == 4:
+        return nvfp4(dynamic) if strategy == "tensor_group" else mxfp4(dynamic)
+    format: Format
+    if arguments["type"] == "float":
+        if bits != 8:
+            raise SchemeError(f"floats of {bits} bits")
+        format = FP8_E4M3
+    else:
+        format = IntFormat(bits)
+    group = arguments.get("group_size")
+    granularity = {
+        "tensor": per_tensor,
+        "channel": per_channel,
+        "token": per_channel,
+        "group": lambda: per_group(group),
+        "block": lambda: per_block(*arguments["block_structure"]),
+    }.get(strategy)
+    if granularity is None:
+        raise SchemeError(f"strategy {strategy!r}")
+    symmetric = arguments.get("symmetric", True)
+    return QuantSpec(
+        format,
+        granularity(),
+        zero_point="none" if symmetric else "integer",
+        restricted=dynamic and symmetric and isinstance(format, IntFormat),
+        scale=storage,
+        dynamic=dynamic,
+    )

@@ -1,0 +1,79 @@
+"""What every on-disk layout answers: can it hold this layer, which tensors does it take, and how are they filled.
+
+One file for each layout. A layout knows nothing of models: it sees one quantized layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitgrain.checkpoints.shards import TensorSpec
+from bitgrain.numerics import QTensor
+from bitgrain.recipes import Scheme
+
+Read = Callable[[str], Tensor]
+"""Gives the tensor of a name on disk."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A weight that is to be, or has been, stored quantized.
+
+    tensor        its name in the original checkpoint; module: the same without ".weight"
+    memory_module the module in memory that owns it, of class class_name
+    out_features, in_features: of one matrix; experts: matrices stacked in the tensor (1 unless it is 3-D)
+    transposed    the original stores [in, out]; codes are always stored [out, in]
+    dtype         of the original
+    """
+
+    tensor: str
+    module: str
+    memory_module: str
+    class_name: str
+    role: str
+    out_features: int
+    in_features: int
+    experts: int
+    transposed: bool
+    dtype: torch.dtype
+    scheme: Scheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of one matrix, as it is quantized."""
+        return self.out_features, self.in_features
+
+    @property
+    def elements(self) -> int:
+        return self.experts * self.out_features * self.in_features
+
+
+class Layout(Protocol):
+    """A way to lay quantized layers out in safetensors files and config.json."""
+
+    name: str
+
+    def refusal(self, layer: StoredLayer) -> str | None:
+        """Why this layout cannot hold `layer`, or None."""
+        ...
+
+    def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
+        """The tensors that `layer` takes on disk, exactly."""
+        ...
+
+    def encode(self, layer: StoredLayer, parts: Sequence[QTensor]) -> dict[str, Tensor]:
+        """Those tensors, filled; `parts` has one QTensor for each stacked matrix."""
+        ...
+
+    def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
+        """The inverse of `encode`."""
+        ...
+
+    def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+        """`quantization_config` for config.json; `kept` are (module, memory module, class) of matrices left as they are."""
+        ...

@@ -1,0 +1,145 @@
+"""How far a quantized tensor is from the original: float64 sums that depend neither on threads nor on how rows are split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SchemeError
+from .granularity import matrix_shape, to_tiles
+from .qtensor import QTensor
+from .sums import row_sums
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """Errors of one tensor.
+
+    mse        mean of (x - x_hat)^2, in the tensor's units squared
+    sqnr_db    10 log10(sum x^2 / sum (x - x_hat)^2), in dB; inf if exact (also for an all-zero x), -inf if x is all zero
+    cosine     of the angle between x and x_hat; 1 if both are 0, 0 if one is
+    max_error  largest |x - x_hat|
+    elements   how many
+    """
+
+    mse: float
+    sqnr_db: float
+    cosine: float
+    max_error: float
+    elements: int
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """How much of the code range tiles use: shares in [0, 1], mean and minimum over the tiles.
+
+    hit   different codes that occur / as many as could occur (codes of the format, or elements if these are fewer)
+    span  (largest - smallest number) / (the range of numbers the spec uses)
+    """
+
+    hit_mean: float
+    hit_min: float
+    span_mean: float
+    span_min: float
+
+
+def row_errors(x: Tensor, x_hat: Tensor) -> Tensor:
+    """For each row of the matrix that `x` is seen as: sums of error^2, x^2, x_hat^2, x * x_hat, and the largest |error|.
+
+    float64 [rows, 5]. Rows of pieces of a tensor can be put one below the other: `summarize` gives the same for any split.
+    """
+    if x.shape != x_hat.shape:
+        raise SchemeError(f"tensors of different shapes {tuple(x.shape)} and {tuple(x_hat.shape)} are compared")
+    shape = matrix_shape(tuple(x.shape))
+    a, b = x.reshape(shape).to(torch.float32), x_hat.reshape(shape).to(torch.float32)
+    error = b - a
+    largest = error.abs().amax(dim=-1).double() if error.numel() else torch.zeros(shape[0], dtype=torch.float64)
+    wide_a, wide_b, error = a.double(), b.double(), error.double()
+    return torch.stack(
+        [
+            row_sums(error.square_()),
+            row_sums(wide_a * wide_a),
+            row_sums(wide_b * wide_b),
+            row_sums(wide_a.mul_(wide_b)),
+            largest,
+        ],
+        dim=-1,
+    )
+
+
+def summarize(rows: Tensor | Sequence[Tensor], elements: int) -> ErrorReport:
+    """The report of a tensor of `elements` elements from its `row_errors`; exactly rounded sums, so their order is free."""
+    table = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
+    columns: list[list[float]] = table.t().tolist()
+    error, power, power_hat, product = (math.fsum(column) for column in columns[:4])
+    if error == 0:
+        sqnr = math.inf
+    else:
+        sqnr = 10 * math.log10(power / error) if power > 0 else -math.inf
+    norms = math.sqrt(power) * math.sqrt(power_hat)
+    cosine = max(-1.0, min(1.0, product / norms)) if norms > 0 else float(power == power_hat)
+    return ErrorReport(error / max(1, elements), sqnr, cosine, max(columns[4], default=0.0), elements)
+
+
+def compare(x: Tensor, x_hat: Tensor) -> ErrorReport:
+    """All measures of `x_hat` against `x`. Raises SchemeError if the shapes differ."""
+    return summarize(row_errors(x, x_hat), x.numel())
+
+
+def measure(x: Tensor, q: QTensor) -> ErrorReport:
+    """All measures of a quantized tensor against the original."""
+    return compare(x, q.dequantize())
+
+
+def mse(x: Tensor, x_hat: Tensor) -> float:
+    """Mean squared error."""
+    return compare(x, x_hat).mse
+
+
+def sqnr_db(x: Tensor, x_hat: Tensor) -> float:
+    """Signal to quantization noise ratio in dB."""
+    return compare(x, x_hat).sqnr_db
+
+
+def cosine(x: Tensor, x_hat: Tensor) -> float:
+    """Cosine similarity."""
+    return compare(x, x_hat).cosine
+
+
+def max_error(x: Tensor, x_hat: Tensor) -> float:
+    """Largest absolute error."""
+    return compare(x, x_hat).max_error
+
+
+def code_use(q: QTensor) -> CodeUse:
+    """How much of the code range each tile of `q` really uses. Only for formats of up to 8 bits."""
+    spec = q.spec
+    if spec.format.bits > 8:
+        raise SchemeError(f"code use is counted for formats of up to 8 bits, not {spec.format}")
+    unsigned = (q.codes.view(torch.uint8) + spec.format.code_offset).to(torch.int16)
+    tiles = to_tiles(unsigned, spec.granularity, fill=-1).flatten(0, 1)
+    levels = 2**spec.format.bits
+    numbers = spec.format.decode(
+        torch.arange(levels, dtype=torch.int16).sub_(spec.format.code_offset).to(spec.format.code_dtype)
+        if levels <= 2**spec.format.bits and not _is_short_codebook(q)
+        else torch.arange(levels, dtype=torch.uint8).clamp_(max=len(spec.format.grid()) - 1)
+    ).nan_to_num(0.0, 0.0, 0.0)
+    used = torch.zeros(tiles.shape[0], levels + 1, dtype=torch.bool)
+    for start in range(0, tiles.shape[-1], 4096):  # the index is 8 bytes an element
+        index = tiles[:, start : start + 4096].to(torch.int64)
+        used.scatter_(-1, torch.where(index < 0, levels, index), True)
+    used = used[:, :levels]
+    usable = _usable_codes(q)
+    possible = (tiles >= 0).sum(-1).clamp(max=usable).double()
+    low = torch.where(used, numbers, math.inf).amin(-1).double()
+    high = torch.where(used, numbers, -math.inf).amax(-1).double()
+    hit = used.sum(-1).double() / possible
+    span = (high - low) / (spec.high - spec.low)
+    count = hit.numel()
+    return CodeUse(
+        math.fsum(hit.tolist()) / count, float(hit.min()), math.fsum(span.tolist()) / count, float(span.min())
+    )

@@ -1,0 +1,116 @@
+"""Dense bit packing of codes of 1 to 8 bits.
+
+The codes of one row are one little-endian stream of bits: element i takes the bits [i * bits, (i + 1) * bits), the least
+significant bit first, and may straddle two words. A row of n codes takes ceil(n * bits / word bits) words; the bits that
+are left over are 0. This is the layout of compressed-tensors' `pack-quantized` weights, and for 4 bits in uint8 words that
+of its FP4 formats (the first element in the low nibble).
+
+Eight codes at a time are handled as one 64-bit integer whose fields are moved together in three steps, so that all widths
+share one path and no element is touched by Python.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import NumericsError, SchemeError
+
+_EIGHT = 8
+_WORDS = {torch.uint8: 1, torch.int32: 4}
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # eight codes of so many bits make one such integer
+
+
+def packed_length(length: int, bits: int, word: torch.dtype = torch.int32) -> int:
+    """Words that one row of `length` codes takes."""
+    return math.ceil(length * bits / (8 * _WORDS[word]))
+
+
+def pack(codes: Tensor, bits: int, word: torch.dtype = torch.int32, axis: int = -1) -> Tensor:
+    """Words of dtype `word` (int32 or uint8) that hold `codes` along `axis`.
+
+    codes  unsigned codes in [0, 2**bits) of any integer dtype: for a QTensor, `codes + format.code_offset`
+    Raises SchemeError (bits, word), NumericsError (a code out of range).
+    """
+    _check(bits, word)
+    if codes.dtype is not torch.uint8:
+        if codes.numel() and not 0 <= int(codes.amin().item()) <= int(codes.amax().item()) < 2**bits:
+            raise NumericsError(f"codes from {int(codes.amin())} to {int(codes.amax())} do not fit in {bits} bits")
+        codes = codes.to(torch.uint8)
+    elif bits < 8 and codes.numel() and int(codes.amax().item()) >= 2**bits:
+        raise NumericsError(f"codes up to {int(codes.amax())} do not fit in {bits} bits")
+    if axis not in (-1, codes.ndim - 1):
+        return pack(codes.movedim(axis, -1), bits, word).movedim(-1, axis).contiguous()
+    *lead, length = codes.shape
+    stream = codes.contiguous()
+    if bits < 8:
+        if length % _EIGHT:
+            stream = F.pad(stream, (0, -length % _EIGHT))
+        stream = _squeeze(stream.view(torch.int64), bits).view(*lead, -1)
+    size = packed_length(length, bits, word) * _WORDS[word]
+    if stream.shape[-1] != size:  # whole words; what is cut off are bits of the padding
+        stream = F.pad(stream, (0, size - stream.shape[-1])).contiguous()
+    return stream.clone().view(word) if stream.data_ptr() == codes.data_ptr() else stream.view(word)
+
+
+def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
+    """The `length` unsigned codes (uint8) that `pack` put into `words` along `axis`.
+
+    Raises SchemeError if the words are too few or too many for `length` codes.
+    """
+    _check(bits, words.dtype)
+    if axis not in (-1, words.ndim - 1):
+        return unpack(words.movedim(axis, -1), bits, length).movedim(-1, axis).contiguous()
+    if words.shape[-1] != packed_length(length, bits, words.dtype):
+        raise SchemeError(
+            f"{length} codes of {bits} bits take {packed_length(length, bits, words.dtype)} words of {words.dtype}, "
+            f"not {words.shape[-1]}"
+        )
+    stream = words.contiguous().view(torch.uint8)
+    if bits < 8:
+        groups = math.ceil(length / _EIGHT)
+        if stream.shape[-1] != groups * bits:
+            stream = F.pad(stream, (0, groups * bits - stream.shape[-1])).contiguous()
+        stream = _spread(stream, bits).view(torch.uint8).view(*words.shape[:-1], groups * _EIGHT)
+    stream = stream[..., :length].contiguous()
+    return stream.clone() if stream.data_ptr() == words.data_ptr() else stream
+
+
+def _check(bits: int, word: torch.dtype) -> None:
+    if not 1 <= bits <= 8:
+        raise SchemeError(f"codes of 1 to 8 bits can be packed, not {bits}")
+    if word not in _WORDS:
+        raise SchemeError(f"codes are packed into int32 or uint8 words, not {word}")
+
+
+def _mask(bits: int, stride: int) -> int:
+    """`bits` ones at the start of every `stride` bits, as a signed 64-bit integer."""
+    ones = sum((2**bits - 1) << shift for shift in range(0, 64, stride))
+    return ones - 2**64 if ones >= 2**63 else ones
+
+
+def _squeeze(eights: Tensor, bits: int) -> Tensor:
+    """int64 [..., m] of eight 8-bit fields -> uint8 [m * bits] with the low `bits` of each field side by side."""
+    v = eights
+    for width, stride in ((bits, 8), (2 * bits, 16), (4 * bits, 32)):
+        # fields of `width` at every `stride` bits; the odd ones move down next to the even ones
+        v = (v | (v >> (stride - width))).bitwise_and_(_mask(2 * width, 2 * stride))
+    if bits in _WHOLE:
+        return v.to(_WHOLE[bits]).view(torch.uint8)
+    return v.view(torch.uint8).view(-1, _EIGHT)[:, :bits].contiguous()
+
+
+def _spread(stream: Tensor, bits: int) -> Tensor:
+    """The inverse of `_squeeze`: uint8 [..., m * bits] -> int64 [..., m]."""
+    if bits in _WHOLE:
+        v = stream.view(_WHOLE[bits]).to(torch.int64).bitwise_and_(2 ** (8 * bits) - 1)
+    else:
+        padded = torch.zeros(*stream.shape[:-1], stream.shape[-1] // bits, _EIGHT, dtype=torch.uint8, device=stream.device)
+        padded[..., :bits] = stream.unflatten(-1, (-1, bits))
+        v = padded.view(torch.int64).squeeze(-1)
+    for width, stride in ((4 * bits, 32), (2 * bits, 16), (bits, 8)):
+        v = (v | (v << (stride - width))).bitwise_and_(_mask(width, stride))
+    return v

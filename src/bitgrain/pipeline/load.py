@@ -1,0 +1,157 @@
+"""Load what `quantize` wrote: a plain transformers model with dequantized weights, activations quantized by simulation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitgrain.checkpoints import bitgrain_layout, compressed_tensors_reader
+from bitgrain.checkpoints.layout import Layout, StoredLayer
+from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
+from bitgrain.errors import CheckpointError, ModelError
+from bitgrain.models.anatomy import Anatomy, read_anatomy
+from bitgrain.models.materialize import load_dense_into
+from bitgrain.models.naming import natural_order
+from bitgrain.models.skeleton import build_skeleton, load_config
+from bitgrain.models.source import resolve_model
+from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
+from bitgrain.runtime.activations import InputQuantizer, quantize_expert_inputs, quantize_inputs
+from bitgrain.runtime.device import resolve_device
+
+
+class QuantizedCheckpoint:
+    """A quantized checkpoint as its original names: which layers are quantized, and every tensor dequantized.
+
+    Raises CheckpointError for a folder that holds no quantized checkpoint that bitgrain can read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint: Checkpoint = open_checkpoint(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = config.get("quantization_config") or {}
+        method = self.config.get("quant_method")
+        self.layout: Layout
+        if method == "bitgrain":
+            self.layout, layers = bitgrain_layout.BitgrainLayout(), bitgrain_layout.read_layers(self.config)
+        elif method == "compressed-tensors":
+            self.layout = compressed_tensors_reader.CompressedTensors()
+            layers = compressed_tensors_reader.read_layers(self.config, self.checkpoint)
+        else:
+            what = f"is quantized with {method}" if method else "is not quantized"
+            raise CheckpointError(f"{folder} {what}; bitgrain.load reads what bitgrain quantize wrote")
+        self.layers: dict[str, StoredLayer] = {layer.tensor: layer for layer in layers}
+
+    def quantized(self, tensor: str) -> list[QTensor]:
+        """The QTensors of an original tensor, one for each stacked matrix."""
+        return self.layout.decode(self.layers[tensor], self.checkpoint.read)
+
+    def dense(self, tensor: str) -> Tensor:
+        """An original tensor dequantized, in its original shape and dtype."""
+        layer = self.layers[tensor]
+        parts = [q.dequantize(layer.dtype) for q in self.quantized(tensor)]
+        parts = [part.T if layer.transposed else part for part in parts]
+        return torch.stack(parts) if layer.experts > 1 else parts[0].contiguous()
+
+    def kept(self) -> list[str]:
+        """Names of the tensors that were not quantized."""
+        parts = {spec.name for layer in self.layers.values() for spec in self.layout.tensors(layer)}
+        return [name for name in self.checkpoint.entries if name not in parts]
+
+    def originals(self) -> dict[str, _Shape]:
+        """Shapes and dtypes under the original names, as `read_anatomy` wants them."""
+        found = {
+            name: _Shape(self.checkpoint.entries[name].shape, self.checkpoint.entries[name].dtype) for name in self.kept()
+        }
+        for name, layer in self.layers.items():
+            shape = layer.shape[::-1] if layer.transposed else layer.shape
+            found[name] = _Shape((layer.experts, *shape) if layer.experts > 1 else shape, layer.dtype)
+        return {name: found[name] for name in natural_order(found)}
+
+
+class _Shape:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A transformers model in eval mode with the weights of a checkpoint that bitgrain wrote, dequantized.
+
+    dtype None: as in the checkpoint. A checkpoint that is not quantized loads as it is.
+    Raises ModelError (no such model), CheckpointError (damaged or not ours).
+    """
+    source = resolve_model(folder)
+    config = load_config(source, trust_remote_code, drop_quantization=True)
+    skeleton = build_skeleton(config, trust_remote_code)
+    where = resolve_device(device)
+    raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    if not raw.get("quantization_config"):
+        plain = open_checkpoint(source.path)
+        known = read_anatomy(skeleton, plain.entries)
+        tensors = ((name, plain.read(name)) for name in natural_order(plain.entries) if name not in known.unexpected)
+        return load_dense_into(skeleton, config, tensors, where, dtype)
+    stored = QuantizedCheckpoint(source.path)
+    originals = stored.originals()
+    anatomy = read_anatomy(skeleton, originals)
+    stray = [name for name in anatomy.unexpected if name in stored.layers]
+    if stray:
+        raise CheckpointError(f"{folder}: quantized layers that the model does not have: {', '.join(stray[:3])}")
+
+    def dense() -> Iterator[tuple[str, Tensor]]:
+        for name in originals:
+            if name not in anatomy.unexpected:
+                yield name, stored.dense(name) if name in stored.layers else stored.checkpoint.read(name)
+
+    experts_run_one_by_one(config)
+    model = load_dense_into(skeleton, config, dense(), where, dtype)
+    attach_input_quantizers(model, anatomy, {name: layer.scheme for name, layer in stored.layers.items()})
+    return model
+
+
+def experts_run_one_by_one(config: Any) -> None:
+    """Ask transformers for its plain loop over experts, which `quantize_expert_inputs` can watch."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        if part is not None:
+            part._experts_implementation = "eager"
+
+
+def attach_input_quantizers(model: nn.Module, anatomy: Anatomy, schemes: dict[str, Scheme]) -> None:
+    """Give every layer whose scheme quantizes activations its InputQuantizer; `schemes` by original tensor name.
+
+    Raises ModelError where tensors that share one parameter in memory have different input specs.
+    """
+    experts: dict[str, dict[str, InputQuantizer]] = {}
+    for weight in anatomy.weights:
+        scheme = schemes.get(weight.tensor)
+        if scheme is None or scheme.input is None:
+            continue
+        nested = isinstance(scheme.input.scale, QuantSpec)
+        quantizer = InputQuantizer(scheme.input, NVFP4_INPUT_OUTER_SCALE if nested else None)
+        for target in weight.targets or (weight.memory,):
+            path, _, leaf = target.rpartition(".")
+            module = model.get_submodule(path)
+            if leaf == "weight":
+                previous = getattr(module, "input_quantizer", None)
+                if previous is None:
+                    quantize_inputs(module, quantizer)
+                elif previous.spec != quantizer.spec:
+                    raise ModelError(f"{path}: its parts have different activation schemes; give them one scheme")
+            else:
+                known = experts.setdefault(path, {})
+                if leaf in known and known[leaf].spec != quantizer.spec:
+                    raise ModelError(f"{target}: experts have different activation schemes; give them one scheme")
+                known[leaf] = quantizer
+    for path, quantizers in experts.items():
+        quantize_expert_inputs(model.get_submodule(path), quantizers)

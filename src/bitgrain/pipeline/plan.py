@@ -1,0 +1,329 @@
+"""The plan: everything that `quantize` will do, known before a weight is touched.
+
+Only headers and configs are read. The plan holds every tensor of the output with its place in the files, so the sizes
+that it predicts are the sizes that are written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
+from bitgrain.checkpoints.compressed_tensors import CompressedTensors
+from bitgrain.checkpoints.layout import Layout, StoredLayer
+from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
+from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, plan_shards, weights_nbytes
+from bitgrain.errors import PlanError, SchemeError
+from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
+from bitgrain.models.naming import natural_order
+from bitgrain.models.skeleton import build_skeleton, load_config
+from bitgrain.models.source import ModelSource, resolve_model
+from bitgrain.pipeline.engines import Verdict, judge
+from bitgrain.recipes import Recipe, Scheme
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_UNIT_BYTES = 64_000_000
+"""About how many source bytes are one unit of work: what is lost by a kill, and what one worker holds."""
+_RUNTIME_BYTES = 60_000_000
+"""What one worker's temporaries take beside its unit."""
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One matrix, or stack of matrices, of the checkpoint and what becomes of it."""
+
+    weight: Weight
+    layer: StoredLayer | None
+    """None: kept as it is."""
+    note: str = ""
+    """Why it gets something else than the recipe's scheme."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are read, worked on and committed together."""
+
+    name: str
+    tensors: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module. `problems` is empty in a plan that can be carried out."""
+
+    source: ModelSource
+    config: PretrainedConfig
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    recipe: Recipe
+    layers: tuple[PlannedLayer, ...]
+    layout: Layout
+    shards: tuple[ShardLayout, ...]
+    units: tuple[Unit, ...]
+    engines: tuple[Verdict, ...]
+    workers: int
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    trust_remote_code: bool = field(default=False)
+
+    @cached_property
+    def quantized(self) -> dict[str, StoredLayer]:
+        """The quantized layers by the name of their original tensor."""
+        return {planned.weight.tensor: planned.layer for planned in self.layers if planned.layer is not None}
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all tensors in the source."""
+        return sum(entry.nbytes for entry in self.checkpoint.entries.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all weight files, with their headers and index."""
+        return weights_nbytes(self.shards)
+
+    @cached_property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales included, for each weight that is quantized; 0 if none is."""
+        elements = sum(layer.elements for layer in self.quantized.values())
+        bits = 8 * sum(t.nbytes for layer in self.quantized.values() for t in self.layout.tensors(layer))
+        return bits / elements if elements else 0.0
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Stored bits for each parameter of the whole model."""
+        total = sum(self.anatomy.sizes.values())
+        return 8 * sum(placed.spec.nbytes for shard in self.shards for placed in shard.tensors) / total
+
+    @property
+    def peak_ram(self) -> int:
+        """Bytes above Python and torch that the job is expected to hold at once."""
+        largest = sorted((unit.nbytes for unit in self.units), reverse=True)[: self.workers]
+        return sum(2 * nbytes + _RUNTIME_BYTES for nbytes in largest)
+
+    def coverage(self) -> dict[str, int]:
+        """Number of parameters that each scheme covers; "kept" is everything else."""
+        count = Counter[str]()
+        for planned in self.layers:
+            if planned.layer is not None:
+                count[planned.layer.scheme.name] += planned.layer.elements
+        covered = count.total()
+        ordered = dict(count.most_common())
+        return {**ordered, "kept": sum(self.anatomy.sizes.values()) - covered}
+
+    def require_possible(self) -> None:
+        """Raises PlanError that lists every problem."""
+        if self.problems:
+            raise PlanError("this cannot be done as asked:\n  " + "\n  ".join(self.problems))
+
+
+def make_plan(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    workers: int | None = None,
+) -> Plan:
+    """Plan `recipe` on `model` (a folder or a hub name).
+
+    Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
+    that cannot be read, RecipeError for a rule that matches nothing.
+    """
+    source = resolve_model(model, revision=revision)
+    config = load_config(source, trust_remote_code)
+    checkpoint = open_checkpoint(source.path)
+    anatomy = read_anatomy(build_skeleton(config, trust_remote_code), checkpoint.entries)
+    schemes = recipe.assign(anatomy.weights)
+    problems: list[str] = []
+    if anatomy.missing:
+        problems.append(f"{len(anatomy.missing)} parameters of the model are not in its files: {_few(anatomy.missing)}")
+    if recipe.transforms:
+        problems.append(f"transforms cannot be applied in this version: {', '.join(recipe.transforms)}")
+    layers = [
+        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor].dtype, recipe, problems)
+        for weight, scheme in zip(anatomy.weights, schemes, strict=True)
+    ]
+    if not any(planned.layer for planned in layers):
+        problems.append("no layer would be quantized")
+    layout, reasons = _choose_layout([p.layer for p in layers if p.layer], problems)
+    quantized = {planned.weight.tensor: planned.layer for planned in layers if planned.layer}
+    outputs = [spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, layout, checkpoint)]
+    return Plan(
+        source=source,
+        config=config,
+        checkpoint=checkpoint,
+        anatomy=anatomy,
+        recipe=recipe,
+        layers=tuple(layers),
+        layout=layout,
+        shards=plan_shards(outputs, max_shard_bytes),
+        units=_split(anatomy, checkpoint),
+        engines=tuple(judge(list(quantized.values()), _fused(layers), layout.name)),
+        workers=workers or torch.get_num_threads(),
+        problems=tuple(dict.fromkeys(problems)),
+        notes=_notes(anatomy, layers, reasons),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _plan_layer(
+    weight: Weight, scheme: Scheme | None, dtype: torch.dtype, recipe: Recipe, problems: list[str]
+) -> PlannedLayer:
+    if scheme is None:
+        return PlannedLayer(weight, None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        problems.append(f"{weight.tensor} is stored as {dtype}: only float weights can be quantized")
+        return PlannedLayer(weight, None)
+    if scheme.needs_calibration:
+        problems.append(f"{scheme.name} has static activation scales, which need calibration; use {scheme.name}_DYNAMIC")
+    scheme, note = scheme.for_dtype(dtype), ""
+    reason = scheme.indivisible(weight.out_features, weight.in_features)
+    if reason:
+        note = f"{scheme.name}: {reason}"
+        match recipe.on_indivisible:
+            case "skip":
+                return PlannedLayer(weight, None, f"kept, {note}")
+            case "channel":
+                try:
+                    scheme = scheme.by_channel()
+                except SchemeError as error:
+                    problems.append(f"{weight.module}: {reason}; {error}")
+            case "pad":
+                pass
+            case "error":
+                problems.append(f"{weight.module}: {reason}; choose --on-indivisible pad, channel or skip")
+    layer = StoredLayer(
+        tensor=weight.tensor,
+        module=weight.module,
+        memory_module=weight.memory_module,
+        class_name=weight.class_name,
+        role=weight.role,
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        experts=weight.experts,
+        transposed=weight.transposed,
+        dtype=dtype,
+        scheme=scheme,
+    )
+    return PlannedLayer(weight, layer, note)
+
+
+def _choose_layout(layers: Sequence[StoredLayer], problems: list[str]) -> tuple[Layout, list[str]]:
+    """compressed-tensors if it can hold every layer, else bitgrain's own; the reasons why not."""
+    first, own = CompressedTensors(), BitgrainLayout()
+    reasons = [reason for layer in layers if (reason := first.refusal(layer))]
+    if not reasons:
+        return first, []
+    problems.extend(reason for layer in layers if (reason := own.refusal(layer)))
+    return own, reasons
+
+
+def _outputs(
+    name: str, quantized: dict[str, StoredLayer], layout: Layout, checkpoint: Checkpoint
+) -> list[TensorSpec]:
+    """The tensors on disk that the source's tensor `name` becomes."""
+    if name in quantized:
+        return layout.tensors(quantized[name])
+    entry = checkpoint.entries[name]
+    return [TensorSpec(name, entry.dtype, entry.shape)]
+
+
+def _split(anatomy: Anatomy, checkpoint: Checkpoint) -> tuple[Unit, ...]:
+    """Units of work: parts of one block, about `_UNIT_BYTES` each, that never part a fused group."""
+    group_of = {weight.tensor: weight.fused or weight.tensor for weight in anatomy.weights}
+    bundles: dict[tuple[int | None, str], list[str]] = defaultdict(list)
+    for name in natural_order(checkpoint.entries):
+        bundles[anatomy.block_of[name], group_of.get(name, name)].append(name)
+    units: list[Unit] = []
+    parts = Counter[int | None]()
+    current: list[str] = []
+    where: int | None = None
+
+    def close() -> None:
+        if current:
+            label = "outside the blocks" if where is None else f"block {where}"
+            nbytes = sum(checkpoint.entries[name].nbytes for name in current)
+            units.append(Unit(f"{label}, part {parts[where]}", tuple(current), nbytes))
+            parts[where] += 1
+            current.clear()
+
+    for (block, _), names in sorted(bundles.items(), key=lambda item: -1 if item[0][0] is None else item[0][0]):
+        size = sum(checkpoint.entries[name].nbytes for name in names)
+        held = sum(checkpoint.entries[name].nbytes for name in current)
+        if block != where or (current and held + size > _UNIT_BYTES):
+            close()
+        where = block
+        current.extend(names)
+    close()
+    return tuple(units)
+
+
+def _fused(layers: Sequence[PlannedLayer]) -> list[tuple[str, list[StoredLayer | None]]]:
+    groups: dict[str, list[StoredLayer | None]] = defaultdict(list)
+    for planned in layers:
+        if planned.weight.fused:
+            groups[planned.weight.fused].append(planned.layer)
+    return list(groups.items())
+
+
+def _notes(anatomy: Anatomy, layers: Sequence[PlannedLayer], reasons: list[str]) -> tuple[str, ...]:
+    notes: list[str] = []
+    if reasons:
+        more = f" (and {len(reasons) - 1} more such layers)" if len(reasons) > 1 else ""
+        notes.append(f"written in the bitgrain layout, because {reasons[0]}{more}")
+    changed = [planned for planned in layers if planned.note]
+    if changed:
+        notes.append(f"{len(changed)} layers do not get the scheme as asked: {changed[0].weight.module}: {changed[0].note}")
+    if anatomy.unexpected:
+        notes.append(f"{len(anatomy.unexpected)} tensors are unknown to the model and copied: {_few(anatomy.unexpected)}")
+    roles = Counter(planned.weight.role for planned in layers if planned.layer is None and not planned.note)
+    kept = ", ".join(f"{count} {role}" for role, count in roles.items())
+    if kept:
+        notes.append(f"kept in full precision: {kept}")
+    return tuple(notes)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON, for scripts (`bitgrain plan --json`)."""
+    return {
+        "model": plan.source.name,
+        "architecture": plan.anatomy.architecture,
+        "layout": plan.layout.name,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "bits_per_weight": plan.bits_per_weight,
+        "bits_per_parameter": plan.bits_per_parameter,
+        "peak_ram_bytes": plan.peak_ram,
+        "parameters": sum(plan.anatomy.sizes.values()),
+        "coverage": plan.coverage(),
+        "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],
+        "layers": [
+            {
+                "module": planned.weight.module,
+                "role": planned.weight.role,
+                "shape": [planned.weight.out_features, planned.weight.in_features],
+                "experts": planned.weight.experts,
+                "scheme": planned.layer.scheme.name if planned.layer else None,
+                "weight": planned.layer.scheme.weight.describe() if planned.layer else None,
+                "note": planned.note,
+            }
+            for planned in plan.layers
+        ],
+        "engines": [{"engine": v.engine, "loads": v.loads, "reasons": list(v.reasons)} for v in plan.engines],
+        "problems": list(plan.problems),
+        "notes": list(plan.notes),
+    }

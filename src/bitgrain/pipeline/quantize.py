@@ -1,0 +1,193 @@
+"""The main job, disk to disk: read a unit, round it, write it, journal it, free it.
+
+Memory is bounded by the units in flight, one for each worker thread. Every unit is worked on by one thread with torch's own
+parallelism off, so the bytes do not depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitgrain.checkpoints.disk_space import check_disk_space
+from bitgrain.checkpoints.job_folder import JobFolder
+from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.errors import NumericsError
+from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics.measures import measure
+from bitgrain.numerics.quantize import check_finite
+from bitgrain.pipeline.output_files import fingerprint, write_output_files
+from bitgrain.pipeline.plan import Plan, Unit
+from bitgrain.progress import Progress, make_progress
+from bitgrain.runtime.device import resolve_device
+from bitgrain.solvers import Solver, get_solver
+from bitgrain.solvers.rtn import shared_outer_scale
+
+LOW_SQNR_DB = 5.0
+"""A layer below this has lost most of its information; the manifest warns."""
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """Where the result is, and the manifest that lies in it."""
+
+    out: Path
+    plan: Plan
+    manifest: Mapping[str, Any]
+
+
+def run_plan(
+    plan: Plan,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Carry `plan` out into the folder `out`, which appears only when it is whole.
+
+    Killed at any moment, the same call resumes; the result is byte-identical. `restart` throws a half-done run away.
+    Raises PlanError (problems in the plan, not enough disk), OutputError (`out` exists), ResumeError (a half-done run with
+    other settings or sources), NumericsError (NaN, Inf), CheckpointError (a file is damaged).
+    """
+    plan.require_possible()
+    out = Path(out)
+    where = resolve_device(device)
+    check_disk_space(out, plan.bytes_after)
+    progress = progress or make_progress("quiet")
+    with JobFolder.open(out, fingerprint(plan, where), plan.shards, restart=restart) as job:
+        todo = [unit for unit in plan.units if unit.name not in job.done]
+        total = sum(unit.nbytes for unit in plan.units)
+        progress.start(total, "bytes", f"quantize {plan.source.name}", done=total - sum(u.nbytes for u in todo))
+        try:
+            for unit in _solve_all(plan, todo, job, where):
+                progress.advance(unit.nbytes, unit.name)
+        finally:
+            progress.finish()
+        manifest = write_output_files(plan, job)
+        job.finish()
+    return QuantizeResult(out, plan, manifest)
+
+
+def _solve_all(plan: Plan, todo: list[Unit], job: JobFolder, device: torch.device) -> Iterator[Unit]:
+    """Solve and commit every unit; yields each when it is durable. The first error ends the run, resumable."""
+    solver = get_solver(plan.recipe.solver)
+    queue = iter(todo)
+
+    def work(unit: Unit) -> Unit:
+        with _single_threaded():
+            tensors, records = _solve_unit(plan, unit, solver, device)
+        job.commit_unit(unit.name, tensors, {"layers": records})
+        return unit
+
+    with ThreadPoolExecutor(plan.workers, thread_name_prefix="bitgrain") as pool:
+        running: set[Future[Unit]] = set()
+        try:
+            while True:
+                while len(running) < plan.workers and (unit := next(queue, None)) is not None:
+                    running.add(pool.submit(work, unit))
+                if not running:
+                    return
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """torch uses one thread in the calling thread: no sum is split, so no result depends on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _solve_unit(
+    plan: Plan, unit: Unit, solver: Solver, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The output tensors of a unit, and what is to be known of each quantized layer."""
+    outputs: dict[str, Tensor] = {}
+    records: dict[str, dict[str, Any]] = {}
+    outer = _outer_scales(plan, unit, device)
+    for name in unit.tensors:
+        tensor = plan.checkpoint.read(name)
+        layer = plan.quantized.get(name)
+        if layer is None:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float().sum()).item()):
+                check_finite(tensor.float(), name)
+            outputs[name] = tensor
+            continue
+        parts: list[QTensor] = []
+        reports: list[dict[str, Any]] = []
+        for i, matrix in enumerate(matrices(tensor, layer)):
+            matrix = matrix.to(device)
+            label = name if layer.experts == 1 else f"{name}[{i}]"
+            q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer.get(name), name=label)
+            reports.append(measure(matrix, q).to_json())
+            parts.append(_to_cpu(q))
+        outputs.update(plan.layout.encode(layer, parts))
+        records[name] = _record(reports)
+    return outputs, records
+
+
+def matrices(tensor: Tensor, layer: StoredLayer) -> list[Tensor]:
+    """The [out, in] matrices of an original tensor."""
+    stack = list(tensor) if layer.experts > 1 else [tensor]
+    return [matrix.T.contiguous() if layer.transposed else matrix for matrix in stack]
+
+
+def _outer_scales(plan: Plan, unit: Unit, device: torch.device) -> dict[str, Tensor]:
+    """For nested scales, the scale of the scales of each fused group: engines join its members under one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for planned in plan.layers:
+        layer, name = planned.layer, planned.weight.tensor
+        if layer is None or planned.weight.fused is None or name not in unit.tensors:
+            continue
+        nested = layer.scheme.weight.scale
+        if layer.experts == 1 and isinstance(nested, QuantSpec) and nested.granularity.rows is nested.granularity.cols is None:
+            groups.setdefault((planned.weight.fused, repr(layer.scheme)), []).append(name)
+    found: dict[str, Tensor] = {}
+    for members in groups.values():
+        if len(members) < 2:
+            continue
+        layers = [plan.quantized[name] for name in members]
+        weights = (
+            matrices(plan.checkpoint.read(name), layer)[0].to(device) for name, layer in zip(members, layers, strict=True)
+        )
+        shared = shared_outer_scale(weights, layers[0].scheme.weight, " + ".join(members))
+        found.update(dict.fromkeys(members, shared))
+    return found
+
+
+def _to_cpu(q: QTensor) -> QTensor:
+    scale = _to_cpu(q.scale) if isinstance(q.scale, QTensor) else q.scale.cpu()
+    return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec)
+
+
+def _record(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record for a layer: of stacked experts the worst figure of each kind."""
+    worst = reports[0]
+    for other in reports[1:]:
+        worst = {
+            key: max(worst[key], value) if key in ("mse", "max_error") else min(worst[key], value)
+            for key, value in other.items()
+        }
+    warnings: list[str] = []
+    if worst["sqnr_db"] is not None and worst["sqnr_db"] < LOW_SQNR_DB:
+        warnings.append(f"SQNR is only {worst['sqnr_db']:.1f} dB")
+    return {**worst, "warnings": warnings}
+
+
+__all__ = ["NumericsError", "QuantizeResult", "matrices", "run_plan"]

@@ -1,0 +1,245 @@
+"""Recipe: which layer gets which scheme, and how. YAML on disk, strict: an unknown key or an idle rule is an error.
+
+    scheme: W4A16
+    solver: rtn
+    range: {name: mse}
+    on_indivisible: error
+    rules:                       # a later rule overrides an earlier one
+      - {match: down_proj, scheme: W8A16}
+      - {match: "re:.*layers\\\\.0\\\\..*", keep: true}
+      - {match: lm_head, scheme: W8A16}
+
+`match` is a module's name (whole, or its last parts), the name of its class, or `re:` and a regular expression that
+matches the whole name. Names on disk and names in memory are both tried.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import RecipeError, SchemeError
+from ..numerics import QuantSpec, get_format, parse_granularity
+from ..numerics.ranges import get_range
+from ..solvers import get_solver
+from ..transforms import get_transform
+from .scheme import Scheme, get_scheme
+
+OnIndivisible = Literal["error", "pad", "channel", "skip"]
+QUANTIZED_ROLES = ("linear", "expert")
+"""What a scheme reaches without a rule: lm_head, embeddings, routers and convolutions only by name."""
+
+
+class Layer(Protocol):
+    """What a rule sees of a layer."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def memory_module(self) -> str: ...
+    @property
+    def class_name(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpecModel(_Strict):
+    """A QuantSpec in YAML: names instead of objects."""
+
+    format: str
+    granularity: str = "per_channel"
+    zero_point: Literal["none", "integer", "real"] = "none"
+    restricted: bool = False
+    range: str | dict[str, Any] = "minmax"
+    scale: str | SpecModel = "float32"
+    dynamic: bool = False
+
+    @classmethod
+    def of(cls, spec: QuantSpec) -> SpecModel:
+        """The names that `build` turns back into `spec`."""
+        settings = {f.name: getattr(spec.range, f.name) for f in fields(spec.range)}  # type: ignore[arg-type]
+        return cls(
+            format=spec.format.name,
+            granularity=spec.granularity.name,
+            zero_point=spec.zero_point,
+            restricted=spec.restricted,
+            range={"name": spec.range.name, **settings} if settings else spec.range.name,
+            scale=cls.of(spec.scale) if isinstance(spec.scale, QuantSpec) else spec.scale.name,
+            dynamic=spec.dynamic,
+        )
+
+    def build(self) -> QuantSpec:
+        """Raises SchemeError for an unknown name or a combination without a meaning."""
+        return QuantSpec(
+            format=get_format(self.format),
+            granularity=parse_granularity(self.granularity),
+            zero_point=self.zero_point,
+            restricted=self.restricted,
+            range=get_range(self.range),
+            scale=get_format(self.scale) if isinstance(self.scale, str) else self.scale.build(),
+            dynamic=self.dynamic,
+        )
+
+
+class SchemeModel(_Strict):
+    """A scheme of one's own in YAML."""
+
+    name: str = "custom"
+    weight: SpecModel
+    input: SpecModel | None = None
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> SchemeModel:
+        """The names that `build` turns back into `scheme`."""
+        given = scheme.input
+        return cls(name=scheme.name, weight=SpecModel.of(scheme.weight), input=given and SpecModel.of(given))
+
+    def build(self) -> Scheme:
+        """Raises SchemeError."""
+        return Scheme(self.name, self.weight.build(), self.input and self.input.build())
+
+
+class Rule(_Strict):
+    """Layers that `match` get `scheme`, or are kept as they are."""
+
+    match: str = Field(min_length=1)
+    scheme: str | SchemeModel | None = None
+    keep: bool = False
+
+    @field_validator("match")
+    @classmethod
+    def _is_regular(cls, match: str) -> str:
+        if match.startswith("re:"):
+            try:
+                re.compile(match[3:])
+            except re.error as error:
+                raise ValueError(f"{match!r} is not a regular expression: {error}") from error
+        return match
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Rule:
+        if self.keep == (self.scheme is not None):
+            raise ValueError(f"the rule for {self.match!r} needs either a scheme or keep: true")
+        return self
+
+    def matches(self, layer: Layer) -> bool:
+        """Whether this rule is about `layer`."""
+        names = {layer.module, layer.memory_module}
+        if self.match.startswith("re:"):
+            return any(re.fullmatch(self.match[3:], name) for name in names)
+        return self.match == layer.class_name or any(f".{name}".endswith(f".{self.match}") for name in names)
+
+
+class Recipe(_Strict):
+    """Everything that decides the result, apart from the model itself."""
+
+    scheme: str | SchemeModel
+    solver: str = "rtn"
+    transforms: tuple[str, ...] = ()
+    range: str | dict[str, Any] | None = None
+    on_indivisible: OnIndivisible = "error"
+    rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        try:
+            get_solver(self.solver)
+            for name in self.transforms:
+                get_transform(name)
+            _build(self.scheme, self.range)
+            for rule in self.rules:
+                if rule.scheme is not None:
+                    _build(rule.scheme, self.range)
+        except SchemeError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def assign(self, layers: Sequence[Layer]) -> list[Scheme | None]:
+        """The scheme of each layer, None where it is kept.
+
+        Raises RecipeError for a rule that matches no layer, with the nearest names.
+        """
+        default = _build(self.scheme, self.range)
+        schemes: list[Scheme | None] = [default if layer.role in QUANTIZED_ROLES else None for layer in layers]
+        for rule in self.rules:
+            scheme = None if rule.scheme is None else _build(rule.scheme, self.range)
+            hits = [i for i, layer in enumerate(layers) if rule.matches(layer)]
+            if not hits:
+                raise RecipeError(_idle(rule, layers))
+            for i in hits:
+                schemes[i] = scheme
+        return schemes
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out, readable back by `load_recipe`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _build(scheme: str | SchemeModel, range_: str | dict[str, Any] | None) -> Scheme:
+    built = get_scheme(scheme) if isinstance(scheme, str) else scheme.build()
+    if range_ is not None:
+        built = replace(built, weight=replace(built.weight, range=get_range(range_)))
+    return built
+
+
+def _idle(rule: Rule, layers: Sequence[Layer]) -> str:
+    last = {part for layer in layers for part in (layer.module.rsplit(".", 1)[-1], layer.class_name)}
+    names = [*sorted(last), *(layer.module for layer in layers)]
+    near = difflib.get_close_matches(rule.match.removeprefix("re:"), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; layers end in {', '.join(sorted(last))}"
+    return f"the rule {rule.match!r} matches no layer of this model{hint}"
+
+
+def make_recipe(**settings: Any) -> Recipe:
+    """A Recipe from keyword arguments, with errors as from a file. Raises RecipeError."""
+    return _validate(settings, "the recipe")
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Reads a recipe file; `overrides` (from the command line) replace its top-level keys.
+
+    Raises RecipeError: no file, no YAML, unknown key (with the nearest known one), bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"there is no recipe file {path}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds no recipe: it needs at least `scheme: NAME`")
+    return _validate({**data, **overrides}, str(path))
+
+
+def _validate(data: dict[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one sentence, with a suggestion for a mistyped key."""
+    problems = error.errors(include_url=False)
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    problem = (unknown or problems)[0]
+    where = ".".join(str(part) for part in problem["loc"] if str(part) not in ("str", "SchemeModel", "SpecModel"))
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        known = sorted({*Recipe.model_fields, *Rule.model_fields, *SchemeModel.model_fields, *SpecModel.model_fields})
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message

@@ -1,0 +1,119 @@
+"""Scheme: what one layer gets, and the presets under the names that the field knows.
+
+Names read W<bits of weights>A<bits of activations>. Where vLLM and compressed-tensors have a preset of the same name,
+ours has the same formats and granularities.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import SchemeError
+from ..numerics import Granularity, IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
+from ..numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
+from ..numerics.spec import int_weight
+
+# NVFP4 activations choose a scale for each 16 values at run time, in E4M3, times one constant. A quarter lets the scales
+# reach blocks with maxima from 0.004 to 672 without calibration data.
+NVFP4_INPUT_OUTER_SCALE = 0.25
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """QuantSpecs of a linear layer's weight, input and output; None leaves it as it is."""
+
+    name: str
+    weight: QuantSpec
+    input: QuantSpec | None = None
+    output: QuantSpec | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether activations have static scales, which only data can give."""
+        return any(spec is not None and not spec.dynamic for spec in (self.input, self.output))
+
+    def for_dtype(self, dtype: torch.dtype) -> Scheme:
+        """The same with plainly stored scales in the checkpoint's own dtype: engines decode to the dtype of the scale."""
+        storage = {torch.float16: FP16, torch.bfloat16: BF16}.get(dtype, FP32)
+        return replace(self, weight=self.weight.with_scale_dtype(storage))
+
+    def indivisible(self, out_features: int, in_features: int) -> str | None:
+        """Why tiles do not fit a weight [out, in], or None. Cut blocks at the last rows are allowed: engines pad them."""
+        for what, spec in (("weight", self.weight), ("input", self.input)):
+            if spec is None or spec.granularity.cols in (None, 1):
+                continue
+            if in_features % spec.granularity.cols:
+                return f"{what} {spec.granularity} does not divide {in_features} input features"
+        return None
+
+    def by_channel(self) -> Scheme:
+        """The same with one scale for each output channel and each token, for layers that groups do not divide.
+
+        Raises SchemeError for FP4, which has no such form in any engine.
+        """
+        if self.weight.format == FP4_E2M1:
+            raise SchemeError(
+                f"{self.name}: FP4 exists only in groups, no engine reads it per channel; use --on-indivisible skip"
+            )
+        token = None if self.input is None else replace(self.input, granularity=Granularity(1, None))
+        return replace(
+            self,
+            name=f"{self.name}/channel",
+            weight=replace(self.weight, granularity=per_channel()),
+            input=token,
+        )
+
+
+def _int8(granularity: Granularity, dynamic: bool = False) -> QuantSpec:
+    return QuantSpec(IntFormat(8), granularity, restricted=True, dynamic=dynamic)
+
+
+def _fp8(granularity: Granularity, dynamic: bool = False) -> QuantSpec:
+    return QuantSpec(FP8_E4M3, granularity, dynamic=dynamic)
+
+
+_TOKEN_INT8 = _int8(per_channel(), dynamic=True)
+_TOKEN_FP8 = _fp8(per_channel(), dynamic=True)
+
+PRESETS: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("W8A16", int_weight(8)),
+        Scheme("W4A16", int_weight(4, 128)),
+        Scheme("W4A16_ASYM", int_weight(4, 128, asymmetric=True)),
+        Scheme("W4A16_CHANNEL", int_weight(4)),
+        Scheme("W3A16", int_weight(3, 128)),
+        Scheme("W3A16_ASYM", int_weight(3, 128, asymmetric=True)),
+        Scheme("W2A16", int_weight(2, 128)),
+        Scheme("W2A16_ASYM", int_weight(2, 64, asymmetric=True)),
+        Scheme("W8A16_TENSOR", _int8(per_tensor())),
+        Scheme("W8A8", _int8(per_channel()), _TOKEN_INT8),
+        Scheme("INT8_TENSOR", _int8(per_tensor()), _TOKEN_INT8),
+        Scheme("W4A8", int_weight(4, 128), _TOKEN_INT8),
+        Scheme("W4AFP8", int_weight(4, 128), _TOKEN_FP8),
+        Scheme("W8A16INT16", int_weight(8), QuantSpec(IntFormat(16), per_channel(), restricted=True, dynamic=True)),
+        Scheme("FP8", _fp8(per_tensor()), _fp8(per_tensor())),
+        Scheme("FP8_DYNAMIC", _fp8(per_channel()), _TOKEN_FP8),
+        Scheme("FP8_BLOCK", _fp8(per_block(128, 128)), _fp8(per_group(128), dynamic=True)),
+        Scheme("MXFP4A16", mxfp4()),
+        Scheme("MXFP4", mxfp4(), mxfp4(dynamic=True)),
+        Scheme("NVFP4A16", nvfp4()),
+        Scheme("NVFP4", nvfp4(), nvfp4(dynamic=True)),
+    )
+}
+ALIASES = {"INT8": "W8A8"}
+
+
+def get_scheme(name: str) -> Scheme:
+    """The preset called `name` (case-insensitive; `-` reads as `_`). Raises SchemeError that lists all."""
+    key = name.strip().upper().replace("-", "_")
+    key = ALIASES.get(key, key)
+    if key in PRESETS:
+        return PRESETS[key]
+    known = [*PRESETS, *ALIASES]
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise SchemeError(f"unknown scheme {name!r}{hint} Known schemes: {', '.join(known)}")

@@ -1,0 +1,87 @@
+"""Activations quantized at run time, by simulation: the input of a layer is rounded to its low-bit grid, then multiplied densely.
+
+The arithmetic follows vLLM's kernels: int8 per token is absmax / 127 with ties to even, fp8 per token is absmax / 448,
+NVFP4 chooses E4M3 scales under a fixed shared scale. (transformers with compressed-tensors divides int8 by 127.5.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bitgrain.errors import SchemeError
+from bitgrain.numerics import QuantSpec, fake_quantize
+
+
+class InputQuantizer(nn.Module):
+    """x [..., in_features] -> the same rounded to `spec`'s grid, in the dtype of x. Without parameters."""
+
+    def __init__(self, spec: QuantSpec, outer_scale: float | None = None) -> None:
+        super().__init__()
+        if not spec.dynamic:
+            raise SchemeError("static activation scales need calibration, which this version does not have")
+        self.spec = spec
+        self.outer_scale = outer_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return x
+        outer = None
+        if self.outer_scale is not None:
+            outer = torch.full((1, 1), self.outer_scale, device=x.device)
+        return fake_quantize(x, self.spec, outer_scale=outer)
+
+    def extra_repr(self) -> str:
+        return self.spec.describe()
+
+
+def quantize_inputs(module: nn.Module, quantizer: InputQuantizer) -> None:
+    """From now on `module` (a linear layer, called with its input first) sees quantized inputs."""
+    module.input_quantizer = quantizer
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (quantizer(args[0]), *args[1:])
+
+    module.register_forward_pre_hook(before)
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Inside the forward of an experts module: every product with one of its weights gets a quantized input."""
+
+    def __init__(self, quantizers: dict[int, InputQuantizer]) -> None:
+        super().__init__()
+        self.quantizers = quantizers
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor):
+            quantizer = self.quantizers.get(args[1].untyped_storage().data_ptr())
+            if quantizer is not None:
+                args = (quantizer(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = {F.linear, torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
+
+
+def quantize_expert_inputs(module: nn.Module, quantizers: dict[str, InputQuantizer]) -> None:
+    """The same for an experts module that keeps its weights as 3-D parameters: `quantizers` by parameter name.
+
+    The module must run its experts one by one (transformers' "eager" experts), so that each product is seen.
+    """
+    forward = module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen = {module.get_parameter(name).untyped_storage().data_ptr(): q for name, q in quantizers.items()}
+        with _ExpertInputs(seen):
+            return forward(*args, **kwargs)
+
+    for name, quantizer in quantizers.items():
+        module.add_module(f"{name}_input_quantizer", quantizer)
+    module.forward = watched
