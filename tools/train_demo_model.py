@@ -230,8 +230,11 @@ Held out: {modules}.
 
 It writes text that looks like Python at a glance: indentation, keywords, `self.`, docstrings. It does not know what
 the code does, invents names, loses the thread within a few lines, and knows no language but Python and the English
-of its comments. Do not use it to write code. What it shows of a quantization scheme (which loses more, which less)
-has the right direction; the sizes of the losses in a large model are different.
+of its comments. Do not use it to write code.
+
+It is not trained to convergence: the length of the run was set beforehand, and more passes over the data would lower
+the loss. So small a model also loses little to quantization. Coarser schemes do lose more, but the differences can be
+fractions of a percent, and their sizes say nothing about a large model.
 
 A greedy continuation of `class Counter(dict):`:
 

@@ -36,8 +36,17 @@ def test_what_a_half_done_run_holds_is_available(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_499, "999 kB"), (999_500, "1.0 MB")]
-    + [(99_940, "99.9 kB"), (99_960, "100 kB"), (16_060_522_496, "16.1 GB"), (10**18, "1000 PB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (99_940, "99.9 kB"),
+        (99_960, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (16_060_522_496, "16.1 GB"),
+        (10**18, "1000 PB"),
+    ],
 )
 def test_bytes_for_people(nbytes: int, text: str):
     assert format_bytes(nbytes) == text

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from bitgrain.errors import ModelError
-from bitgrain.models.materialize import load_dense_into
+from bitgrain.models import build_skeleton, load_config, load_dense_into, read_anatomy, resolve_model
 
 TOKENS = torch.tensor([[1, 5, 9, 101, 7, 7, 64, 3]])
 
@@ -69,6 +71,19 @@ def test_changed_weights_change_the_outputs(tiny):
     model = load_dense_into(mixtral.skeleton, mixtral.config, changed.items())
     expected = mixtral.tensors[name]
     assert torch.equal(model.get_parameter("model.layers.0.mlp.experts.down_proj")[2], 2 * expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "stories260k"])
+def test_trained_models(shared, name):
+    source = resolve_model(shared / "models" / name)
+    config = load_config(source)
+    skeleton = build_skeleton(config)
+    tensors = load_file(source.path / "model.safetensors")
+    anatomy = read_anatomy(skeleton, tensors)
+    assert anatomy.missing == anatomy.unexpected == ()
+    model = load_dense_into(skeleton, config, tensors.items())
+    twin = AutoModelForCausalLM.from_pretrained(source.path)
+    torch.testing.assert_close(outputs(model), outputs(twin))
 
 
 def test_faults_are_errors(tiny):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bitgrain.errors import ModelError
+from ..errors import ModelError
 
 _CONVOLUTIONS = (
     nn.Conv1d,

@@ -218,9 +218,7 @@ class FloatFormat(Format):
     def round(self, x: Tensor) -> Tensor:
         if self.maximum >= torch.finfo(torch.float32).max and self.mantissa_bits >= 23:
             return x.to(torch.float32)
-        x = x.to(torch.float32).clamp(
-            -self.maximum if self.is_signed else self.smallest_positive, self.maximum
-        )
+        x = x.to(torch.float32).clamp(-self.maximum if self.is_signed else self.smallest_positive, self.maximum)
         dtype = self.torch_dtype
         if dtype is not None and self.is_signed:
             if self.bits == 8:
@@ -240,12 +238,10 @@ class FloatFormat(Format):
             sign = (half >> (16 - self.bits)) & (1 << (self.bits - 1))
             return ((half >> shift) & (2 ** (self.bits - 1) - 1)).bitwise_or_(sign).to(self.code_dtype)
         magnitude = values.to(torch.float32).abs()
-        normal = (magnitude.view(torch.int32) >> (23 - self.mantissa_bits)) - (
-            (127 - self.bias) << self.mantissa_bits
-        )
+        normal = (magnitude.view(torch.int32) >> (23 - self.mantissa_bits)) - ((127 - self.bias) << self.mantissa_bits)
         codes = normal
         if self.subnormals:
-            small = (magnitude * 2.0 ** (self.mantissa_bits - self.smallest_exponent)).to(torch.int32)
+            small = (magnitude.double() * 2.0 ** (self.mantissa_bits - self.smallest_exponent)).to(torch.int32)
             codes = torch.where(magnitude < 2.0**self.smallest_exponent, small, normal)
         if self.is_signed:
             codes = codes | (torch.signbit(values).to(torch.int32) << (self.bits - 1))
@@ -301,9 +297,7 @@ class CodebookFormat(Format):
 
     def __post_init__(self) -> None:
         if len(self.values) < 2 or list(self.values) != sorted(set(self.values)) or len(self.values) > 2**16:
-            raise SchemeError(
-                f"codebook {self.name}: 2 to 65536 different numbers in ascending order are needed"
-            )
+            raise SchemeError(f"codebook {self.name}: 2 to 65536 different numbers in ascending order are needed")
 
     @property
     def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -362,9 +356,7 @@ def _normal_float(bits: int) -> tuple[float, ...]:
     """
     half = 2 ** (bits - 1)
     offset = (1 - 1 / (4 * half) + 1 - 1 / (4 * half - 2)) / 2
-    normal = torch.distributions.Normal(
-        torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
-    )
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     positive = normal.icdf(torch.linspace(offset, 0.5, half + 1, dtype=torch.float64))[:-1]
     negative = -normal.icdf(torch.linspace(offset, 0.5, half, dtype=torch.float64))[:-1]
     values = torch.cat([positive, torch.zeros(1, dtype=torch.float64), negative]).sort().values

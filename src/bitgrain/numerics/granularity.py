@@ -26,9 +26,7 @@ class Granularity:
     def __post_init__(self) -> None:
         for size in (self.rows, self.cols):
             if size is not None and size < 1:
-                raise SchemeError(
-                    f"a tile needs at least one row and one column, not {self.rows} x {self.cols}"
-                )
+                raise SchemeError(f"a tile needs at least one row and one column, not {self.rows} x {self.cols}")
 
     @property
     def name(self) -> str:
@@ -122,9 +120,7 @@ def parse_granularity(text: str | Granularity) -> Granularity:
         return _SIMPLE[plain]
     if match := re.fullmatch(r"(per_channel|per_group|per_row_group|per_block)\((\w+)(?:,(\w+))?\)", plain):
         name, *sizes = match.groups()
-        numbers = [
-            None if s == "all" else int(s) for s in sizes if s is not None and (s == "all" or s.isdigit())
-        ]
+        numbers = [None if s == "all" else int(s) for s in sizes if s is not None and (s == "all" or s.isdigit())]
         given = len([s for s in sizes if s is not None])
         if len(numbers) == given == (2 if name == "per_block" else 1):
             if name == "per_block":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
+from .formats import CodebookFormat, Format
 from .granularity import matrix_shape, to_tiles
 from .qtensor import QTensor
 from .sums import row_sums
@@ -120,26 +121,29 @@ def code_use(q: QTensor) -> CodeUse:
     spec = q.spec
     if spec.format.bits > 8:
         raise SchemeError(f"code use is counted for formats of up to 8 bits, not {spec.format}")
-    unsigned = (q.codes.view(torch.uint8) + spec.format.code_offset).to(torch.int16)
-    tiles = to_tiles(unsigned, spec.granularity, fill=-1).flatten(0, 1)
-    levels = 2**spec.format.bits
-    numbers = spec.format.decode(
-        torch.arange(levels, dtype=torch.int16).sub_(spec.format.code_offset).to(spec.format.code_dtype)
-        if levels <= 2**spec.format.bits and not _is_short_codebook(q)
-        else torch.arange(levels, dtype=torch.uint8).clamp_(max=len(spec.format.grid()) - 1)
-    ).nan_to_num(0.0, 0.0, 0.0)
-    used = torch.zeros(tiles.shape[0], levels + 1, dtype=torch.bool)
-    for start in range(0, tiles.shape[-1], 4096):  # the index is 8 bytes an element
-        index = tiles[:, start : start + 4096].to(torch.int64)
-        used.scatter_(-1, torch.where(index < 0, levels, index), True)
-    used = used[:, :levels]
-    usable = _usable_codes(q)
-    possible = (tiles >= 0).sum(-1).clamp(max=usable).double()
-    low = torch.where(used, numbers, math.inf).amin(-1).double()
-    high = torch.where(used, numbers, -math.inf).amax(-1).double()
-    hit = used.sum(-1).double() / possible
-    span = (high - low) / (spec.high - spec.low)
-    count = hit.numel()
+    numbers = _numbers(spec.format)
+    codes = numbers.numel()
+    tiles = to_tiles(q.unsigned_codes().to(torch.int16), spec.granularity, fill=codes).flatten(0, 1)
+    used = torch.zeros(tiles.shape[0], codes + 1, dtype=torch.bool)
+    for start in range(0, tiles.shape[-1], 4096):  # the index takes 8 bytes for each element
+        used.scatter_(-1, tiles[:, start : start + 4096].to(torch.int64), True)
+    used = used[:, :codes]
+    usable = int(numbers.isfinite().sum().item()) - int(spec.restricted)
+    hit = used.sum(-1).double() / (tiles < codes).sum(-1).clamp(max=usable)
+    low, high = torch.where(used, numbers, math.inf).amin(-1), torch.where(used, numbers, -math.inf).amax(-1)
+    span = (high.double() - low.double()) / (spec.high - spec.low)
+    tile_count = hit.numel()
     return CodeUse(
-        math.fsum(hit.tolist()) / count, float(hit.min()), math.fsum(span.tolist()) / count, float(span.min())
+        math.fsum(hit.tolist()) / tile_count,
+        float(hit.min()),
+        math.fsum(span.tolist()) / tile_count,
+        float(span.min()),
     )
+
+
+def _numbers(format: Format) -> Tensor:
+    """What each unsigned code of `format` means, float32; Inf or NaN for codes that are not numbers."""
+    if isinstance(format, CodebookFormat):
+        return format.grid()
+    unsigned = torch.arange(2**format.bits, dtype=torch.int32)
+    return format.decode((unsigned - format.code_offset).to(format.code_dtype))

@@ -45,7 +45,9 @@ def pack(codes: Tensor, bits: int, word: torch.dtype = torch.int32, axis: int = 
     if axis not in (-1, codes.ndim - 1):
         return pack(codes.movedim(axis, -1), bits, word).movedim(-1, axis).contiguous()
     *lead, length = codes.shape
-    stream = codes.contiguous()
+    if not codes.numel():
+        return torch.zeros(*lead, packed_length(length, bits, word), dtype=word, device=codes.device)
+    stream = _aligned(codes)
     if bits < 8:
         if length % _EIGHT:
             stream = F.pad(stream, (0, -length % _EIGHT))
@@ -69,7 +71,9 @@ def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
             f"{length} codes of {bits} bits take {packed_length(length, bits, words.dtype)} words of {words.dtype}, "
             f"not {words.shape[-1]}"
         )
-    stream = words.contiguous().view(torch.uint8)
+    if not words.numel():
+        return torch.zeros(*words.shape[:-1], length, dtype=torch.uint8, device=words.device)
+    stream = _aligned(words).view(torch.uint8)
     if bits < 8:
         groups = math.ceil(length / _EIGHT)
         if stream.shape[-1] != groups * bits:
@@ -86,6 +90,12 @@ def _check(bits: int, word: torch.dtype) -> None:
         raise SchemeError(f"codes are packed into int32 or uint8 words, not {word}")
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """`x` contiguous, at an address where 64-bit integers may begin."""
+    x = x.contiguous().view(-1).view(x.shape)  # strides of axes of size 1 may be anything in a contiguous tensor
+    return x.clone() if x.data_ptr() % _EIGHT or x.storage_offset() * x.element_size() % _EIGHT else x
+
+
 def _mask(bits: int, stride: int) -> int:
     """`bits` ones at the start of every `stride` bits, as a signed 64-bit integer."""
     ones = sum((2**bits - 1) << shift for shift in range(0, 64, stride))
@@ -97,7 +107,11 @@ def _squeeze(eights: Tensor, bits: int) -> Tensor:
     v = eights
     for width, stride in ((bits, 8), (2 * bits, 16), (4 * bits, 32)):
         # fields of `width` at every `stride` bits; the odd ones move down next to the even ones
-        v = (v | (v >> (stride - width))).bitwise_and_(_mask(2 * width, 2 * stride))
+        if 2 * width <= stride:
+            v = (v | (v >> (stride - width))).bitwise_and_(_mask(2 * width, 2 * stride))
+        else:  # a field would meet its own copy: the two kinds are moved apart first
+            even = _mask(width, 2 * stride)
+            v = ((v >> stride) & even).bitwise_left_shift_(width).bitwise_or_(v & even)
     if bits in _WHOLE:
         return v.to(_WHOLE[bits]).view(torch.uint8)
     return v.view(torch.uint8).view(-1, _EIGHT)[:, :bits].contiguous()
@@ -108,9 +122,15 @@ def _spread(stream: Tensor, bits: int) -> Tensor:
     if bits in _WHOLE:
         v = stream.view(_WHOLE[bits]).to(torch.int64).bitwise_and_(2 ** (8 * bits) - 1)
     else:
-        padded = torch.zeros(*stream.shape[:-1], stream.shape[-1] // bits, _EIGHT, dtype=torch.uint8, device=stream.device)
+        padded = torch.zeros(
+            *stream.shape[:-1], stream.shape[-1] // bits, _EIGHT, dtype=torch.uint8, device=stream.device
+        )
         padded[..., :bits] = stream.unflatten(-1, (-1, bits))
         v = padded.view(torch.int64).squeeze(-1)
     for width, stride in ((4 * bits, 32), (2 * bits, 16), (bits, 8)):
-        v = (v | (v << (stride - width))).bitwise_and_(_mask(width, stride))
+        if 2 * width <= stride:
+            v = (v | (v << (stride - width))).bitwise_and_(_mask(width, stride))
+        else:
+            even = _mask(width, 2 * stride)
+            v = ((v >> width) & even).bitwise_left_shift_(stride).bitwise_or_(v & even)
     return v

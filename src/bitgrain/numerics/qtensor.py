@@ -37,6 +37,16 @@ class QTensor:
         values = from_grid(values, scale_values(self.scale), self.zero)
         return from_tiles(values, self.spec.granularity, self.shape).to(dtype)
 
+    def unsigned_codes(self) -> Tensor:
+        """The codes in [0, 2**bits), as they are packed: uint8 (int32 for formats of more than 8 bits)."""
+        offset = self.spec.format.code_offset
+        if self.spec.format.bits > 8:
+            return self.codes.to(torch.int32) + offset
+        codes = self.codes.view(
+            torch.uint8
+        )  # two's complement: adding the offset modulo 256 is right for negative codes
+        return codes + offset if offset else codes
+
     def count_bits(self) -> int:
         """Bits of codes, scales and zero points, densely packed."""
         return self.spec.count_bits(self.shape)

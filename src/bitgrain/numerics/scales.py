@@ -49,9 +49,7 @@ def check_scale(scale: Tensor, spec: QuantSpec, name: str) -> None:
         )
 
 
-def store_scale(
-    scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Tensor | None = None
-) -> Tensor | QTensor:
+def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Tensor | None = None) -> Tensor | QTensor:
     """Ideal scales [down, across] (float32; 0 for an all-zero tile) in their storage.
 
     Plain storage gives a tensor of the storage's torch dtype. Nested storage gives a QTensor; `outer` then fixes the

@@ -44,19 +44,13 @@ class QuantSpec:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
-        if self.restricted and not (
-            self.symmetric and isinstance(self.format, IntFormat) and self.format.signed
-        ):
+        if self.restricted and not (self.symmetric and isinstance(self.format, IntFormat) and self.format.signed):
             raise SchemeError("restricted range means a symmetric signed integer format")
         if self.symmetric and self.format == IntFormat(1):
             raise SchemeError("symmetric int1 has only the numbers -1 and 0; use binary, ternary or a zero point")
         if self.zero_point == "integer" and not isinstance(self.format, IntFormat):
-            raise SchemeError(
-                f"an integer zero point needs an integer format, {self.format} takes zero_point='real'"
-            )
-        if isinstance(self.scale, Format) and not (
-            isinstance(self.scale, FloatFormat) and self.scale.torch_dtype
-        ):
+            raise SchemeError(f"an integer zero point needs an integer format, {self.format} takes zero_point='real'")
+        if isinstance(self.scale, Format) and not (isinstance(self.scale, FloatFormat) and self.scale.torch_dtype):
             raise SchemeError(
                 f"scales are stored as float32, float16, bfloat16, e8m0, fp8_e4m3 or fp8_e5m2, not {self.scale}"
             )
@@ -90,15 +84,11 @@ class QuantSpec:
     def describe(self) -> str:
         """For tables: `int4 per_group(128) asymmetric, scale bfloat16`."""
         parts = [str(self.format), str(self.granularity)]
-        parts += (
-            [] if self.symmetric else ["asymmetric" if self.zero_point == "integer" else "real zero point"]
-        )
+        parts += [] if self.symmetric else ["asymmetric" if self.zero_point == "integer" else "real zero point"]
         parts += [] if isinstance(self.range, MinMax) else [f"range {self.range}"]
         parts += ["dynamic"] if self.dynamic else []
         nested = isinstance(self.scale, QuantSpec)
-        return " ".join(parts) + (
-            "" if self.dynamic else f", scale {self.scale_format}{' in scale' if nested else ''}"
-        )
+        return " ".join(parts) + ("" if self.dynamic else f", scale {self.scale_format}{' in scale' if nested else ''}")
 
     def count_bits(self, shape: tuple[int, ...]) -> int:
         """Bits of codes, scales and zero points for a tensor of `shape`, densely packed and without file overhead."""
@@ -126,9 +116,7 @@ def nvfp4(dynamic: bool = False) -> QuantSpec:
     The shared scale is a power of two here: then E2M1 x E4M3 x shared is exact in bfloat16, and every engine decodes
     the same numbers, whatever dtype it multiplies in. E4M3 has range to spare, so nothing is lost.
     """
-    return QuantSpec(
-        FP4_E2M1, per_group(16), scale=QuantSpec(FP8_E4M3, per_tensor(), scale=E8M0), dynamic=dynamic
-    )
+    return QuantSpec(FP4_E2M1, per_group(16), scale=QuantSpec(FP8_E4M3, per_tensor(), scale=E8M0), dynamic=dynamic)
 
 
 def nf4_double_quantized(group: int = 64) -> QuantSpec:
@@ -137,11 +125,7 @@ def nf4_double_quantized(group: int = 64) -> QuantSpec:
     return QuantSpec(get_format("nf4"), per_group(group), scale=inner)
 
 
-def int_weight(
-    bits: int, group: int | None = None, *, asymmetric: bool = False, scale: Format = FP32
-) -> QuantSpec:
+def int_weight(bits: int, group: int | None = None, *, asymmetric: bool = False, scale: Format = FP32) -> QuantSpec:
     """Weight-only integers as GPTQ, AWQ and compressed-tensors store them: per group along the inputs, or per row."""
     granularity = per_group(group) if group else per_channel()
-    return QuantSpec(
-        IntFormat(bits), granularity, zero_point="integer" if asymmetric else "none", scale=scale
-    )
+    return QuantSpec(IntFormat(bits), granularity, zero_point="integer" if asymmetric else "none", scale=scale)

@@ -44,13 +44,16 @@ def judge(
         serving[f"layers that it fuses have different schemes: {mixed[0]}{more}"] = None
     experts = any(layer.role == "expert" for layer in layers)
     inputs = any(layer.scheme.input is not None for layer in layers)
-    transformers = [
-        *(["runs experts without quantizing their inputs"] if experts and inputs else []),
-    ]
+    transformers = ["runs experts without quantizing their inputs"] if experts and inputs else []
+    schemes = {repr(layer.scheme) for layer in layers}
+    asymmetric = any(not layer.scheme.weight.symmetric for layer in layers)
+    readable = not asymmetric or (len(schemes) == 1 and not inputs)
+    if not readable:
+        transformers.append("cannot load packed zero points beside another scheme (compressed-tensors 0.20)")
     return [
         Verdict("vLLM", not serving, tuple(serving)),
         Verdict("SGLang", not serving, tuple(serving)),
-        Verdict("transformers", True, tuple(transformers)),
+        Verdict("transformers", readable, tuple(transformers)),
         _OWN,
     ]
 

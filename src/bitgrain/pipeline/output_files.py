@@ -85,6 +85,9 @@ def _config(plan: Plan) -> bytes:
     ]
     if not any(p.weight.role == "lm_head" for p in plan.layers):
         kept += [("lm_head", "lm_head", "Linear")]  # tied to the embeddings: a linear in memory that is not on disk
+    if plan.decodes_to_bfloat16:
+        config.pop("torch_dtype", None)
+        config["dtype"] = "bfloat16"
     config["quantization_config"] = plan.layout.config(list(plan.quantized.values()), kept)
     return _json(config)
 

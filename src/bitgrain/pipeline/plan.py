@@ -7,7 +7,7 @@ that it predicts are the sizes that are written.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
 from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
+from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.recipes import Recipe, Scheme
 
@@ -108,6 +109,11 @@ class Plan:
         """Bytes above Python and torch that the job is expected to hold at once."""
         largest = sorted((unit.nbytes for unit in self.units), reverse=True)[: self.workers]
         return sum(2 * nbytes + _RUNTIME_BYTES for nbytes in largest)
+
+    @property
+    def decodes_to_bfloat16(self) -> bool:
+        """FP4 weights and activations in a float32 model: engines run it in bfloat16 only."""
+        return _needs_bfloat16(self.quantized.values())
 
     def coverage(self) -> dict[str, int]:
         """Number of parameters that each scheme covers; "kept" is everything else."""
@@ -286,11 +292,19 @@ def _notes(anatomy: Anatomy, layers: Sequence[PlannedLayer], reasons: list[str])
         notes.append(f"{len(changed)} layers do not get the scheme as asked: {changed[0].weight.module}: {changed[0].note}")
     if anatomy.unexpected:
         notes.append(f"{len(anatomy.unexpected)} tensors are unknown to the model and copied: {_few(anatomy.unexpected)}")
+    if _needs_bfloat16(planned.layer for planned in layers if planned.layer):
+        notes.append("config.json says bfloat16: engines decode FP4 to 16 bits and cannot run it in a float32 model")
     roles = Counter(planned.weight.role for planned in layers if planned.layer is None and not planned.note)
     kept = ", ".join(f"{count} {role}" for role, count in roles.items())
     if kept:
         notes.append(f"kept in full precision: {kept}")
     return tuple(notes)
+
+
+def _needs_bfloat16(layers: Iterable[StoredLayer]) -> bool:
+    return any(
+        x.scheme.weight.format == FP4_E2M1 and x.scheme.input is not None and x.dtype == torch.float32 for x in layers
+    )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ parallelism off, so the bytes do not depend on how many workers there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -135,7 +136,7 @@ def _solve_unit(
             matrix = matrix.to(device)
             label = name if layer.experts == 1 else f"{name}[{i}]"
             q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer.get(name), name=label)
-            reports.append(measure(matrix, q).to_json())
+            reports.append(_report(matrix, q))
             parts.append(_to_cpu(q))
         outputs.update(plan.layout.encode(layer, parts))
         records[name] = _record(reports)
@@ -176,14 +177,24 @@ def _to_cpu(q: QTensor) -> QTensor:
     return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec)
 
 
+def _report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
+    """The errors of one matrix as JSON; an exact result has no SQNR."""
+    report = measure(matrix, q)
+    exact = not math.isfinite(report.sqnr_db)
+    return {
+        "sqnr_db": None if exact else report.sqnr_db,
+        "cosine": report.cosine,
+        "mse": report.mse,
+        "max_error": report.max_error,
+    }
+
+
 def _record(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One record for a layer: of stacked experts the worst figure of each kind."""
-    worst = reports[0]
-    for other in reports[1:]:
-        worst = {
-            key: max(worst[key], value) if key in ("mse", "max_error") else min(worst[key], value)
-            for key, value in other.items()
-        }
+    worst: dict[str, Any] = {}
+    for key in reports[0]:
+        values = [report[key] for report in reports if report[key] is not None]
+        worst[key] = (max if key in ("mse", "max_error") else min)(values, default=None)
     warnings: list[str] = []
     if worst["sqnr_db"] is not None and worst["sqnr_db"] < LOW_SQNR_DB:
         warnings.append(f"SQNR is only {worst['sqnr_db']:.1f} dB")

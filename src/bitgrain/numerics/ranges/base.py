@@ -21,9 +21,7 @@ class Range(ABC):
     """What stands beyond the edge in cut tiles: 0 cannot widen min-max limits; NaN for ranges that count elements."""
 
     @abstractmethod
-    def limits(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def limits(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Low and high limit of each tile, float32 [down, across].
 
         tiles       float32 [down, across, elements of a tile]; cut tiles are filled with `fill`
@@ -31,9 +29,7 @@ class Range(ABC):
         importance  non-negative weights of the elements, broadcastable to `tiles`; only for ranges that use it
         """
 
-    def scale(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def scale(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Ideal scale and real-valued zero point of each tile, before they are stored."""
         return scale_from_limits(*self.limits(tiles, spec, importance), spec)
 

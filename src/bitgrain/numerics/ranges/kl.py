@@ -49,9 +49,7 @@ class KL(Range):
         if self.bins < 16 or self.stride < 1:
             raise SchemeError(f"kl: at least 16 bins and a stride of at least 1 are needed, not {self}")
 
-    def limits(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def limits(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         flat = tiles.reshape(-1, tiles.shape[-1])
         low = flat.nan_to_num(nan=math.inf).amin(dim=-1)
         high = flat.nan_to_num(nan=-math.inf).amax(dim=-1)

@@ -22,9 +22,7 @@ class MinMax(Range):
 
     name = "minmax"
 
-    def limits(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def limits(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if spec.symmetric and spec.low == -spec.high:
             largest = _largest(tiles.abs())
             return -largest, largest

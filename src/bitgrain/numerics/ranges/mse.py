@@ -37,9 +37,7 @@ class MSE(Range):
         if not (self.norm > 0 and self.steps >= 1 and 0 < self.smallest <= 1):
             raise SchemeError(f"mse: norm > 0, steps >= 1 and 0 < smallest <= 1 are needed, not {self}")
 
-    def limits(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def limits(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, mask = real_elements(tiles, None)
         return self.search(x, mask, spec)
 

@@ -33,9 +33,7 @@ class Percentile(Range):
         if not 50 < self.percent <= 100:
             raise SchemeError(f"percentile: percent lies in (50, 100], not {self.percent}")
 
-    def limits(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def limits(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         count = tiles.isfinite().sum(dim=-1)
         if spec.symmetric:
             high = upper_quantile(tiles.abs(), count, self.percent / 100)

@@ -43,16 +43,12 @@ class Weighted(Range):
         if not (self.steps >= 1 and 0 < self.smallest <= 1 and self.iterations >= 1):
             raise SchemeError(f"weighted: steps, iterations >= 1 and 0 < smallest <= 1 are needed, not {self}")
 
-    def limits(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def limits(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scale, zero = self.scale(tiles, spec, importance)
         offset = torch.zeros_like(scale) if zero is None else zero
         return (spec.low - offset) * scale, (spec.high - offset) * scale
 
-    def scale(
-        self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def scale(self, tiles: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         x, weights = real_elements(tiles, importance)
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
@@ -68,22 +64,24 @@ class Weighted(Range):
     def _search(self, x: Tensor, weights: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         low, high = x.amin(dim=-1), x.amax(dim=-1)
         best_scale, best_zero = scale_from_limits(low, high, spec)
-        best = tile_error(x, weights, best_scale, best_zero, spec)
+        best = torch.full_like(best_scale, math.inf, dtype=torch.float64)
+
+        def consider(scale: Tensor, zero: Tensor | None) -> None:
+            nonlocal best, best_scale, best_zero
+            error = tile_error(x, weights, scale, zero, spec)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_scale = torch.where(better, scale, best_scale)
+            if zero is not None and best_zero is not None:
+                best_zero = torch.where(better, zero, best_zero)
+
         for i in range(self.steps + 1):
             factor = 1 - (1 - self.smallest) * i / self.steps
             scale, zero = scale_from_limits(low * factor, high * factor, spec)
-            for _ in range(self.iterations + 1):
-                error = tile_error(x, weights, scale, zero, spec)
-                better = error < best
-                best = torch.where(better, error, best)
-                best_scale = torch.where(better, scale, best_scale)
-                if zero is not None and best_zero is not None:
-                    best_zero = torch.where(better, zero, best_zero)
+            consider(scale, zero)
+            for _ in range(self.iterations):
                 scale, zero = least_squares(x, weights, scale, zero, spec)
-        error = tile_error(x, weights, scale, zero, spec)
-        best_scale = torch.where(error < best, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(error < best, zero, best_zero)
+                consider(scale, zero)
         return best_scale, best_zero
 
 
@@ -123,9 +121,8 @@ def _sums(
     totals = [torch.zeros(x.shape[0], dtype=torch.float64, device=x.device) for _ in terms]
     for piece, w in element_pieces(x, weights):
         v = to_grid(piece, steps, zero, spec)
-        w = torch.ones_like(piece) if w is None else w
-        products = {"1": lambda: w, "x": lambda: w * piece, "v": lambda: w * v}
-        products |= {"vv": lambda: w * v * v, "xv": lambda: w * piece * v}
+        weight = torch.ones_like(piece) if w is None else w
+        factors = {"1": weight, "x": weight * piece, "v": weight * v}
         for total, term in zip(totals, terms, strict=True):
-            total += row_sums(products[term]())
+            total += row_sums(factors[term[0]] if len(term) == 1 else factors[term[0]] * v)
     return totals
