@@ -12,7 +12,7 @@ FLOORS = [
     {"solvers", "transforms", "runtime"},
     {"recipes"},
     {"models", "checkpoints", "calibration", "demo"},
-    {"pipeline", "evaluate"},
+    {"pipeline", "evaluation"},
     {"api", "report"},
     {"cli"},
 ]

@@ -1,1 +1,39 @@
-"""bitgrain: smaller, faster models in formats that engines already read, with the evidence of what it cost."""
+"""bitgrain: smaller, faster models in formats that engines already read, with the evidence of what it cost.
+
+bitgrain.quantize("MODEL", "OUT", "W4A16")      disk to disk, block by block
+bitgrain.plan("MODEL", "W4A16")                 what it will cost, before it starts
+bitgrain.load("OUT")                            a transformers model
+bitgrain.evaluate("OUT", against="MODEL", text="FILE")
+bitgrain.verify("OUT")                          does the written folder hold what we meant?
+bitgrain.quantize_(module, "W8A8")              in memory, any torch module
+bitgrain.quantize_tensor(w, "NVFP4")            one tensor
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from bitgrain.errors import BitgrainError
+
+if TYPE_CHECKING:
+    from bitgrain.api import evaluate, load, plan, quantize, quantize_, quantize_tensor, verify
+
+__version__ = version("bitgrain")
+__all__ = [
+    "BitgrainError",
+    "__version__",
+    "evaluate",
+    "load",
+    "plan",
+    "quantize",
+    "quantize_",
+    "quantize_tensor",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The jobs import torch and transformers, so they are imported when first used."""
+    if name in __all__:
+        return getattr(import_module("bitgrain.api"), name)
+    raise AttributeError(f"module 'bitgrain' has no attribute {name!r}")

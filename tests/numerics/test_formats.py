@@ -147,4 +147,5 @@ def test_torchao_has_the_same_nf4_codebook():
         "torchao.quantization.quantize_.workflows.nf4.nf4_tensor", reason="this torchao has no NF4 tensor"
     )
     tensor = nf4.NF4Tensor.from_tensor(torch.randn(512, 512), 64, 256)
-    assert torch.allclose(tensor.nf4.float().sort().values, get_format("nf4").grid(), atol=2e-7, rtol=0)
+    # torchao rounds the published numbers to four digits
+    assert torch.allclose(tensor.nf4.float().sort().values, get_format("nf4").grid(), atol=6e-5, rtol=0)

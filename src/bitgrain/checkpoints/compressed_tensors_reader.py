@@ -72,7 +72,9 @@ def _shape(module: str, checkpoint: Checkpoint) -> tuple[int, int]:
         return plain.shape[0], plain.shape[1]
     packed = entries.get(f"{module}.weight_packed")
     if packed is None:
-        raise CheckpointError(f"{module} has a scale but neither weight nor weight_packed: the checkpoint is incomplete")
+        raise CheckpointError(
+            f"{module} has a scale but neither weight nor weight_packed: the checkpoint is incomplete"
+        )
     if packed.dtype == torch.uint8:
         return packed.shape[0], packed.shape[1] * 2
     shape = checkpoint.read(f"{module}.weight_shape").tolist()

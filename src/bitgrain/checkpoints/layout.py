@@ -5,7 +5,7 @@ One file for each layout. A layout knows nothing of models: it sees one quantize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 

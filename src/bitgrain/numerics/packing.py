@@ -55,7 +55,9 @@ def pack(codes: Tensor, bits: int, word: torch.dtype = torch.int32, axis: int = 
     size = packed_length(length, bits, word) * _WORDS[word]
     if stream.shape[-1] != size:  # whole words; what is cut off are bits of the padding
         stream = F.pad(stream, (0, size - stream.shape[-1])).contiguous()
-    return stream.clone().view(word) if stream.data_ptr() == codes.data_ptr() else stream.view(word)
+    if stream.data_ptr() == codes.data_ptr():
+        stream = stream.clone()
+    return stream.reshape(-1).view(word).view(*lead, size // _WORDS[word])
 
 
 def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:

@@ -48,7 +48,10 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
         f"| size | {format_bytes(manifest['bytes_after'])}, before {format_bytes(manifest['bytes_before'])} |",
         f"| bits per weight | {manifest['bits_per_weight']:.3f} in quantized layers, scales included; "
         f"{manifest['bits_per_parameter']:.3f} over all parameters |",
-        *(f"| {name} | weight {layer['weight']}; input {layer['input'] or 'as it is'} |" for name, layer in schemes.items()),
+        *(
+            f"| {name} | weight {layer['weight']}; input {layer['input'] or 'as it is'} |"
+            for name, layer in schemes.items()
+        ),
         f"| parameters | {', '.join(f'{count:,} {name}' for name, count in manifest['coverage'].items())} |",
         "",
         *(f"- {note}" for note in manifest["notes"]),

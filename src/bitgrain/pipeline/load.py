@@ -21,7 +21,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
-from bitgrain.runtime.activations import InputQuantizer, quantize_expert_inputs, quantize_inputs
+from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
 from bitgrain.runtime.device import resolve_device
 
 
@@ -67,7 +67,8 @@ class QuantizedCheckpoint:
     def originals(self) -> dict[str, _Shape]:
         """Shapes and dtypes under the original names, as `read_anatomy` wants them."""
         found = {
-            name: _Shape(self.checkpoint.entries[name].shape, self.checkpoint.entries[name].dtype) for name in self.kept()
+            name: _Shape(self.checkpoint.entries[name].shape, self.checkpoint.entries[name].dtype)
+            for name in self.kept()
         }
         for name, layer in self.layers.items():
             shape = layer.shape[::-1] if layer.transposed else layer.shape
@@ -86,9 +87,11 @@ def load(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    rounding: Rounding = "vllm",
 ) -> nn.Module:
     """A transformers model in eval mode with the weights of a checkpoint that bitgrain wrote, dequantized.
 
+    rounding: whose arithmetic quantized activations follow, vLLM's kernels or transformers with compressed-tensors.
     dtype None: as in the checkpoint. A checkpoint that is not quantized loads as it is.
     Raises ModelError (no such model), CheckpointError (damaged or not ours).
     """
@@ -116,7 +119,7 @@ def load(
 
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), where, dtype)
-    attach_input_quantizers(model, anatomy, {name: layer.scheme for name, layer in stored.layers.items()})
+    attach_input_quantizers(model, anatomy, {name: layer.scheme for name, layer in stored.layers.items()}, rounding)
     return model
 
 
@@ -127,7 +130,14 @@ def experts_run_one_by_one(config: Any) -> None:
             part._experts_implementation = "eager"
 
 
-def attach_input_quantizers(model: nn.Module, anatomy: Anatomy, schemes: dict[str, Scheme]) -> None:
+def input_quantizer_for(spec: QuantSpec, rounding: Rounding = "vllm") -> InputQuantizer:
+    """The simulation of a dynamic input spec; nested scales get the constant that is written to the file."""
+    return InputQuantizer(spec, NVFP4_INPUT_OUTER_SCALE if isinstance(spec.scale, QuantSpec) else None, rounding)
+
+
+def attach_input_quantizers(
+    model: nn.Module, anatomy: Anatomy, schemes: dict[str, Scheme], rounding: Rounding = "vllm"
+) -> None:
     """Give every layer whose scheme quantizes activations its InputQuantizer; `schemes` by original tensor name.
 
     Raises ModelError where tensors that share one parameter in memory have different input specs.
@@ -137,8 +147,7 @@ def attach_input_quantizers(model: nn.Module, anatomy: Anatomy, schemes: dict[st
         scheme = schemes.get(weight.tensor)
         if scheme is None or scheme.input is None:
             continue
-        nested = isinstance(scheme.input.scale, QuantSpec)
-        quantizer = InputQuantizer(scheme.input, NVFP4_INPUT_OUTER_SCALE if nested else None)
+        quantizer = input_quantizer_for(scheme.input, rounding)
         for target in weight.targets or (weight.memory,):
             path, _, leaf = target.rpartition(".")
             module = model.get_submodule(path)

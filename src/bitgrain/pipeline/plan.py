@@ -163,7 +163,9 @@ def make_plan(
         problems.append("no layer would be quantized")
     layout, reasons = _choose_layout([p.layer for p in layers if p.layer], problems)
     quantized = {planned.weight.tensor: planned.layer for planned in layers if planned.layer}
-    outputs = [spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, layout, checkpoint)]
+    outputs = [
+        spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, layout, checkpoint)
+    ]
     return Plan(
         source=source,
         config=config,
@@ -191,7 +193,9 @@ def _plan_layer(
         problems.append(f"{weight.tensor} is stored as {dtype}: only float weights can be quantized")
         return PlannedLayer(weight, None)
     if scheme.needs_calibration:
-        problems.append(f"{scheme.name} has static activation scales, which need calibration; use {scheme.name}_DYNAMIC")
+        problems.append(
+            f"{scheme.name} has static activation scales, which need calibration; use {scheme.name}_DYNAMIC"
+        )
     scheme, note = scheme.for_dtype(dtype), ""
     reason = scheme.indivisible(weight.out_features, weight.in_features)
     if reason:
@@ -234,9 +238,7 @@ def _choose_layout(layers: Sequence[StoredLayer], problems: list[str]) -> tuple[
     return own, reasons
 
 
-def _outputs(
-    name: str, quantized: dict[str, StoredLayer], layout: Layout, checkpoint: Checkpoint
-) -> list[TensorSpec]:
+def _outputs(name: str, quantized: dict[str, StoredLayer], layout: Layout, checkpoint: Checkpoint) -> list[TensorSpec]:
     """The tensors on disk that the source's tensor `name` becomes."""
     if name in quantized:
         return layout.tensors(quantized[name])
@@ -289,9 +291,13 @@ def _notes(anatomy: Anatomy, layers: Sequence[PlannedLayer], reasons: list[str])
         notes.append(f"written in the bitgrain layout, because {reasons[0]}{more}")
     changed = [planned for planned in layers if planned.note]
     if changed:
-        notes.append(f"{len(changed)} layers do not get the scheme as asked: {changed[0].weight.module}: {changed[0].note}")
+        notes.append(
+            f"{len(changed)} layers do not get the scheme as asked: {changed[0].weight.module}: {changed[0].note}"
+        )
     if anatomy.unexpected:
-        notes.append(f"{len(anatomy.unexpected)} tensors are unknown to the model and copied: {_few(anatomy.unexpected)}")
+        notes.append(
+            f"{len(anatomy.unexpected)} tensors are unknown to the model and copied: {_few(anatomy.unexpected)}"
+        )
     if _needs_bfloat16(planned.layer for planned in layers if planned.layer):
         notes.append("config.json says bfloat16: engines decode FP4 to 16 bits and cannot run it in a float32 model")
     roles = Counter(planned.weight.role for planned in layers if planned.layer is None and not planned.note)

@@ -20,8 +20,7 @@ from torch import Tensor
 from bitgrain.checkpoints.disk_space import check_disk_space
 from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.errors import NumericsError
-from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics import QTensor
 from bitgrain.numerics.measures import measure
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
@@ -29,7 +28,7 @@ from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.solvers import Solver, get_solver
-from bitgrain.solvers.rtn import shared_outer_scale
+from bitgrain.solvers.rtn import has_one_outer_scale, shared_outer_scale
 
 LOW_SQNR_DB = 5.0
 """A layer below this has lost most of its information; the manifest warns."""
@@ -156,8 +155,7 @@ def _outer_scales(plan: Plan, unit: Unit, device: torch.device) -> dict[str, Ten
         layer, name = planned.layer, planned.weight.tensor
         if layer is None or planned.weight.fused is None or name not in unit.tensors:
             continue
-        nested = layer.scheme.weight.scale
-        if layer.experts == 1 and isinstance(nested, QuantSpec) and nested.granularity.rows is nested.granularity.cols is None:
+        if layer.experts == 1 and has_one_outer_scale(layer.scheme.weight):
             groups.setdefault((planned.weight.fused, repr(layer.scheme)), []).append(name)
     found: dict[str, Tensor] = {}
     for members in groups.values():
@@ -165,7 +163,8 @@ def _outer_scales(plan: Plan, unit: Unit, device: torch.device) -> dict[str, Ten
             continue
         layers = [plan.quantized[name] for name in members]
         weights = (
-            matrices(plan.checkpoint.read(name), layer)[0].to(device) for name, layer in zip(members, layers, strict=True)
+            matrices(plan.checkpoint.read(name), layer)[0].to(device)
+            for name, layer in zip(members, layers, strict=True)
         )
         shared = shared_outer_scale(weights, layers[0].scheme.weight, " + ".join(members))
         found.update(dict.fromkeys(members, shared))
@@ -199,6 +198,3 @@ def _record(reports: list[dict[str, Any]]) -> dict[str, Any]:
     if worst["sqnr_db"] is not None and worst["sqnr_db"] < LOW_SQNR_DB:
         warnings.append(f"SQNR is only {worst['sqnr_db']:.1f} dB")
     return {**worst, "warnings": warnings}
-
-
-__all__ = ["NumericsError", "QuantizeResult", "matrices", "run_plan"]

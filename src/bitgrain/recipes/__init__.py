@@ -3,4 +3,14 @@
 from .recipe import OnIndivisible, Recipe, Rule, load_recipe, make_recipe
 from .scheme import ALIASES, PRESETS, Scheme, get_scheme
 
-__all__ = ["ALIASES", "PRESETS", "OnIndivisible", "Recipe", "Rule", "Scheme", "get_scheme", "load_recipe", "make_recipe"]
+__all__ = [
+    "ALIASES",
+    "PRESETS",
+    "OnIndivisible",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "get_scheme",
+    "load_recipe",
+    "make_recipe",
+]

@@ -240,6 +240,8 @@ def _explain(error: ValidationError) -> str:
         key = str(problem["loc"][-1])
         known = sorted({*Recipe.model_fields, *Rule.model_fields, *SchemeModel.model_fields, *SpecModel.model_fields})
         near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}")
+        return f"unknown key {where!r}" + (
+            f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+        )
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message

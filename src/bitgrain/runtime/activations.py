@@ -1,13 +1,16 @@
 """Activations quantized at run time, by simulation: the input of a layer is rounded to its low-bit grid, then multiplied densely.
 
-The arithmetic follows vLLM's kernels: int8 per token is absmax / 127 with ties to even, fp8 per token is absmax / 448,
-NVFP4 chooses E4M3 scales under a fixed shared scale. (transformers with compressed-tensors divides int8 by 127.5.)
+The arithmetic follows vLLM's kernels: int8 per token is absmax / 127 (csrc/quantization/w8a8/int8/scaled_quant.cu) with
+ties to even, fp8 per token is absmax / 448, NVFP4 chooses E4M3 scales under a fixed shared scale. transformers with
+compressed-tensors 0.20 divides int8 by 127.5 and uses the code -128 (quantization/utils/helpers.py, calculate_qparams);
+`rounding="transformers"` computes that instead. The other formats are the same in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +18,35 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import QuantSpec, fake_quantize
+from bitgrain.numerics import IntFormat, QuantSpec, fake_quantize
+from bitgrain.numerics.granularity import to_tiles
+
+Rounding = Literal["vllm", "transformers"]
 
 
 class InputQuantizer(nn.Module):
-    """x [..., in_features] -> the same rounded to `spec`'s grid, in the dtype of x. Without parameters."""
+    """x [..., in_features] -> the same rounded to `spec`'s grid, in the dtype of x. Without parameters.
 
-    def __init__(self, spec: QuantSpec, outer_scale: float | None = None) -> None:
+    outer_scale: of nested scales (NVFP4), as in the file. Raises SchemeError for static scales.
+    """
+
+    def __init__(self, spec: QuantSpec, outer_scale: float | None = None, rounding: Rounding = "vllm") -> None:
         super().__init__()
         if not spec.dynamic:
             raise SchemeError("static activation scales need calibration, which this version does not have")
         self.spec = spec
         self.outer_scale = outer_scale
+        # the step of transformers' symmetric integers: half the width of the range, over all codes
+        full = isinstance(spec.format, IntFormat) and spec.restricted and rounding == "transformers"
+        self.full_range = replace(spec, restricted=False) if full else None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
+        if self.full_range is not None:
+            largest = to_tiles(x.float(), self.spec.granularity).abs().amax(-1)
+            step = largest / ((self.full_range.high - self.full_range.low) / 2)
+            return fake_quantize(x, self.full_range, scale=torch.where(step > 0, step, torch.ones_like(step)))
         outer = None
         if self.outer_scale is not None:
             outer = torch.full((1, 1), self.outer_scale, device=x.device)

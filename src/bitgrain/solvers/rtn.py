@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..numerics import QTensor, QuantSpec, choose_scale, quantize
+from ..numerics import QTensor, QuantSpec, choose_scale, per_tensor, quantize
 from ..numerics.granularity import to_tiles
 from ..numerics.quantize import check_finite
 from .base import register_solver
@@ -39,7 +39,7 @@ class RoundToNearest:
         if step >= rows:
             return quantize(weight, spec, importance=importance, outer_scale=outer_scale, name=name)
         if isinstance(spec.scale, QuantSpec) and outer_scale is None:  # scales are quantized together: all chosen first
-            if not _one_outer(spec.scale):
+            if not has_one_outer_scale(spec):
                 return quantize(weight, spec, importance=importance, name=name)
             outer_scale = shared_outer_scale([weight], spec, name, importance)
         pieces = [
@@ -49,8 +49,10 @@ class RoundToNearest:
         return _join(pieces, spec)
 
 
-def _one_outer(nested: QuantSpec) -> bool:
-    return nested.granularity.rows is None and nested.granularity.cols is None and nested.symmetric
+def has_one_outer_scale(spec: QuantSpec) -> bool:
+    """Whether the scales of `spec` are nested under a single scale, as in NVFP4."""
+    nested = spec.scale
+    return isinstance(nested, QuantSpec) and nested.symmetric and nested.granularity == per_tensor()
 
 
 def shared_outer_scale(

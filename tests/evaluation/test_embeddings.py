@@ -18,7 +18,7 @@ from transformers import (
 
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.errors import ModelError, NumericsError, TextError
-from bitgrain.evaluate.embeddings import embedding_agreement, sentence_embeddings
+from bitgrain.evaluation.embeddings import embedding_agreement, sentence_embeddings
 
 SENTENCES = [
     "A man is eating food.",
@@ -128,7 +128,7 @@ def test_agreement_of_equal_and_of_rotated_embeddings():
 
 
 def test_agreement_against_the_slow_twin(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bitgrain.evaluate.embeddings.BLOCK_ROWS", 3)
+    monkeypatch.setattr("bitgrain.evaluation.embeddings.BLOCK_ROWS", 3)
     generator = torch.Generator().manual_seed(3)
     a = torch.randn(10, 4, generator=generator)
     b = a + 0.6 * torch.randn(10, 4, generator=generator)

@@ -21,8 +21,8 @@ from transformers import (
 
 from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.errors import ModelError, NumericsError, TextError
-from bitgrain.evaluate import language
-from bitgrain.evaluate.language import BaseReference, Evaluation, evaluate_model, record_base
+from bitgrain.evaluation import language
+from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 
 VOCAB = 11
 

@@ -13,7 +13,7 @@ from torch import FloatTensor, Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from bitgrain.errors import ModelError, NumericsError, TextError
-from bitgrain.evaluate.language import evaluation_mode, locate
+from bitgrain.evaluation.language import evaluation_mode, locate
 from bitgrain.progress import Progress, QuietProgress
 
 __all__ = ["embedding_agreement", "sentence_embeddings"]

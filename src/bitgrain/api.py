@@ -1,0 +1,126 @@
+"""The Python face, of the same shape as the command line: one function for each job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
+from bitgrain.errors import RecipeError
+from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model
+from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
+from bitgrain.pipeline.load import load
+from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
+from bitgrain.pipeline.quantize import QuantizeResult, run_plan
+from bitgrain.pipeline.verify import Check, verify
+from bitgrain.progress import Progress
+from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
+from bitgrain.runtime.device import resolve_device
+
+__all__ = ["Check", "evaluate", "load", "plan", "quantize", "quantize_", "quantize_tensor", "verify"]
+
+
+def read_recipe(
+    scheme: str | None,
+    recipe: str | Path | Recipe | None,
+    on_indivisible: OnIndivisible | None = None,
+    solver: str | None = None,
+) -> Recipe:
+    """One Recipe out of what a user may give: a scheme's name, a file, or both (the name then replaces the file's).
+
+    Raises RecipeError, SchemeError.
+    """
+    given = {"scheme": scheme, "on_indivisible": on_indivisible, "solver": solver}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if isinstance(recipe, Recipe):
+        return make_recipe(**{**recipe.model_dump(), **settings}) if settings else recipe
+    if recipe is not None:
+        return load_recipe(recipe, **settings)
+    if scheme is None:
+        raise RecipeError("say what to do: a scheme (for instance W4A16) or a recipe file")
+    return make_recipe(**settings)
+
+
+def plan(
+    model: str | Path,
+    scheme: str | None = None,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    on_indivisible: OnIndivisible | None = None,
+    solver: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    workers: int | None = None,
+) -> Plan:
+    """What `quantize` would do, before a weight is touched: see `bitgrain.pipeline.plan.Plan`."""
+    return make_plan(
+        model,
+        read_recipe(scheme, recipe, on_indivisible, solver),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        max_shard_bytes=max_shard_bytes,
+        workers=workers,
+    )
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    scheme: str | None = None,
+    *,
+    device: str = "auto",
+    restart: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> QuantizeResult:
+    """Quantize MODEL (a folder or a hub name) into the new folder `out`.
+
+    settings  as for `plan`: recipe, on_indivisible, solver, revision, trust_remote_code, max_shard_bytes, workers
+    Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
+    """
+    return run_plan(plan(model, scheme, **settings), out, device=device, restart=restart, progress=progress)
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    *,
+    text: str | Path,
+    against: str | Path | nn.Module | BaseReference | None = None,
+    tokenizer: str | Path | None = None,
+    seqlen: int = 512,
+    windows: int | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    batch_size: int = 4,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of `model` on the text file `text`, and its distance from the model `against`.
+
+    model, against  folders, hub names, or modules; `against` may be a `BaseReference` recorded before
+    tokenizer       the folder of the tokenizer; needed when `model` is a module
+    seqlen, windows tokens in a window; how many windows at most (None: all)
+    Raises TextError, ModelError, CheckpointError, NumericsError.
+    """
+    folder = tokenizer if tokenizer is not None else (model if not isinstance(model, nn.Module) else None)
+    if folder is None:
+        raise RecipeError("a module brings no tokenizer: pass tokenizer=FOLDER")
+    where = resolve_device(device)
+
+    def get(one: str | Path | nn.Module) -> nn.Module:
+        if isinstance(one, nn.Module):
+            return one
+        return load(one, device=str(where), dtype=dtype, trust_remote_code=trust_remote_code)
+
+    content = read_text(text)
+    words = load_tokenizer(resolve_model(folder).path, trust_remote_code)
+    module = get(model)
+    vocab = getattr(getattr(module, "config", None), "vocab_size", None)
+    ids = token_windows(words, content, seqlen, windows, vocab_size=vocab)
+    base = against if isinstance(against, BaseReference) or against is None else get(against)
+    return evaluate_model(module, ids, base=base, device=where, batch_size=batch_size, progress=progress)

@@ -1,0 +1,189 @@
+"""Does the written folder hold what we meant? Asked of readers that are not ours: safetensors, compressed-tensors, transformers.
+
+1. Every file has the size and hash that the manifest says.
+2. Every quantized layer, decoded by the compressed-tensors library, equals what bitgrain decodes; every kept tensor equals the
+   original's bytes (with the original at hand).
+3. transformers loads the folder, and its logits equal those of `bitgrain.load`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.reader import open_checkpoint
+from bitgrain.models.skeleton import build_skeleton, load_config
+from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.load import QuantizedCheckpoint, load
+from bitgrain.pipeline.output_files import MANIFEST
+from bitgrain.runtime.device import resolve_device
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of float32 logits between the two readers; in 16-bit models, relative to the logits' spread."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. ok None: could not be looked at, `detail` says why."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+def verify(
+    out: str | Path, *, against: str | Path | None = None, device: str = "auto", trust_remote_code: bool = False
+) -> list[Check]:
+    """Check a folder that bitgrain wrote; `against` is the original model, for the tensors that were kept.
+
+    Raises CheckpointError if it is no quantized checkpoint; everything else that is wrong is a failed Check.
+    """
+    source = resolve_model(out)
+    stored = QuantizedCheckpoint(source.path)
+    checks = [_check_files(source.path)]
+    foreign = stored.layout.name == "compressed-tensors"
+    if foreign:
+        checks.append(_check_layers(stored))
+    else:
+        checks.append(Check("layers", None, "no other library reads quant_method bitgrain"))
+    if against is not None:
+        checks.append(_check_kept(stored, resolve_model(against).path))
+    if foreign:
+        checks.append(_check_logits(source.path, stored, device, trust_remote_code))
+    return checks
+
+
+def _check_files(folder: Path) -> Check:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return Check("files", None, f"no {MANIFEST}: the folder was not written by bitgrain")
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError) as error:
+        return Check("files", False, f"{MANIFEST} is damaged: {error}")
+    wrong: list[str] = []
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            wrong.append(f"{name} is missing")
+            continue
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                wrong.append(f"{name} has changed")
+    return Check("files", not wrong, "; ".join(wrong) or f"{len(files)} files have their sha256")
+
+
+def _check_layers(stored: QuantizedCheckpoint) -> Check:
+    """Each quantized layer through the compressed-tensors library, from tensors read by the safetensors library."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    plain = {key: value for key, value in stored.config.items() if key not in ("version", "dequantize")}
+    groups = list(QuantizationConfig.model_validate(plain).config_groups.values())
+    keys = list(stored.config["config_groups"])
+    worst, where = 0.0, ""
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+
+        def read(name: str) -> Tensor:
+            file = stored.checkpoint.entries[name].file
+            if file not in files:
+                files[file] = stack.enter_context(safe_open(stored.folder / file, "pt"))
+            return files[file].get_tensor(name)
+
+        for layer in stored.layers.values():
+            group: Any = groups[keys.index(layer.scheme.name)]
+            local = {
+                spec.name.removeprefix(f"{layer.module}."): read(spec.name) for spec in stored.layout.tensors(layer)
+            }
+            compressor: Any = BaseCompressor.get_value_from_registry(group.format)
+            dense: Tensor = compressor.decompress(local, group)["weight"]
+            ours = stored.dense(layer.tensor).float()
+            error = float((dense.float() - ours).abs().max()) if dense.shape == ours.shape else float("inf")
+            if not error <= worst:
+                worst, where = error, layer.tensor
+    detail = f"{len(stored.layers)} layers as compressed-tensors decodes them, largest difference {worst:.3g} {where}"
+    return Check("layers", worst == 0.0, detail.strip())
+
+
+def _check_kept(stored: QuantizedCheckpoint, original: Path) -> Check:
+    before = open_checkpoint(original)
+    kept = stored.kept()
+    wrong = [
+        name
+        for name in kept
+        if name not in before.entries
+        or not torch.equal(_bytes(before.read(name)), _bytes(stored.checkpoint.read(name)))
+    ]
+    lost = [name for name in before.entries if name not in kept and name not in stored.layers]
+    problems = [f"{name} differs from the original" for name in wrong] + [f"{name} is lost" for name in lost]
+    return Check(
+        "kept tensors", not problems, "; ".join(problems[:5]) or f"{len(kept)} tensors are the original's bytes"
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _check_logits(folder: Path, stored: QuantizedCheckpoint, device: str, trust_remote_code: bool) -> Check:
+    name = "logits"
+    config = load_config(resolve_model(folder), trust_remote_code, drop_quantization=True)
+    model_class: Any = type(build_skeleton(config, trust_remote_code))
+    where = resolve_device(device)
+    try:
+        with _quiet():
+            theirs = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code).to(where).eval()
+    except (RuntimeError, ValueError, ImportError, KeyError, AttributeError) as error:
+        return Check(name, False, f"transformers does not load it: {str(error).splitlines()[0]}")
+    ours = load(folder, device=str(where), trust_remote_code=trust_remote_code, rounding="transformers")
+    text: Any = config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    length = min(128, int(getattr(text, "max_position_embeddings", None) or 128))
+    ids = torch.randint(0, int(text.vocab_size), (2, length), generator=generator).to(where)
+    with _quiet(), torch.inference_mode():
+        a, b = _output(theirs, ids), _output(ours, ids)
+    difference = float((a - b).abs().max())
+    scale = 1.0 if a.dtype == torch.float32 and config.dtype in (None, torch.float32) else float(b.std())
+    experts = any(weight_name(layer) for layer in stored.layers.values())
+    inputs = any(layer.scheme.input is not None for layer in stored.layers.values())
+    detail = f"transformers {type(theirs).__name__}, largest difference {difference:.3g} on {ids.numel()} random tokens"
+    if experts and inputs:
+        return Check(
+            name, None, detail + "; transformers does not quantize the inputs of experts, so they are not compared"
+        )
+    return Check(name, difference <= LOGIT_TOLERANCE * scale, detail)
+
+
+def weight_name(layer: StoredLayer) -> bool:
+    """Whether the layer is an expert, by its name on disk."""
+    return ".experts." in f".{layer.module}."
+
+
+def _output(model: nn.Module, ids: Tensor) -> Tensor:
+    result = model(input_ids=ids)
+    logits = getattr(result, "logits", None)
+    return (result.last_hidden_state if logits is None else logits).float()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers and compressed-tensors print progress bars and reports while loading."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
