@@ -30,7 +30,7 @@ def test_e8m0_is_the_smallest_power_under_which_the_largest_does_not_overflow():
             largest = torch.tensor([top * 2.0**exponent], dtype=torch.float32)
             step = float(round_scale(largest / 6, spec))
             assert float(largest) / step < 7.0
-            assert float(largest) / (step / 2) >= 7.0
+            assert float(largest) / (step / 2) >= 7.0 * (1 - 1e-6)  # the scale itself is rounded to float32
 
 
 def test_mx_scales_and_codes_are_compressed_tensors():

@@ -117,7 +117,7 @@ def _spec(arguments: Mapping[str, Any], storage: FloatFormat) -> QuantSpec:
         format = FP8_E4M3
     else:
         format = IntFormat(bits)
-    group = arguments.get("group_size")
+    group = int(arguments.get("group_size") or 0)
     granularity = {
         "tensor": per_tensor,
         "channel": per_channel,

@@ -29,7 +29,7 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
         return scale
     assert isinstance(spec.scale, FloatFormat)
     if spec.scale == E8M0:
-        exponent = torch.frexp(scale * spec.high / spec.format.overflow).exponent
+        exponent = torch.frexp(scale.double() * spec.high / spec.format.overflow).exponent
         rounded = torch.ldexp(torch.ones_like(scale), exponent.clamp(-127, 127))
         return torch.where(scale > 0, rounded, torch.ones_like(scale))
     rounded = scale if spec.scale.mantissa_bits >= 23 else spec.scale.round(scale)

@@ -7,7 +7,7 @@ parallelism off, so the bytes do not depend on how many workers there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def _solve_all(plan: Plan, todo: list[Unit], job: JobFolder, device: torch.devic
 
 
 @contextmanager
-def _single_threaded() -> Iterator[None]:
+def _single_threaded() -> Generator[None]:
     """torch uses one thread in the calling thread: no sum is split, so no result depends on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -36,12 +36,12 @@ class Scheme:
         return any(spec is not None and not spec.dynamic for spec in (self.input, self.output))
 
     def for_dtype(self, dtype: torch.dtype) -> Scheme:
-        """The same with plainly stored scales in the checkpoint's own dtype: engines decode to the dtype of the scale."""
+        """The same with plain scales in the checkpoint's own dtype: engines decode to the dtype of the scale."""
         storage = {torch.float16: FP16, torch.bfloat16: BF16}.get(dtype, FP32)
         return replace(self, weight=self.weight.with_scale_dtype(storage))
 
     def indivisible(self, out_features: int, in_features: int) -> str | None:
-        """Why tiles do not fit a weight [out, in], or None. Cut blocks at the last rows are allowed: engines pad them."""
+        """Why tiles do not fit a weight [out, in], or None. Blocks cut at the last rows are allowed."""
         for what, spec in (("weight", self.weight), ("input", self.input)):
             if spec is None or spec.granularity.cols in (None, 1):
                 continue

@@ -58,7 +58,7 @@ def has_one_outer_scale(spec: QuantSpec) -> bool:
 def shared_outer_scale(
     weights: Iterable[Tensor], spec: QuantSpec, name: str = "weight", importance: Tensor | None = None
 ) -> Tensor:
-    """The scale of the scales that several weights [out, in] can share, stored; `spec` has nested scales with one such scale.
+    """The scale of the scales that several weights [out, in] can share, stored (see `has_one_outer_scale`).
 
     Raises NumericsError for NaN or Inf.
     """
