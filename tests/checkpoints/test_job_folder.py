@@ -233,6 +233,8 @@ def test_failed_append_does_not_spoil_the_next_one(tmp_path: Path, monkeypatch: 
             job.commit_unit("first" * 100, {"a": A})
         monkeypatch.undo()
         job.commit_unit("second", {"b": B}, {"sqnr": 20.5})
+    lines = (tmp_path / "out.partial" / "journal.jsonl").read_bytes().splitlines()
+    assert [json.loads(line).get("unit") for line in lines] == [None, "second"]
     with JobFolder.open(out, {"scheme": "W4A16"}, LAYOUTS) as job:
         assert list(job.done) == ["second"]
 

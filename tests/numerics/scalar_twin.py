@@ -1,7 +1,7 @@
 """A slow scalar twin of numerics, written from the definitions in plain Python: the oracle of the property tests.
 
-Nothing here comes from the product code. Numbers are Python floats that stand for float32 values: `f32` rounds after each
-operation (a float64 +, -, *, / of float32 operands, rounded to float32, is the correctly rounded float32 result).
+Nothing here comes from the product code. Numbers are Python floats that stand for float32 values: `f32` rounds after
+each operation (a float64 +, -, *, / of float32 operands, rounded to float32, is the correctly rounded float32 result).
 """
 
 import math
@@ -71,7 +71,8 @@ def nearest(name, v, restricted=False):
 def quantize(x, name, tile, zero_point="none", restricted=False):
     """(numbers v, scales, zeros, x_hat) of a matrix (list of rows) with min-max ranges and float32 scales.
 
-    tile  (rows, columns) of a tile. v and x_hat are matrices; scales and zeros are matrices with one entry for each tile.
+    tile  (rows, columns) of a tile. v and x_hat are matrices; scales and zeros are matrices with one entry for each
+          tile.
     """
     rows, cols = len(x), len(x[0])
     low_code, high_code = bounds(name, restricted)

@@ -1,8 +1,9 @@
 """Hypothesis strategies for tensors and specs."""
 
 import torch
-from bitgrain.numerics import Granularity, QuantSpec, get_format
 from hypothesis import strategies as st
+
+from bitgrain.numerics import Granularity, QuantSpec, get_format
 
 FORMATS = ["int2", "int3", "int4", "int8", "uint4", "fp4_e2m1", "fp8_e4m3", "fp8_e5m2", "ternary", "binary"]
 GRANULARITIES = [(None, None), (1, None), (None, 1), (1, 3), (1, 4), (2, None), (2, 3), (3, 2)]

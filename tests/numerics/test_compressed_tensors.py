@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from bitgrain.numerics import QuantSpec, get_format, per_block, per_channel, per_group, per_tensor, quantize
-from bitgrain.numerics.spec import int_weight
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_dequantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
+
+from bitgrain.numerics import QuantSpec, get_format, per_block, per_channel, per_group, per_tensor, quantize
+from bitgrain.numerics.spec import int_weight
 
 E4M3 = get_format("fp8_e4m3")
 CASES = {

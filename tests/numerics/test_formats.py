@@ -1,13 +1,15 @@
 import math
+from itertools import pairwise
 
 import pytest
 import scalar_twin as twin
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import FloatFormat, IntFormat, get_format
 from bitgrain.numerics.formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP8_E5M2, FP16
-from hypothesis import given
-from hypothesis import strategies as st
 
 FP8 = [(FP8_E4M3, torch.float8_e4m3fn), (FP8_E5M2, torch.float8_e5m2)]
 SMALL = ["int1", "int2", "int3", "int4", "int8", "uint1", "uint4", "uint8", "fp4_e2m1", "fp8_e4m3", "fp8_e5m2"]
@@ -106,9 +108,9 @@ def test_derived_numbers():
 def test_nf4_is_the_published_codebook():
     # QLoRA, arXiv 2305.14314, appendix E
     published = [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
     assert torch.allclose(get_format("nf4").grid(), torch.tensor(published), atol=2e-7, rtol=0)
 
@@ -116,7 +118,7 @@ def test_nf4_is_the_published_codebook():
 def test_codebook_middles_go_to_the_smaller_entry_and_what_lies_above_does_not():
     format = get_format("nf4")
     grid = format.grid().double()
-    for low, high in zip(grid[:-1], grid[1:], strict=True):
+    for low, high in pairwise(grid):
         middle = (low + high) / 2
         x = torch.tensor([float(middle)])
         around = torch.cat([x.nextafter(torch.tensor(-math.inf)), x, x.nextafter(torch.tensor(math.inf))])

@@ -1,10 +1,11 @@
 import pytest
 import scalar_twin as twin
 import torch
-from bitgrain.errors import NumericsError, SchemeError
-from bitgrain.numerics.packing import pack, packed_length, unpack
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from bitgrain.errors import NumericsError, SchemeError
+from bitgrain.numerics.packing import pack, packed_length, unpack
 
 WORDS = {torch.int32: 32, torch.uint8: 8}
 
@@ -41,6 +42,7 @@ def test_compressed_tensors_packs_the_same(bits, cols):
 
 def test_fp4_nibbles_are_those_of_compressed_tensors_and_torchao():
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+
     from bitgrain.numerics import get_format
 
     codes = random_codes((8, 64), 4)

@@ -1,9 +1,14 @@
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import scalar_twin as twin
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import matrices, specs
+
 from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics import (
     QTensor,
@@ -24,9 +29,6 @@ from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.packing import pack
 from bitgrain.numerics.scales import scale_values
 from bitgrain.numerics.spec import int_weight, nf4_double_quantized
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from strategies import matrices, specs
 
 EVERY = {
     "int4": int_weight(4, 8),
@@ -117,7 +119,7 @@ def test_finer_tiles_never_have_larger_scales(x, name):
         q = quantize(x, spec)
         zero_tiles = to_tiles(x, granularity).abs().amax(-1) == 0
         scales.append(spread(scale_values(q.scale).masked_fill(zero_tiles, 0.0), q))
-    for coarse, fine in zip(scales[:-1], scales[1:], strict=True):
+    for coarse, fine in pairwise(scales):
         assert bool((fine <= coarse).all())
 
 

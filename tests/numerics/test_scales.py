@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from bitgrain.errors import NumericsError
 from bitgrain.numerics import QuantSpec, get_format, mxfp4, nvfp4, per_channel, per_tensor, quantize
 from bitgrain.numerics.formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP16, FP32

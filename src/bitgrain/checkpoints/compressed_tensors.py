@@ -26,7 +26,7 @@ from bitgrain.checkpoints.layout import Read, StoredLayer
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import Granularity, IntFormat, QTensor, QuantSpec
-from bitgrain.numerics.formats import E8M0, FP4_E2M1, FP8_E4M3, FloatFormat
+from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat
 from bitgrain.numerics.packing import pack, unpack
 from bitgrain.numerics.spec import mxfp4, nvfp4
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
@@ -41,7 +41,7 @@ class CompressedTensors:
     name = "compressed-tensors"
 
     def refusal(self, layer: StoredLayer) -> str | None:
-        spec = layer.scheme.weight
+        spec, strategy, where = layer.scheme.weight, _strategy(layer.scheme.weight.granularity), f"for {layer.module}"
         if layer.role not in ("linear", "expert", "lm_head", "router"):
             return f"compressed-tensors holds linear layers, {layer.module} is {layer.class_name}"
         if layer.transposed:
@@ -49,17 +49,17 @@ class CompressedTensors:
         if layer.experts > 1:
             return f"{layer.module} stacks {layer.experts} experts in one tensor; compressed-tensors holds matrices"
         if _format(layer.scheme) is None:
-            return f"compressed-tensors has no format for weights {spec.describe()}"
-        rows, cols = spec.granularity.tile(layer.shape)
-        if layer.in_features % cols:
+            return f"compressed-tensors has no format for weights {spec.describe()}, {where}"
+        if strategy is None:
+            return f"compressed-tensors has no granularity {spec.granularity}, {where}"
+        if layer.in_features % spec.granularity.tile(layer.shape)[1]:
             return f"{spec.granularity} does not divide the {layer.in_features} inputs of {layer.module}"
-        if spec.symmetric is False and _strategy(spec.granularity) not in ("channel", "group"):
-            return f"compressed-tensors packs zero points per channel or per group, not {spec.granularity}"
-        if rows > 1 and rows < layer.out_features and cols != rows and _strategy(spec.granularity) != "block":
-            return f"compressed-tensors has no granularity {spec.granularity}"
+        if not spec.symmetric and strategy not in ("channel", "group"):
+            return f"compressed-tensors packs zero points per channel or per group, not {spec.granularity}, {where}"
         inputs = layer.scheme.input
         if layer.scheme.output is not None or (inputs is not None and _activation(inputs) is None):
-            return f"compressed-tensors has no form for activations {inputs.describe() if inputs else 'at the output'}"
+            asked = inputs.describe() if inputs else "at the output"
+            return f"compressed-tensors has no form for activations {asked}, {where}"
         return None
 
     def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
@@ -130,7 +130,7 @@ class CompressedTensors:
             stored = get("weight_scale")
             if isinstance(spec.scale, QuantSpec):
                 inner = spec.scale
-                outer = (1.0 / get("weight_global_scale")).reshape(1, 1)
+                outer = _as_power_of_two((1.0 / get("weight_global_scale")).reshape(1, 1))
                 scale = QTensor(stored.view(torch.uint8), outer, None, inner)
             else:
                 scale = stored.view(torch.float8_e8m0fnu)
@@ -209,7 +209,7 @@ def _format(scheme: Scheme) -> str | None:
             if plain == (known.format, known.granularity, known.scale):
                 return name
         return None
-    if not isinstance(spec.scale, FloatFormat) or spec.scale == E8M0 or spec.zero_point == "real":
+    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point == "real":  # the scale's dtype is the decoded dtype
         return None
     if spec.format == FP8_E4M3:
         return FLOAT
@@ -231,6 +231,12 @@ def _strategy(granularity: Granularity) -> str | None:
             return "block"
         case _:
             return None
+
+
+def _as_power_of_two(scale: Tensor) -> Tensor:
+    """`scale` as E8M0, as we choose it; other writers' scales that are no power of two stay float32."""
+    stored = scale.to(torch.float8_e8m0fnu)
+    return stored if torch.equal(stored.to(torch.float32), scale) else scale
 
 
 def _scale_shape(spec: QuantSpec, shape: tuple[int, int]) -> tuple[int, ...]:

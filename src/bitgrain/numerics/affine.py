@@ -1,4 +1,4 @@
-"""The affine map between a tensor's numbers and a format's: x = s * (v - z). Shared by quantize and by the range searches."""
+"""The affine map between a tensor's numbers and a format's, x = s * (v - z), for quantize and the range searches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Number formats as values: the grid of numbers that a code can mean. Grid, range and bits are derived, never tabulated.
+"""Number formats as values: the grid of numbers that a code can mean. Nothing is tabulated: grid, range and
+bits are derived.
 
 Three families cover the field:
 
@@ -255,7 +256,7 @@ class FloatFormat(Format):
 
     @property
     def _within_half(self) -> bool:
-        """Whether a code, with its exponent and mantissa moved to where half precision has them, is a half (times 2**k)."""
+        """Whether a code is a half-precision number times 2**k once its fields are moved to the half's places."""
         return self.is_signed and self.subnormals and self.bits <= 8 and self.exponent_bits <= 5
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -332,7 +333,7 @@ class CodebookFormat(Format):
         middles = exact.to(torch.float32)
         # a middle that float32 cannot hold is rounded down, or numbers just above it would go to the smaller entry
         middles = torch.where(middles.double() > exact, middles.nextafter(torch.full_like(middles, -math.inf)), middles)
-        return torch.bucketize(x.to(torch.float32), middles, out_int32=True)
+        return torch.bucketize(x.to(torch.float32).contiguous(), middles, out_int32=True)
 
     def round(self, x: Tensor) -> Tensor:
         return self.decode(self._index(x))

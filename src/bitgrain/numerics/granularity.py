@@ -1,7 +1,8 @@
 """Granularity: the tile of elements that share one scale. Every granularity is one thing, a tile of rows x columns.
 
-A tensor of any rank is seen as a matrix: the last axis is the columns (input features), all others together are the rows
-(output channels of a weight, tokens of an activation). One pair of functions, `to_tiles` and `from_tiles`, serves all.
+A tensor of any rank is seen as a matrix: the last axis is the columns (input features), all others together are the
+rows (output channels of a weight, tokens of an activation). One pair of functions, `to_tiles` and `from_tiles`, serves
+all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a quantized tensor is from the original: float64 sums that depend neither on threads nor on how rows are split."""
+"""How far a quantized tensor is from the original: float64 sums, the same for any threads and any split of the rows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .granularity import matrix_shape, to_tiles
 from .qtensor import QTensor
 from .sums import row_sums
 
+_PIECE = 2**16  # elements that are worked on at a time: their float64 copies stay in a core's cache
+
 
 @dataclass(frozen=True)
 class ErrorReport:
     """Errors of one tensor.
 
     mse        mean of (x - x_hat)^2, in the tensor's units squared
-    sqnr_db    10 log10(sum x^2 / sum (x - x_hat)^2), in dB; inf if exact (also for an all-zero x), -inf if x is all zero
+    sqnr_db    10 log10(sum x^2 / sum (x - x_hat)^2), in dB; inf if exact (also for an all-zero x), -inf if x is all
+               zero
     cosine     of the angle between x and x_hat; 1 if both are 0, 0 if one is
     max_error  largest |x - x_hat|
     elements   how many
@@ -49,38 +52,40 @@ class CodeUse:
 
 
 def row_errors(x: Tensor, x_hat: Tensor) -> Tensor:
-    """For each row of the matrix that `x` is seen as: sums of error^2, x^2, x_hat^2, x * x_hat, and the largest |error|.
+    """Sums of error^2, x^2, x_hat^2, x * x_hat and the largest |error| for each row of the matrix that `x` is seen as.
 
-    float64 [rows, 5]. Rows of pieces of a tensor can be put one below the other: `summarize` gives the same for any split.
+    float64 [rows, 5]. Rows of pieces of a tensor can be put one below the other: `summarize` gives the same for any
+    split.
     """
     if x.shape != x_hat.shape:
         raise SchemeError(f"tensors of different shapes {tuple(x.shape)} and {tuple(x_hat.shape)} are compared")
     shape = matrix_shape(tuple(x.shape))
-    a, b = x.reshape(shape).to(torch.float32), x_hat.reshape(shape).to(torch.float32)
+    a, b = x.reshape(shape), x_hat.reshape(shape)
+    if not x.numel():
+        return torch.zeros(shape[0], 5, dtype=torch.float64)
+    step = max(1, _PIECE // shape[1])
+    parts = zip(a.split(step), b.split(step), strict=True)
+    return torch.cat([_errors(part.to(torch.float32), part_hat.to(torch.float32)) for part, part_hat in parts])
+
+
+def _errors(a: Tensor, b: Tensor) -> Tensor:
+    """`row_errors` of a few rows, float32."""
     error = b - a
-    largest = error.abs().amax(dim=-1).double() if error.numel() else torch.zeros(shape[0], dtype=torch.float64)
-    wide_a, wide_b, error = a.double(), b.double(), error.double()
-    return torch.stack(
-        [
-            row_sums(error.square_()),
-            row_sums(wide_a * wide_a),
-            row_sums(wide_b * wide_b),
-            row_sums(wide_a.mul_(wide_b)),
-            largest,
-        ],
-        dim=-1,
-    )
+    largest = error.abs().amax(dim=-1).double()
+    error, wide_a, wide_b = error.double(), a.double(), b.double()
+    sums = [error.square_(), wide_a * wide_b, wide_a.square_(), wide_b.square_()]
+    error_power, product, power, power_hat = (row_sums(term) for term in sums)
+    return torch.stack([error_power, power, power_hat, product, largest], dim=-1)
 
 
 def summarize(rows: Tensor | Sequence[Tensor], elements: int) -> ErrorReport:
-    """The report of a tensor of `elements` elements from its `row_errors`; exactly rounded sums, so their order is free."""
+    """The report of a tensor of `elements` elements from its `row_errors`; exactly rounded sums, so in any order."""
     table = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
     columns: list[list[float]] = table.t().tolist()
     error, power, power_hat, product = (math.fsum(column) for column in columns[:4])
-    if error == 0:
-        sqnr = math.inf
-    else:
-        sqnr = 10 * math.log10(power / error) if power > 0 else -math.inf
+    sqnr = math.inf if error == 0 else -math.inf
+    if error > 0 and power > 0:
+        sqnr = 10 * math.log10(power / error)
     norms = math.sqrt(power) * math.sqrt(power_hat)
     cosine = max(-1.0, min(1.0, product / norms)) if norms > 0 else float(power == power_hat)
     return ErrorReport(error / max(1, elements), sqnr, cosine, max(columns[4], default=0.0), elements)

@@ -11,10 +11,10 @@ All limits are per tensor. What each range keeps, and what its result depends on
     moving_average   the averages of both: depends on batches by definition
     percentile, mse, kl, weighted    a histogram: the same for any split and order of the data
 
-Histogram bins are 2**k wide, k being the smallest for which the largest element fits into 4096 bins on each side of 0. When
-a larger element comes, neighbouring bins merge, which is exact: so the final counts do not depend on the order. The price is
-the bin width, at most 1/2048 of the largest magnitude: limits from a histogram lie within one bin width of those from the
-data (percentile), or are those of data rounded to bin centres (mse, kl, weighted).
+Histogram bins are 2**k wide, k being the smallest for which the largest element fits into 4096 bins on each side of 0.
+When a larger element comes, neighbouring bins merge, which is exact: so the final counts do not depend on the order.
+The price is the bin width, at most 1/2048 of the largest magnitude: limits from a histogram lie within one bin width of
+those from the data (percentile), or are those of data rounded to bin centres (mse, kl, weighted).
 """
 
 from __future__ import annotations

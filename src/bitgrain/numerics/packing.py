@@ -1,12 +1,12 @@
 """Dense bit packing of codes of 1 to 8 bits.
 
-The codes of one row are one little-endian stream of bits: element i takes the bits [i * bits, (i + 1) * bits), the least
-significant bit first, and may straddle two words. A row of n codes takes ceil(n * bits / word bits) words; the bits that
-are left over are 0. This is the layout of compressed-tensors' `pack-quantized` weights, and for 4 bits in uint8 words that
-of its FP4 formats (the first element in the low nibble).
+The codes of one row are one little-endian stream of bits: element i takes the bits [i * bits, (i + 1) * bits), the
+least significant bit first, and may straddle two words. A row of n codes takes ceil(n * bits / word bits) words; the
+bits that are left over are 0. This is the layout of compressed-tensors' `pack-quantized` weights, and for 4 bits in
+uint8 words that of its FP4 formats (the first element in the low nibble).
 
-Eight codes at a time are handled as one 64-bit integer whose fields are moved together in three steps, so that all widths
-share one path and no element is touched by Python.
+Eight codes at a time are handled as one 64-bit integer whose fields are moved together in three steps, so that all
+widths share one path and no element is touched by Python.
 """
 
 from __future__ import annotations

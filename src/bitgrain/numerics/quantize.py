@@ -29,8 +29,8 @@ def check_finite(x: Tensor, name: str) -> None:
     nan, inf = int(torch.isnan(x).sum().item()), int(torch.isinf(x).sum().item())
     if nan or inf:
         raise NumericsError(
-            f"{name} holds {nan} NaN and {inf} Inf among {x.numel()} elements; the checkpoint is damaged or overflowed, "
-            "repair or re-download it before quantizing"
+            f"{name} holds {nan} NaN and {inf} Inf among {x.numel()} elements; the checkpoint is damaged or "
+            "overflowed, repair or re-download it before quantizing"
         )
 
 
@@ -54,7 +54,8 @@ def choose_scale(
     """Scales and zero points of `x` in their storage: see `QTensor`.
 
     x            any shape; computed in float32
-    importance   non-negative, broadcastable to x (for instance one weight for each input channel), for the ranges that use it
+    importance   non-negative, broadcastable to x (for instance one weight for each input channel), for the ranges that
+                 use it
     outer_scale  for nested scales: the scale of the scales, already stored
     Raises NumericsError for NaN, Inf, or a scale that overflows its storage dtype; SchemeError for an empty tensor.
     """
@@ -121,8 +122,9 @@ def fake_quantize(
 
     scale, zero  float32 [down, across], for static or learned scales; without them they are chosen from `x`
     outer_scale  see `choose_scale`
-    Gradients: straight-through for x inside the range and 0 outside (Bengio et al., arXiv 1308.3432); for a given scale,
-    round(v) - v inside and the clipped code outside (LSQ, arXiv 1902.08153, equation 3); likewise for a real zero.
+    Gradients: straight-through for x inside the range and 0 outside (Bengio et al., arXiv 1308.3432); for a given
+    scale, round(v) - v inside and the clipped code outside (LSQ, arXiv 1902.08153, equation 3); likewise for a real
+    zero.
     """
     if x.numel() == 0:
         return x.clone()

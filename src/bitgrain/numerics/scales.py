@@ -29,7 +29,9 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
         return scale
     assert isinstance(spec.scale, FloatFormat)
     if spec.scale == E8M0:
-        exponent = torch.frexp(scale.double() * spec.high / spec.format.overflow).exponent
+        mantissa, exponent = torch.frexp(scale)
+        largest = mantissa * spec.high  # in float32, which undoes the rounding of largest / high
+        exponent = exponent + torch.frexp(largest / spec.format.overflow).exponent
         rounded = torch.ldexp(torch.ones_like(scale), exponent.clamp(-127, 127))
         return torch.where(scale > 0, rounded, torch.ones_like(scale))
     rounded = scale if spec.scale.mantissa_bits >= 23 else spec.scale.round(scale)
@@ -53,8 +55,8 @@ def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Ten
     """Ideal scales [down, across] (float32; 0 for an all-zero tile) in their storage.
 
     Plain storage gives a tensor of the storage's torch dtype. Nested storage gives a QTensor; `outer` then fixes the
-    scale of the scales (layers that an engine fuses must share it). An all-zero tile gets the scale 1, so that its zeros
-    are exact; formats without a zero get 0.
+    scale of the scales (layers that an engine fuses must share it). An all-zero tile gets the scale 1, so that its
+    zeros are exact; formats without a zero get 0.
     """
     one = torch.ones_like(scale) if spec.format.has_zero else torch.zeros_like(scale)
     if not isinstance(spec.scale, Format):

@@ -1,8 +1,8 @@
 """QuantSpec: one value that says everything about how a tensor is quantized.
 
 Format x Granularity x zero point x Range x scale storage x static or dynamic. The parts are orthogonal; only
-combinations without a meaning are refused. The scale's own storage is either a plain format (fp16, e8m0, ...) or another
-QuantSpec, applied to the matrix of scales: that is double quantization, and NVFP4 is an instance of it.
+combinations without a meaning are refused. The scale's own storage is either a plain format (fp16, e8m0, ...) or
+another QuantSpec, applied to the matrix of scales: that is double quantization, and NVFP4 is an instance of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The main job, disk to disk: read a unit, round it, write it, journal it, free it.
 
-Memory is bounded by the units in flight, one for each worker thread. Every unit is worked on by one thread with torch's own
-parallelism off, so the bytes do not depend on how many workers there are.
+Memory is bounded by the units in flight, one for each worker thread. Every unit is worked on by one thread with torch's
+own parallelism off, so the bytes do not depend on how many workers there are.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from bitgrain.checkpoints.disk_space import check_disk_space
 from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.numerics import QTensor
-from bitgrain.numerics.measures import measure
+from bitgrain.numerics.measures import row_errors, summarize
 from bitgrain.numerics.quantize import check_finite
+from bitgrain.numerics.scales import scale_values
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress, make_progress
@@ -32,6 +33,8 @@ from bitgrain.solvers.rtn import has_one_outer_scale, shared_outer_scale
 
 LOW_SQNR_DB = 5.0
 """A layer below this has lost most of its information; the manifest warns."""
+_PIECE = 1 << 18
+"""Elements that are widened to float32 or float64 at once. No result depends on it."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def run_plan(
     """Carry `plan` out into the folder `out`, which appears only when it is whole.
 
     Killed at any moment, the same call resumes; the result is byte-identical. `restart` throws a half-done run away.
-    Raises PlanError (problems in the plan, not enough disk), OutputError (`out` exists), ResumeError (a half-done run with
-    other settings or sources), NumericsError (NaN, Inf), CheckpointError (a file is damaged).
+    Raises PlanError (problems in the plan, not enough disk), OutputError (`out` exists), ResumeError (a half-done run
+    with other settings or sources), NumericsError (NaN, Inf), CheckpointError (a file is damaged).
     """
     plan.require_possible()
     out = Path(out)
@@ -121,31 +124,46 @@ def _solve_unit(
     outputs: dict[str, Tensor] = {}
     records: dict[str, dict[str, Any]] = {}
     outer = _outer_scales(plan, unit, device)
-    for name in unit.tensors:
-        tensor = plan.checkpoint.read(name)
+    for name in unit.tensors:  # in functions of their own, so that one original is freed before the next is read
         layer = plan.quantized.get(name)
         if layer is None:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float().sum()).item()):
-                check_finite(tensor.float(), name)
-            outputs[name] = tensor
-            continue
-        parts: list[QTensor] = []
-        reports: list[dict[str, Any]] = []
-        for i, matrix in enumerate(matrices(tensor, layer)):
-            matrix = matrix.to(device)
-            label = name if layer.experts == 1 else f"{name}[{i}]"
-            q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer.get(name), name=label)
-            reports.append(_report(matrix, q))
-            parts.append(_to_cpu(q))
-        outputs.update(plan.layout.encode(layer, parts))
-        records[name] = _record(reports)
+            outputs[name] = _kept(plan, name)
+        else:
+            parts, records[name] = _solve_layer(plan, layer, solver, outer.get(name), device)
+            outputs.update(plan.layout.encode(layer, parts))
+            del parts
     return outputs, records
 
 
-def matrices(tensor: Tensor, layer: StoredLayer) -> list[Tensor]:
-    """The [out, in] matrices of an original tensor."""
-    stack = list(tensor) if layer.experts > 1 else [tensor]
-    return [matrix.T.contiguous() if layer.transposed else matrix for matrix in stack]
+def _solve_layer(
+    plan: Plan, layer: StoredLayer, solver: Solver, outer_scale: Tensor | None, device: torch.device
+) -> tuple[list[QTensor], dict[str, Any]]:
+    """One QTensor for each matrix of a layer, and its record."""
+    parts: list[QTensor] = []
+    reports: list[dict[str, Any]] = []
+    for i, matrix in enumerate(matrices(plan.checkpoint.read(layer.tensor), layer)):
+        matrix = matrix.to(device)
+        label = layer.tensor if layer.experts == 1 else f"{layer.tensor}[{i}]"
+        q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer_scale, name=label)
+        reports.append(_report(matrix, q))
+        parts.append(_to_cpu(q))
+    return parts, _record(reports)
+
+
+def _kept(plan: Plan, name: str) -> Tensor:
+    """A tensor that is copied. Raises NumericsError for NaN or Inf."""
+    tensor = plan.checkpoint.read(name)
+    if tensor.is_floating_point() and not all(
+        bool(torch.isfinite(piece.float().sum()).item()) for piece in tensor.reshape(-1).split(_PIECE)
+    ):
+        check_finite(tensor.float(), name)
+    return tensor
+
+
+def matrices(tensor: Tensor, layer: StoredLayer) -> Iterator[Tensor]:
+    """The [out, in] matrices of an original tensor, one at a time."""
+    for matrix in tensor if layer.experts > 1 else (tensor,):
+        yield matrix.T.contiguous() if layer.transposed else matrix
 
 
 def _outer_scales(plan: Plan, unit: Unit, device: torch.device) -> dict[str, Tensor]:
@@ -163,7 +181,7 @@ def _outer_scales(plan: Plan, unit: Unit, device: torch.device) -> dict[str, Ten
             continue
         layers = [plan.quantized[name] for name in members]
         weights = (
-            matrices(plan.checkpoint.read(name), layer)[0].to(device)
+            next(matrices(plan.checkpoint.read(name), layer)).to(device)
             for name, layer in zip(members, layers, strict=True)
         )
         shared = shared_outer_scale(weights, layers[0].scheme.weight, " + ".join(members))
@@ -178,7 +196,7 @@ def _to_cpu(q: QTensor) -> QTensor:
 
 def _report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
     """The errors of one matrix as JSON; an exact result has no SQNR."""
-    report = measure(matrix, q)
+    report = summarize([row_errors(x, part.dequantize()) for x, part in _row_pieces(matrix, q)], matrix.numel())
     exact = not math.isfinite(report.sqnr_db)
     return {
         "sqnr_db": None if exact else report.sqnr_db,
@@ -186,6 +204,19 @@ def _report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
         "mse": report.mse,
         "max_error": report.max_error,
     }
+
+
+def _row_pieces(matrix: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:
+    """Some rows of both at a time: what is computed from them stays in a core's cache, and no matrix is widened whole."""
+    tile_rows = q.spec.granularity.rows  # None: a tile spans all rows, and so it spans any rows
+    rows, cols = matrix.shape
+    step = max(1, _PIECE // (cols * (tile_rows or 1))) * (tile_rows or 1)
+    scale = scale_values(q.scale)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        tiles = slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
+        zero = None if q.zero is None else q.zero[tiles]
+        yield matrix[start:stop], QTensor(q.codes[start:stop], scale[tiles], zero, q.spec)
 
 
 def _record(reports: list[dict[str, Any]]) -> dict[str, Any]:

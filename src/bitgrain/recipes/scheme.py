@@ -115,5 +115,5 @@ def get_scheme(name: str) -> Scheme:
         return PRESETS[key]
     known = [*PRESETS, *ALIASES]
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise SchemeError(f"unknown scheme {name!r}{hint} Known schemes: {', '.join(known)}")

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from ..numerics import QTensor, QuantSpec, choose_scale, per_tensor, quantize
+from ..numerics.affine import store_zero
 from ..numerics.granularity import to_tiles
 from ..numerics.quantize import check_finite
+from ..numerics.ranges import MinMax
+from ..numerics.scales import scale_values, store_scale
 from .base import register_solver
 
 # Few enough elements that a piece and its temporaries stay in a core's cache; fixed, so results never depend on it.
@@ -34,19 +37,70 @@ class RoundToNearest:
     ) -> QTensor:
         """See `Solver.solve`; `hessian` is not used."""
         rows, cols = weight.shape
-        tile_rows, _ = spec.granularity.tile((rows, cols))
-        step = max(1, _PIECE // max(1, cols * tile_rows)) * tile_rows
+        step = _piece_rows(rows, cols, spec)
         if step >= rows:
             return quantize(weight, spec, importance=importance, outer_scale=outer_scale, name=name)
-        if isinstance(spec.scale, QuantSpec) and outer_scale is None:  # scales are quantized together: all chosen first
-            if not has_one_outer_scale(spec):
-                return quantize(weight, spec, importance=importance, name=name)
+        codes = torch.empty((rows, cols), dtype=spec.format.code_dtype, device=weight.device)
+        nested = isinstance(spec.scale, QuantSpec) and outer_scale is None
+        if spec.granularity.rows is None or (nested and not has_one_outer_scale(spec)):
+            scale, zero = _choose_first(weight, spec, step, importance, outer_scale, name)
+            for i in range(0, rows, step):
+                tiles = _tile_rows(i, min(i + step, rows), spec)
+                part = None if zero is None else zero[tiles]
+                steps = scale_values(scale)[tiles]
+                codes[i : i + step] = quantize(weight[i : i + step], spec, scale=steps, zero=part, name=name).codes
+            return QTensor(codes, scale, zero, spec)
+        if nested:
             outer_scale = shared_outer_scale([weight], spec, name, importance)
-        pieces = [
-            quantize(weight[i : i + step], spec, importance=importance, outer_scale=outer_scale, name=name)
-            for i in range(0, rows, step)
-        ]
-        return _join(pieces, spec)
+        scales: list[Tensor | QTensor] = []
+        zeros: list[Tensor] = []
+        for i in range(0, rows, step):
+            weights = None if importance is None else importance.expand(rows, cols)[i : i + step]
+            piece = quantize(weight[i : i + step], spec, importance=weights, outer_scale=outer_scale, name=name)
+            codes[i : i + step] = piece.codes
+            scales.append(piece.scale)
+            zeros += [] if piece.zero is None else [piece.zero]
+        return QTensor(codes, _join(scales), torch.cat(zeros) if zeros else None, spec)
+
+
+def _piece_rows(rows: int, cols: int, spec: QuantSpec) -> int:
+    """How many rows are rounded at once: whole tiles, or any rows where one tile spans them all."""
+    tile_rows = spec.granularity.rows or 1
+    return max(1, _PIECE // max(1, cols * tile_rows)) * tile_rows
+
+
+def _tile_rows(start: int, stop: int, spec: QuantSpec) -> slice:
+    """The rows of tiles in which the weight's rows from `start` (where a tile begins) to `stop` lie."""
+    tile_rows = spec.granularity.rows
+    return slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
+
+
+def _choose_first(
+    weight: Tensor, spec: QuantSpec, step: int, importance: Tensor | None, outer_scale: Tensor | None, name: str
+) -> tuple[Tensor | QTensor, Tensor | None]:
+    """`choose_scale` of the whole weight, widened piece by piece where the range allows it."""
+    rows, cols = weight.shape
+    if spec.granularity.rows is None:
+        if type(spec.range) is not MinMax:
+            return choose_scale(weight, spec, importance=importance, name=name, outer_scale=outer_scale)
+        extremes = torch.stack([weight.amin(dim=0), weight.amax(dim=0)])  # all that min-max limits look at
+        if not bool(torch.isfinite(extremes).all().item()):
+            check_finite(weight.to(torch.float32), name)
+        return choose_scale(extremes, spec, name=name, outer_scale=outer_scale)
+    ideal: list[Tensor] = []
+    offsets: list[Tensor] = []
+    for i in range(0, rows, step):
+        piece = weight[i : i + step].to(torch.float32)
+        check_finite(piece, name)
+        weights = (
+            None if importance is None else to_tiles(importance.expand(rows, cols)[i : i + step], spec.granularity)
+        )
+        scale, offset = spec.range.scale(to_tiles(piece, spec.granularity, spec.range.fill), spec, weights)
+        ideal.append(scale)
+        offsets += [] if offset is None else [offset]
+    whole = torch.cat(ideal)
+    stored = store_scale(whole, spec, name, outer_scale)
+    return stored, store_zero(torch.cat(offsets) if offsets else None, whole, scale_values(stored), spec)
 
 
 def has_one_outer_scale(spec: QuantSpec) -> bool:
@@ -66,12 +120,12 @@ def shared_outer_scale(
     largest: list[Tensor] = []
     for weight in weights:
         rows, cols = weight.shape
-        tile_rows, _ = spec.granularity.tile((rows, cols))
-        step = max(1, _PIECE // max(1, cols * tile_rows)) * tile_rows
+        step = _piece_rows(rows, cols, spec)
         for i in range(0, rows, step):
             piece = weight[i : i + step].to(torch.float32)
             check_finite(piece, name)
-            weights_of = None if importance is None else to_tiles(importance.expand(piece.shape), spec.granularity)
+            parts = None if importance is None else importance.expand(rows, cols)[i : i + step]
+            weights_of = None if parts is None else to_tiles(parts, spec.granularity)
             scale, _ = spec.range.scale(to_tiles(piece, spec.granularity, spec.range.fill), spec, weights_of)
             largest.append(scale.max().reshape(1, 1))
     stored, _ = choose_scale(torch.cat(largest), spec.scale, name=f"{name} (scales)")
@@ -79,16 +133,11 @@ def shared_outer_scale(
     return stored
 
 
-def _join(pieces: list[QTensor], spec: QuantSpec) -> QTensor:
-    """Pieces of whole tile rows, one above the other."""
-    scales = [piece.scale for piece in pieces]
-    plain = [scale for scale in scales if isinstance(scale, Tensor)]
-    nested = [scale for scale in scales if isinstance(scale, QTensor)]
-    if nested:
-        inner = nested[0].spec
-        scale = QTensor(torch.cat([part.codes for part in nested]), nested[0].scale, None, inner)
-    else:
-        scale = torch.cat([part.view(torch.uint8) for part in plain]).view(plain[0].dtype)
-    zeros = [piece.zero for piece in pieces if piece.zero is not None]
-    zero = torch.cat(zeros) if zeros else None
-    return QTensor(torch.cat([piece.codes for piece in pieces]), scale, zero, spec)
+def _join(scales: list[Tensor | QTensor]) -> Tensor | QTensor:
+    """The scales of pieces of whole tile rows, one above the other; nested ones share their outer scale."""
+    first = scales[0]
+    if isinstance(first, QTensor):
+        codes = torch.cat([scale.codes for scale in scales if isinstance(scale, QTensor)])
+        return QTensor(codes, first.scale, None, first.spec)
+    # torch cannot join every dtype of scales
+    return torch.cat([scale.view(torch.uint8) for scale in scales if isinstance(scale, Tensor)]).view(first.dtype)

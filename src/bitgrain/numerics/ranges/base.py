@@ -41,8 +41,8 @@ class Range(ABC):
 def scale_from_limits(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """The scale that maps [low, high] onto the spec's numbers, and the real zero point (None if symmetric).
 
-    Symmetric: the smallest scale under which neither limit is clipped. For a restricted or float grid that is absmax / maximum;
-    for full-range integers the negative side has one code more, so it is max(high / maximum, low / minimum).
+    Symmetric: the smallest scale under which neither limit is clipped. For a restricted or float grid that is absmax /
+    maximum; for full-range integers the negative side has one code more, so it is max(high / maximum, low / minimum).
     Asymmetric: [min(low, 0), max(high, 0)] is spread over the codes, so that 0 stays exactly representable
     (Jacob et al., arXiv 1712.05877, equation 1 and section 2.1).
     """

@@ -9,10 +9,10 @@ S. Migacz, "8-bit Inference with TensorRT", GTC 2017 (slides 24-38 give the algo
         divergence[i] = KL(P || Q), both normalized
     take the i with the smallest divergence
 
-Three details are ours. Which bins share a level follows from the format itself: bin centres are divided by the candidate's
-scale and rounded (for int8 these are the 128 levels of the slides; FP8, FP4 or NF4 work the same way). Thresholds are
-tried in `stride` steps of bins. Where Q is empty and P is not, Q counts as 1e-4 of an even share instead of 0, which
-keeps the divergence finite.
+Three details are ours. Which bins share a level follows from the format itself: bin centres are divided by the
+candidate's scale and rounded (for int8 these are the 128 levels of the slides; FP8, FP4 or NF4 work the same way).
+Thresholds are tried in `stride` steps of bins. Where Q is empty and P is not, Q counts as 1e-4 of an even share instead
+of 0, which keeps the divergence finite.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _levels(scaled: Tensor, spec: QuantSpec) -> Tensor:
         top = spec.high if spec.symmetric else spec.high - spec.low
         return scaled.round().clamp_(0, top).to(torch.int64)
     grid = spec.format.grid().to(scaled.device)
-    return torch.searchsorted(grid, spec.format.round(scaled.to(torch.float32)))
+    return torch.searchsorted(grid, spec.format.round(scaled.to(torch.float32)).contiguous())
 
 
 def _divergence(p: Tensor, counts: Tensor, level: Tensor) -> Tensor:

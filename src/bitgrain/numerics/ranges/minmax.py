@@ -18,7 +18,7 @@ _VECTOR = 32  # torch's reductions are slow on rows shorter than this
 
 @dataclass(frozen=True)
 class MinMax(Range):
-    """Nothing is clipped; one outlier stretches the whole tile. On a grid that is symmetric about 0 the limits are too."""
+    """Nothing is clipped; one outlier stretches the whole tile. A grid symmetric about 0 gets symmetric limits."""
 
     name = "minmax"
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class MSE(Range):
     """The limits f * low and f * high that lose least, over a grid of factors f from 1 down to `smallest`.
 
-    The loss is the sum of |x - x_hat| ** norm, with x_hat computed from the scale as it is stored (nested scales: before
-    they are quantized). Asymmetric: first both ends by the same factor, then each end alone from the best. The factor 1 is
-    among the candidates, so the result is never worse than min-max. norm 2.4 is the choice of Frantar et al.'s code for
-    GPTQ (arXiv 2210.17323); 2 is the mean squared error.
+    The loss is the sum of |x - x_hat| ** norm, with x_hat computed from the scale as it is stored (nested scales:
+    before they are quantized). Asymmetric: first both ends by the same factor, then each end alone from the best. The
+    factor 1 is among the candidates, so the result is never worse than min-max. norm 2.4 is the choice of Frantar et
+    al.'s code for GPTQ (arXiv 2210.17323); 2 is the mean squared error.
     """
 
     norm: float = 2.0

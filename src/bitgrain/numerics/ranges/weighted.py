@@ -2,8 +2,8 @@
 
 Given codes v, the scale that minimizes sum w (x - s v)^2 is s = sum(w x v) / sum(w v v); with a minimum as well,
 x ~ s v + m, it is the solution of 2 x 2 normal equations. New scales lead to new codes, so the two steps alternate. The
-scheme is that of llama.cpp's k-quants (`make_qx_quants` and `make_qkx2_quants` in ggml's quantization code, I. Kawrakow,
-2023). For binary numbers it gives s = mean of |x| (XNOR-Net, arXiv 1603.05279, equation 6).
+scheme is that of llama.cpp's k-quants (`make_qx_quants` and `make_qkx2_quants` in ggml's quantization code, I.
+Kawrakow, 2023). For binary numbers it gives s = mean of |x| (XNOR-Net, arXiv 1603.05279, equation 6).
 """
 
 from __future__ import annotations

@@ -1,0 +1,54 @@
+"""What the benchmarks share: where they ran, and how results are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHARED = ROOT.parent / "shared"
+"""Reference models and texts that are not part of the repository; what needs them is skipped where they are absent."""
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions; nothing that identifies the machine."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        cpu = found[1]
+    packages = ("bitgrain", "torch", "transformers", "compressed-tensors")
+    return {
+        "date": date.today().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def machine_line() -> str:
+    """`machine` as one sentence for a report."""
+    m = machine()
+    return f"{m['date']}, {m['cores']} cores of {m['cpu']}, Python {m['python']}, torch {m['torch']}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_results(name: str, data: dict[str, Any], text: str) -> None:
+    """Write benchmarks/results/NAME.json and NAME.md, and print the text."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **data}, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)

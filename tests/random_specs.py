@@ -1,0 +1,123 @@
+"""Hypothesis strategies: any QuantSpec, any layer that a layout may be asked to hold, and its quantized weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.errors import SchemeError
+from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_channel, per_group, quantize
+from bitgrain.numerics.formats import E8M0, FP4_E2M1
+from bitgrain.recipes import PRESETS, Scheme
+
+LAWS = settings(deadline=None, derandomize=True, max_examples=60)
+"""The same examples in every run, so that a failure here is a failure everywhere."""
+
+FORMATS = (
+    *(f"int{bits}" for bits in range(1, 9)),
+    *(f"uint{bits}" for bits in range(1, 9)),
+    *("int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "ternary", "binary"),
+)
+RANGES = ("minmax", "mse", "percentile")
+PLAIN_SCALES = ("float32", "float16", "bfloat16", "e8m0", "fp8_e4m3", "fp8_e5m2")
+TILES = (
+    *((None, None), (1, None), (None, 1), (1, 3), (1, 4), (1, 16), (1, 32), (4, None), (None, 8)),
+    *((2, 3), (4, 4), (16, 16), (3, 8)),
+)
+
+
+@st.composite
+def specs(draw, nested: bool = True, ranges: tuple[str, ...] = ("minmax",)) -> QuantSpec:
+    """Any combination that a QuantSpec accepts; `nested` also draws double quantization."""
+    return draw(_candidates(nested, ranges).filter(lambda spec: spec is not None))
+
+
+@st.composite
+def _candidates(draw, nested: bool, ranges: tuple[str, ...]) -> QuantSpec | None:
+    from bitgrain.numerics.ranges import get_range
+
+    scale = get_format(draw(st.sampled_from(PLAIN_SCALES)))
+    if nested and draw(st.integers(0, 3)) == 0:
+        scale = draw(specs(nested=False).filter(_quantizes_scales))
+    try:
+        return QuantSpec(
+            format=get_format(draw(st.sampled_from(FORMATS))),
+            granularity=Granularity(*draw(st.sampled_from(TILES))),
+            zero_point=draw(st.sampled_from(["none", "integer", "real"])),
+            restricted=draw(st.booleans()),
+            range=get_range(draw(st.sampled_from(ranges))),
+            scale=scale,
+        )
+    except SchemeError:
+        return None
+
+
+def _quantizes_scales(spec: QuantSpec) -> bool:
+    """Scales are not negative: a format of negative numbers, or of two, says nothing about them."""
+    return spec.format.bits >= 4 and spec.format.name not in ("nf4", "int16", "uint16")
+
+
+@st.composite
+def layers(draw, schemes: st.SearchStrategy[Scheme], **fixed) -> StoredLayer:
+    """A small layer; `fixed` replaces what would be drawn."""
+    transposed, experts = draw(st.booleans()), draw(st.sampled_from([1, 1, 3]))
+    settings = {
+        "tensor": "model.layers.0.up.weight",
+        "module": "model.layers.0.up",
+        "memory_module": "model.layers.0.up",
+        "class_name": "Linear",
+        "role": "linear",
+        "out_features": draw(st.integers(1, 40)),
+        "in_features": draw(st.one_of(st.integers(1, 70), st.sampled_from([32, 64, 128]))),
+        "experts": experts,
+        "transposed": transposed,
+        "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+    } | fixed
+    return StoredLayer(**settings, scheme=draw(schemes).for_dtype(settings["dtype"]))
+
+
+def any_scheme(nested: bool = True) -> st.SearchStrategy[Scheme]:
+    """Presets and inventions."""
+    inputs = st.sampled_from([None, PRESETS["W8A8"].input, PRESETS["FP8_DYNAMIC"].input, PRESETS["W8A16INT16"].input])
+    invented = st.builds(Scheme, st.just("invented"), specs(nested=nested), inputs)
+    return st.one_of(st.sampled_from(list(PRESETS.values())), invented)
+
+
+def quantized_parts(layer: StoredLayer, seed: int) -> list[QTensor]:
+    """Random weights of `layer` under its own spec, one QTensor for each stacked matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for _ in range(layer.experts):
+        weight = torch.randn(layer.shape, generator=generator) * 0.1
+        weight[0] = 0.0 if seed % 3 == 0 else weight[0]
+        if seed % 5 == 0:
+            weight[-1, -1] = 7.0
+        parts.append(quantize(weight, layer.scheme.weight))
+    return parts
+
+
+def same(a: QTensor, b: QTensor) -> bool:
+    """Every code, scale and zero point, with their dtypes."""
+    if isinstance(a.scale, QTensor) or isinstance(b.scale, QTensor):
+        scales = isinstance(a.scale, QTensor) and isinstance(b.scale, QTensor) and same(a.scale, b.scale)
+    else:
+        scales = same_bits(a.scale, b.scale)
+    zeros = a.zero is b.zero is None or (a.zero is not None and b.zero is not None and same_bits(a.zero, b.zero))
+    return same_bits(a.codes, b.codes) and scales and zeros
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """dtype, shape and bytes."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+__all__ = [
+    *("E8M0", "FP4_E2M1", "LAWS", "RANGES", "any_scheme", "layers", "per_channel", "per_group", "quantized_parts"),
+    *("replace", "same", "same_bits", "specs"),
+]
