@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_channel, per_group, quantize
-from bitgrain.numerics.formats import E8M0, FP4_E2M1
+from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, quantize
+from bitgrain.numerics.ranges import get_range
 from bitgrain.recipes import PRESETS, Scheme
 
 LAWS = settings(deadline=None, derandomize=True, max_examples=60)
@@ -38,8 +36,6 @@ def specs(draw, nested: bool = True, ranges: tuple[str, ...] = ("minmax",)) -> Q
 
 @st.composite
 def _candidates(draw, nested: bool, ranges: tuple[str, ...]) -> QuantSpec | None:
-    from bitgrain.numerics.ranges import get_range
-
     scale = get_format(draw(st.sampled_from(PLAIN_SCALES)))
     if nested and draw(st.integers(0, 3)) == 0:
         scale = draw(specs(nested=False).filter(_quantizes_scales))
@@ -115,9 +111,3 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
-
-
-__all__ = [
-    *("E8M0", "FP4_E2M1", "LAWS", "RANGES", "any_scheme", "layers", "per_channel", "per_group", "quantized_parts"),
-    *("replace", "same", "same_bits", "specs"),
-]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_specs import LAWS, any_scheme, layers, quantized_parts, same
 
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout, read_layers
 from bitgrain.checkpoints.layout import StoredLayer
@@ -14,6 +13,7 @@ from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.numerics import QuantSpec, get_format, per_group, per_tensor
 from bitgrain.numerics.spec import nf4_double_quantized
 from bitgrain.recipes import PRESETS, Scheme
+from random_specs import LAWS, any_scheme, layers, quantized_parts, same
 
 LAYOUT = BitgrainLayout()
 

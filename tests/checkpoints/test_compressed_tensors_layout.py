@@ -1,4 +1,4 @@
-"""What the compressed-tensors layout accepts, the compressed-tensors library decodes to the same bits; the rest it refuses."""
+"""What the compressed-tensors layout accepts, the library decodes to the same bits; the rest is refused with a reason."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_specs import LAWS, any_scheme, layers, quantized_parts, same
 
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.compressed_tensors_reader import read_layers
@@ -20,6 +19,7 @@ from bitgrain.errors import CheckpointError
 from bitgrain.numerics import QuantSpec, get_format, per_block, per_channel, per_group, per_row_group, per_tensor
 from bitgrain.numerics.spec import int_weight
 from bitgrain.recipes import PRESETS, Scheme
+from random_specs import LAWS, any_scheme, layers, quantized_parts, same
 
 LAYOUT = CompressedTensors()
 WRITABLE = [name for name in PRESETS if name not in ("W8A16INT16", "FP8")]
@@ -162,9 +162,7 @@ def test_config_of_one_scheme_targets_the_class_and_ignores_the_kept():
 
 def test_config_of_several_schemes_names_every_layer():
     first = layer_of(PRESETS["W4A16"])
-    second = replace(
-        layer_of(PRESETS["W8A16"]), module="m.down", tensor="m.down.weight", memory_module="mem.down"
-    )
+    second = replace(layer_of(PRESETS["W8A16"]), module="m.down", tensor="m.down.weight", memory_module="mem.down")
     third = replace(first, module="m.gate", tensor="m.gate.weight", memory_module="m.gate")
     config = LAYOUT.config([second, first, third], [("lm_head", "lm_head", "Linear")])
     targets = [group["targets"] for group in config["config_groups"].values()]

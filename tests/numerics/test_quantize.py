@@ -27,7 +27,7 @@ from bitgrain.numerics import (
 from bitgrain.numerics.formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP16
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.packing import pack
-from bitgrain.numerics.scales import scale_values
+from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.spec import int_weight, nf4_double_quantized
 
 EVERY = {

@@ -4,7 +4,9 @@ import torch
 from bitgrain.errors import NumericsError
 from bitgrain.numerics import QuantSpec, get_format, mxfp4, nvfp4, per_channel, per_tensor, quantize
 from bitgrain.numerics.formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP16, FP32
-from bitgrain.numerics.scales import round_scale, scale_values, store_scale
+from bitgrain.numerics.qtensor import scale_values
+from bitgrain.numerics.quantize import store_scale
+from bitgrain.numerics.scales import round_scale
 
 
 @pytest.mark.parametrize("storage", [FP16, BF16, FP8_E4M3])

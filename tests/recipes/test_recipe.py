@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_specs import LAWS, RANGES, specs
 
 from bitgrain.errors import RecipeError, SchemeError
 from bitgrain.numerics import QuantSpec, get_format, per_group
@@ -15,6 +14,7 @@ from bitgrain.numerics.ranges.mse import MSE
 from bitgrain.numerics.ranges.percentile import Percentile
 from bitgrain.recipes import PRESETS, Recipe, Scheme, load_recipe, make_recipe
 from bitgrain.recipes.recipe import SchemeModel, SpecModel
+from random_specs import LAWS, RANGES, specs
 
 
 @dataclass(frozen=True)

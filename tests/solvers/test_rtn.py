@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_specs import LAWS, same, specs
 
 from bitgrain.errors import NumericsError
 from bitgrain.numerics import QuantSpec, dequantize, get_format, per_tensor, quantize
@@ -14,6 +13,7 @@ from bitgrain.numerics.ranges import get_range
 from bitgrain.recipes import PRESETS
 from bitgrain.solvers import get_solver, rtn
 from bitgrain.solvers.rtn import has_one_outer_scale, shared_outer_scale
+from random_specs import LAWS, same, specs
 
 
 def weights(rows: int, cols: int, seed: int = 0) -> torch.Tensor:

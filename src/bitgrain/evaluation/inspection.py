@@ -48,7 +48,7 @@ from bitgrain.numerics import (
 )
 from bitgrain.numerics.affine import from_grid, to_grid
 from bitgrain.numerics.granularity import to_tiles
-from bitgrain.numerics.scales import scale_values
+from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.sums import row_sums
 from bitgrain.pipeline.load import experts_run_one_by_one, load
 from bitgrain.progress import Progress, QuietProgress

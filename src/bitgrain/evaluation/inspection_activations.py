@@ -1,6 +1,6 @@
 """What arrives at a model's linear layers, and what each way to quantize it would lose.
 
-Two passes over the windows. The first takes the ranges, from which static scales follow; the second rounds and measures.
+Two passes over the windows: the first takes the ranges, from which static scales follow, the second rounds and measures.
 Nothing but sums and channel ranges is kept. Each window is run by one thread, and results are added in the order of
 the windows, so no figure depends on the number of threads.
 """
@@ -30,7 +30,7 @@ from bitgrain.numerics import (
     per_tensor,
     per_token,
 )
-from bitgrain.numerics.scales import scale_values
+from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.sums import row_sums
 from bitgrain.progress import Progress
 from bitgrain.runtime.activations import InputQuantizer, quantize_expert_inputs
@@ -252,7 +252,7 @@ _Measure = Callable[[str, Tensor], Any]
 class _Watch:
     """Calls `measure(parameter, x)` for every input of a site; one window in each thread.
 
-    Layers that read one tensor (q, k, v) come one after the other: `shares` tells when the last result can be used again.
+    Layers that read one tensor (q, k, v) come one after the other: `shares` says when the last result holds again.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from ..errors import SchemeError
 from .affine import store_zero
-from .quantize import check_finite
+from .qtensor import scale_values
+from .quantize import check_finite, store_scale
 from .ranges import KL, MSE, MinMax, MovingAverage, Percentile, Range, Weighted, scale_from_limits
-from .scales import scale_values, store_scale
 
 if TYPE_CHECKING:
     from .qtensor import QTensor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .affine import from_grid
 from .granularity import from_tiles, to_tiles
-from .scales import scale_values
+from .scales import decode_scale
 from .spec import QuantSpec
 
 
@@ -42,11 +42,14 @@ class QTensor:
         offset = self.spec.format.code_offset
         if self.spec.format.bits > 8:
             return self.codes.to(torch.int32) + offset
-        codes = self.codes.view(
-            torch.uint8
-        )  # two's complement: adding the offset modulo 256 is right for negative codes
+        codes = self.codes.view(torch.uint8)  # two's complement: the sum modulo 256 is right for negative codes
         return codes + offset if offset else codes
 
     def count_bits(self) -> int:
         """Bits of codes, scales and zero points, densely packed."""
         return self.spec.count_bits(self.shape)
+
+
+def scale_values(stored: Tensor | QTensor) -> Tensor:
+    """Stored scales, plain or nested, as float32 [down, across]."""
+    return decode_scale(stored) if isinstance(stored, Tensor) else stored.dequantize()

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import NumericsError, SchemeError
 from .affine import store_zero, to_codes
-from .formats import Format, IntFormat
+from .formats import FloatFormat, Format, IntFormat
 from .granularity import from_tiles, to_tiles
-from .qtensor import QTensor
-from .scales import scale_values, store_scale
+from .qtensor import QTensor, scale_values
+from .scales import encode_scale, scale_of_zeros
 from .spec import QuantSpec
 
 
@@ -72,6 +72,22 @@ def _choose(
     scale, zero = spec.range.scale(to_tiles(x, spec.granularity, spec.range.fill), spec, weights)
     stored = store_scale(scale, spec, name, outer_scale)
     return stored, store_zero(zero, scale, scale_values(stored), spec)
+
+
+def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Tensor | None = None) -> Tensor | QTensor:
+    """Ideal scales [down, across] (float32; 0 for an all-zero tile) in their storage.
+
+    Plain storage gives a tensor of the storage's torch dtype. Nested storage gives a QTensor; `outer` then fixes the
+    scale of the scales (layers that an engine fuses must share it).
+    """
+    if isinstance(spec.scale, Format):
+        return encode_scale(scale, spec, name)
+    inner = quantize(scale, spec.scale, name=f"{name} (scales)", scale=outer)
+    if isinstance(spec.scale.format, FloatFormat):  # a scale is divided by: none may be 0
+        smallest = torch.full_like(scale, spec.scale.format.smallest_positive)
+        filler = spec.scale.format.encode(torch.where(scale > 0, smallest, scale_of_zeros(scale, spec)))
+        inner.codes.copy_(torch.where((inner.dequantize() > 0) & (scale > 0), inner.codes, filler))
+    return inner
 
 
 def quantize(

@@ -1,4 +1,4 @@
-"""Scales as they are stored: rounded to their storage dtype, or quantized themselves."""
+"""Scales in plain storage: rounded to a float dtype. (Scales that are quantized themselves: `quantize.store_scale`.)"""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from ..errors import NumericsError
 from .formats import E8M0, FloatFormat, Format
 
 if TYPE_CHECKING:
-    from .qtensor import QTensor
     from .spec import QuantSpec
 
 _BIASED_ONE = 127
@@ -51,39 +50,30 @@ def check_scale(scale: Tensor, spec: QuantSpec, name: str) -> None:
         )
 
 
-def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Tensor | None = None) -> Tensor | QTensor:
-    """Ideal scales [down, across] (float32; 0 for an all-zero tile) in their storage.
+def encode_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor") -> Tensor:
+    """Ideal scales (float32; 0 for an all-zero tile) in the torch dtype of their plain storage.
 
-    Plain storage gives a tensor of the storage's torch dtype. Nested storage gives a QTensor; `outer` then fixes the
-    scale of the scales (layers that an engine fuses must share it). An all-zero tile gets the scale 1, so that its
-    zeros are exact; formats without a zero get 0.
+    An all-zero tile gets the scale 1, so that its zeros are exact; formats without a zero get 0.
     """
-    one = torch.ones_like(scale) if spec.format.has_zero else torch.zeros_like(scale)
-    if not isinstance(spec.scale, Format):
-        from .quantize import quantize
-
-        inner = quantize(scale, spec.scale, name=f"{name} (scales)", scale=outer)
-        if isinstance(spec.scale.format, FloatFormat):  # a scale is divided by: none may be 0
-            smallest = torch.full_like(scale, spec.scale.format.smallest_positive)
-            filler = spec.scale.format.encode(torch.where(scale > 0, smallest, one))
-            inner.codes.copy_(torch.where((inner.dequantize() > 0) & (scale > 0), inner.codes, filler))
-        return inner
-    check_scale(scale, spec, name)
     assert isinstance(spec.scale, FloatFormat)
     dtype = spec.scale.torch_dtype
     assert dtype is not None
-    rounded = torch.where(scale > 0, round_scale(scale, spec), one)
+    check_scale(scale, spec, name)
+    rounded = torch.where(scale > 0, round_scale(scale, spec), scale_of_zeros(scale, spec))
     if spec.scale == E8M0:  # the exponent field of a float32 is the E8M0 code
         codes = (rounded.view(torch.int32) >> 23).clamp(0, 2 * _BIASED_ONE)
         return codes.to(torch.uint8).view(dtype)
     return rounded.to(dtype)
 
 
-def scale_values(stored: Tensor | QTensor) -> Tensor:
-    """Stored scales as float32 [down, across]."""
-    if isinstance(stored, Tensor):
-        if stored.dtype is torch.float8_e8m0fnu:
-            exponent = stored.view(torch.uint8).to(torch.int32) - _BIASED_ONE
-            return torch.ldexp(torch.ones(stored.shape, device=stored.device), exponent)
-        return stored.to(torch.float32)
-    return stored.dequantize()
+def decode_scale(stored: Tensor) -> Tensor:
+    """Plainly stored scales as float32."""
+    if stored.dtype is torch.float8_e8m0fnu:
+        exponent = stored.view(torch.uint8).to(torch.int32) - _BIASED_ONE
+        return torch.ldexp(torch.ones(stored.shape, device=stored.device), exponent)
+    return stored.to(torch.float32)
+
+
+def scale_of_zeros(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """What an all-zero tile's scale is, in the shape of `scale`."""
+    return torch.ones_like(scale) if spec.format.has_zero else torch.zeros_like(scale)

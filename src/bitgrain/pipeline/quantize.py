@@ -23,7 +23,7 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.measures import row_errors, summarize
 from bitgrain.numerics.quantize import check_finite
-from bitgrain.numerics.scales import scale_values
+from bitgrain.numerics.qtensor import scale_values
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress, make_progress
@@ -207,7 +207,7 @@ def _report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
 
 
 def _row_pieces(matrix: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:
-    """Some rows of both at a time: what is computed from them stays in a core's cache, and no matrix is widened whole."""
+    """Some rows of both at a time: what they are widened to stays in a core's cache."""
     tile_rows = q.spec.granularity.rows  # None: a tile spans all rows, and so it spans any rows
     rows, cols = matrix.shape
     step = max(1, _PIECE // (cols * (tile_rows or 1))) * (tile_rows or 1)

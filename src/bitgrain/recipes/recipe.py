@@ -234,7 +234,7 @@ def _explain(error: ValidationError) -> str:
     """The first problem in one sentence, with a suggestion for a mistyped key."""
     problems = error.errors(include_url=False)
     unknown = [p for p in problems if p["type"] == "extra_forbidden"]
-    # where a name or a mapping may stand, pydantic complains about both: the deepest complaint is about what was written
+    # where a name or a mapping may stand, pydantic complains about both: the deepest is about what was written
     problem = max(unknown or problems, key=lambda p: len(p["loc"]))
     where = ".".join(str(part) for part in problem["loc"] if str(part) not in ("str", "SchemeModel", "SpecModel"))
     if problem["type"] == "extra_forbidden":

@@ -12,7 +12,8 @@ from ..numerics.affine import store_zero
 from ..numerics.granularity import to_tiles
 from ..numerics.quantize import check_finite
 from ..numerics.ranges import MinMax
-from ..numerics.scales import scale_values, store_scale
+from ..numerics.qtensor import scale_values
+from ..numerics.quantize import store_scale
 from .base import register_solver
 
 # Few enough elements that a piece and its temporaries stay in a core's cache; fixed, so results never depend on it.

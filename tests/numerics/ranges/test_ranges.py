@@ -6,8 +6,8 @@ import torch
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec, get_format, per_block, per_channel, per_group, per_tensor, quantize
 from bitgrain.numerics.formats import E8M0, FP16
+from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.ranges import KL, MSE, RANGES, MinMax, MovingAverage, Percentile, Weighted, get_range
-from bitgrain.numerics.scales import scale_values
 from bitgrain.numerics.spec import int_weight
 
 FORMATS = ["int2", "int4", "int8", "fp4_e2m1", "fp8_e4m3", "nf4", "ternary", "binary"]
