@@ -5,9 +5,9 @@
     make bench-memory ARGS="--model DIR --workers 4"
 
 Every scheme runs in a process of its own. Peak memory is the process's largest resident set, less what it held after
-`import torch, transformers`; MB/s counts every byte of weights that is read, over the wall time of the whole job: reading,
-rounding, measuring, writing, hashing and fsync. The source's pages are dropped from the page cache before each run
-(`posix_fadvise`), unless --warm is given; the disk's own speed, measured the same way, stands beside the results.
+`import torch, transformers`; MB/s counts every byte of weights that is read, over the wall time of the whole job:
+reading, rounding, measuring, writing, hashing and fsync. The source's pages are dropped from the page cache before each
+run (`posix_fadvise`), unless --warm is given; the disk's own speed, measured the same way, stands beside the results.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def tensor_specs(shape: dict[str, Any]) -> list[TensorSpec]:
 
 
 def random_tensors(specs: list[TensorSpec], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time: norms near 1; matrices normal, with every 256th input channel four times as large."""
+    """(name, tensor) one at a time: norms near 1; matrices normal, every 256th input channel four times as large."""
     generator = torch.Generator().manual_seed(seed)
     for spec in specs:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)

@@ -4,6 +4,7 @@ bitgrain.quantize("MODEL", "OUT", "W4A16")      disk to disk, block by block
 bitgrain.plan("MODEL", "W4A16")                 what it will cost, before it starts
 bitgrain.load("OUT")                            a transformers model
 bitgrain.evaluate("OUT", against="MODEL", text="FILE")
+bitgrain.inspect("MODEL")                       ranges, outliers, what each granularity would lose
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
 bitgrain.quantize_tensor(w, "NVFP4")            one tensor
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from bitgrain.errors import BitgrainError
 
 if TYPE_CHECKING:
-    from bitgrain.api import evaluate, load, plan, quantize, quantize_, quantize_tensor, verify
+    from bitgrain.api import evaluate, inspect, load, plan, quantize, quantize_, quantize_tensor, verify
 
 __version__ = version("bitgrain")
 __all__ = [
     "BitgrainError",
     "__version__",
     "evaluate",
+    "inspect",
     "load",
     "plan",
     "quantize",

@@ -10,6 +10,7 @@ from torch import nn
 
 from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.errors import RecipeError
+from bitgrain.evaluation.inspection import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
@@ -21,7 +22,7 @@ from bitgrain.progress import Progress
 from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
 from bitgrain.runtime.device import resolve_device
 
-__all__ = ["Check", "evaluate", "load", "plan", "quantize", "quantize_", "quantize_tensor", "verify"]
+__all__ = ["Check", "evaluate", "inspect", "load", "plan", "quantize", "quantize_", "quantize_tensor", "verify"]
 
 
 def read_recipe(
@@ -97,6 +98,7 @@ def evaluate(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     batch_size: int = 4,
+    special_tokens: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -105,6 +107,7 @@ def evaluate(
     model, against  folders, hub names, or modules; `against` may be a `BaseReference` recorded before
     tokenizer       the folder of the tokenizer; needed when `model` is a module
     seqlen, windows tokens in a window; how many windows at most (None: all)
+    special_tokens  begin the text with what the tokenizer adds, as most published perplexities do
     Raises TextError, ModelError, CheckpointError, NumericsError.
     """
     folder = tokenizer if tokenizer is not None else (model if not isinstance(model, nn.Module) else None)
@@ -121,6 +124,6 @@ def evaluate(
     words = load_tokenizer(resolve_model(folder).path, trust_remote_code)
     module = get(model)
     vocab = getattr(getattr(module, "config", None), "vocab_size", None)
-    ids = token_windows(words, content, seqlen, windows, vocab_size=vocab)
+    ids = token_windows(words, content, seqlen, windows, vocab_size=vocab, special_tokens=special_tokens)
     base = against if isinstance(against, BaseReference) or against is None else get(against)
     return evaluate_model(module, ids, base=base, device=where, batch_size=batch_size, progress=progress)

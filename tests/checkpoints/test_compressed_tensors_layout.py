@@ -1,4 +1,4 @@
-"""What the compressed-tensors layout accepts, the library decodes to the same bits; the rest is refused with a reason."""
+"""What the layout accepts, the compressed-tensors library decodes to the same bits; the rest it refuses."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -41,7 +41,7 @@ def activation(name: str, token: float) -> ActivationInspection:
     channels = ChannelRanges(256, 90.0, 1.0, 0.5, 90.0, 2, 0, top)
     names = (("per_tensor", False), ("per_token", True), ("per_channel", False), ("per_group(128)", True))
     losses = [
-        ActivationLoss(granularity, format, dynamic, 40.0 if granularity == "per_channel" else token)
+        ActivationLoss(granularity, format, dynamic, token / 2, 40.0 if granularity == "per_channel" else token)
         for format in ("int8", "fp8_e4m3")
         for granularity, dynamic in names
     ]
@@ -87,7 +87,7 @@ def test_inputs_that_layers_share_are_shown_once(inspection: Inspection):
     text = rendered(replace(inspection, activations=sites, text=TextUse(512, 2, 1024)))
     assert "model.layers.0.self_attn.q_proj +1" in text
     assert "self_attn.k_proj" not in text
-    assert "in 1 of 2 inputs: smooth or rotate" in text
+    assert "in 1 of 2 inputs, most in model.layers.0.self_attn.q_proj +1: 20.0 dB" in " ".join(text.split())
     assert "17 3" in text
 
 

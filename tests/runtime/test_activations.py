@@ -71,21 +71,29 @@ def test_ties_go_to_the_even_code():
 
 @pytest.mark.parametrize("name", LIBRARY)
 @LAWS
-@given(x=activations())
-def test_transformers_rounding_is_the_librarys(name: str, x: torch.Tensor):
+@given(x=activations(), shape=st.sampled_from([(1, -1, 256), (-1, 256), (-1, 1, 256), (-1, 2, 1, 128)]))
+def test_transformers_rounding_is_the_librarys(name: str, x: torch.Tensor, shape: tuple[int, ...]):
     """compute_dynamic_scales_and_zp and fake_quantize of compressed-tensors, bit for bit in float32."""
     spec = INPUTS[name]
     arguments = QuantizationArgs.model_validate(_activation(spec))
     quantizer = input_quantizer_for(spec, "transformers")
     shared = None if quantizer.outer_scale is None else torch.tensor([1 / quantizer.outer_scale])
-    batch = x[None]
+    batch = x.reshape(shape)
     scale, zero = compute_dynamic_scales_and_zp(batch, arguments, nn.Linear(1, 1), global_scale=shared)
     theirs = library_fake_quantize(batch, scale, zero, arguments, global_scale=shared)
     assert torch.equal(quantizer(batch), theirs)
 
 
+def test_compressed_tensors_knows_tokens_only_in_batches():
+    """A matrix of inputs gets one scale there; vLLM's kernels, and we, see tokens in it."""
+    x = torch.tensor([[127.0, 1.4], [1.27, 0.6]])
+    spec = INPUTS["W8A8"]
+    assert torch.allclose(input_quantizer_for(spec)(x), torch.tensor([[127.0, 1.0], [1.27, 0.6]]))
+    assert input_quantizer_for(spec, "transformers")(x)[1].tolist() == pytest.approx([0.996, 0.996], abs=0.001)
+
+
 def test_the_two_roundings_differ_only_for_symmetric_integers():
-    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 3, 256, generator=torch.Generator().manual_seed(0))
     different = {
         name
         for name, spec in INPUTS.items()

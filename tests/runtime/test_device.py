@@ -33,7 +33,7 @@ def test_absent_devices_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(PlanError, match="cuda is not here .*use --device cpu"):
+    with pytest.raises(PlanError, match=r"cuda is not here .*use --device cpu"):
         resolve_device("cuda")
     with pytest.raises(PlanError, match="mps is not here; use --device cpu"):
         resolve_device("mps")

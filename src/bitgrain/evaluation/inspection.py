@@ -22,12 +22,13 @@ from torch import LongTensor, Tensor, nn
 
 from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
-from bitgrain.errors import ModelError
+from bitgrain.errors import ModelError, PlanError
 from bitgrain.evaluation.inspection_activations import (
     OUTLIER_RATIO,
     ActivationInspection,
     ChannelRanges,
     Site,
+    check_windows,
     describe_channels,
     excess_kurtosis,
     inspect_activations,
@@ -37,6 +38,7 @@ from bitgrain.evaluation.inspection_activations import (
 from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
+from bitgrain.models.structure import find_matrices
 from bitgrain.numerics import (
     QuantSpec,
     choose_scale,
@@ -180,7 +182,7 @@ class Summary:
     sensitive      layers by SQNR at int4 per_group(128), lowest first
     recommended    format -> granularity -> number of layers for which it is the coarsest that will do
     dead_outputs, dead_inputs   channels that are all zero; damaged: layers with NaN or Inf
-    column_bound   layers whose int4 SQNR is better by more than the tolerance per input channel than per output channel:
+    column_bound   layers whose int4 SQNR per input channel beats that per output channel by more than the tolerance:
                    their large elements stand in columns, which scaling the inputs (AWQ, SmoothQuant) can even out
     """
 
@@ -243,19 +245,18 @@ def inspect_model(
 
     layers        which, as `match` of a recipe's rule: a name or its last parts, a class, or `re:` and a regular
                   expression. None: the linear layers and experts, as a scheme reaches them without a rule
-    text          a text file: inputs of these layers are measured as well, on the first `windows` windows of `seqlen` tokens
+    text          a text file: the inputs of these layers are measured as well, on its first `windows` windows of
+                  `seqlen` tokens
     max_rows      rows of each matrix on which losses are measured: None for all, "auto" for all up to 2^24 elements
                   and about that many beyond. Rounded up to bands of 128 rows, evenly spaced
     tolerance_db  see `recommend`
     Raises ModelError (no model, quantized already, no such layer kind), CheckpointError, RecipeError (`layers` matches
-    nothing), TextError (text shorter than a window), PlanError (no such device).
+    nothing), TextError (text shorter than a window), PlanError (no such device, no rows).
     """
     if isinstance(max_rows, int) and max_rows < 1:
-        raise ModelError(f"--max-rows {max_rows}: at least 1 row is needed to measure a loss")
+        raise PlanError(f"--max-rows {max_rows}: at least 1 row is needed to measure a loss")
     source = resolve_model(model, revision=revision)
     config = load_config(source, trust_remote_code)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{source.name} is quantized already: inspect the full-precision model that it was made from")
     where = resolve_device(device)
     checkpoint = open_checkpoint(source.path)
     anatomy = read_anatomy(build_skeleton(config, trust_remote_code), checkpoint.entries)
@@ -581,6 +582,7 @@ def _sites(chosen: Sequence[Weight], model: nn.Module) -> list[Site]:
         if weight.role not in ("conv", "embedding"):
             for target in weight.targets or (weight.memory,):
                 readers[target].append(weight)
+    matrices = find_matrices(model)
     order = {name: i for i, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     return [
         Site(
@@ -589,6 +591,7 @@ def _sites(chosen: Sequence[Weight], model: nn.Module) -> list[Site]:
             block=weights[0].block,
             in_features=weights[0].in_features,
             layers=tuple(dict.fromkeys(_name(weight) for weight in weights)),
+            transposed=matrices[parameter].transposed,
         )
         for parameter, weights in sorted(readers.items(), key=lambda item: order[item[0]])
     ]
@@ -597,6 +600,7 @@ def _sites(chosen: Sequence[Weight], model: nn.Module) -> list[Site]:
 def _windows(
     folder: Path, text: str | Path, seqlen: int, windows: int, config: Any, trust_remote_code: bool
 ) -> LongTensor:
+    check_windows(config, seqlen)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     vocab = getattr(config.get_text_config(), "vocab_size", None)
     return token_windows(tokenizer, read_text(text), seqlen, windows, vocab_size=vocab)

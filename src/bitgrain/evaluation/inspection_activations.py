@@ -1,8 +1,8 @@
 """What arrives at a model's linear layers, and what each way to quantize it would lose.
 
-Two passes over the windows: the first takes the ranges, from which static scales follow, the second rounds and measures.
-Nothing but sums and channel ranges is kept. Each window is run by one thread, and results are added in the order of
-the windows, so no figure depends on the number of threads.
+Two passes over the windows: the first takes the ranges, from which static scales follow; the second rounds and
+measures. Nothing but sums and channel ranges is kept. Each window is run by one thread, and results are added in the
+order of the windows, so no figure depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ __all__ = [
     "ChannelRange",
     "ChannelRanges",
     "Site",
+    "check_windows",
     "describe_channels",
     "excess_kurtosis",
     "inspect_activations",
@@ -151,7 +152,8 @@ GRANULARITIES = {
 class Site:
     """A place where activations are looked at: the input of a weight in memory.
 
-    parameter: name of that weight in memory; layers: the matrices on disk that read this input.
+    parameter: name of that weight in memory, [.., out, in] or, if transposed, [.., in, out].
+    layers: the matrices on disk that read this input.
     """
 
     parameter: str
@@ -159,6 +161,7 @@ class Site:
     block: int | None
     in_features: int
     layers: tuple[str, ...]
+    transposed: bool = False
 
     @property
     def module(self) -> str:
@@ -167,15 +170,20 @@ class Site:
 
 @dataclass(frozen=True)
 class ActivationLoss:
-    """SQNR in dB of one format and granularity; inf if exact.
+    """What one format and granularity does to an input; inf if exact.
 
-    dynamic: scales computed from the data at run time; otherwise they are the extremes over all windows.
+    dynamic   scales computed from the data at run time; otherwise they are the extremes over all windows
+    sqnr_db   10 log10(sum x^2 / sum e^2), e the error of x
+    felt_db   the same with feature j counted c_j times, c_j = sum of the squares of the weights that read it: as the
+              layer's output feels it. Unlike sqnr_db it is the same for x / s and W s, one s for each feature, so the
+              power of a few large features, which the weights divide out again, does not hide the loss of the others
     """
 
     granularity: str
     format: str
     dynamic: bool
     sqnr_db: float
+    felt_db: float
 
 
 @dataclass(frozen=True)
@@ -199,10 +207,19 @@ class ActivationInspection:
     channels: ChannelRanges | None
     losses: tuple[ActivationLoss, ...]
 
+    def loss(self, granularity: str, format: str) -> ActivationLoss | None:
+        """One combination; None if it was not measured."""
+        return next((x for x in self.losses if (x.granularity, x.format) == (granularity, format)), None)
+
     def sqnr(self, granularity: str, format: str) -> float | None:
         """dB of one combination; None if it was not measured."""
-        found = (x.sqnr_db for x in self.losses if (x.granularity, x.format) == (granularity, format))
-        return next(found, None)
+        found = self.loss(granularity, format)
+        return None if found is None else found.sqnr_db
+
+    def felt(self, granularity: str, format: str) -> float | None:
+        """`felt_db` of one combination; None if it was not measured."""
+        found = self.loss(granularity, format)
+        return None if found is None else found.felt_db
 
 
 @dataclass(frozen=True)
@@ -329,7 +346,7 @@ def inspect_activations(
     A site that no token reached (an expert's parameter that was never used) has 0 tokens and no figures.
     Raises ModelError (an encoder-decoder model), TextError (windows longer than the model's positions).
     """
-    _check_windows(model, windows)
+    check_windows(getattr(model, "config", None), windows.shape[1])
     watch = _Watch(model.eval(), sites)
     progress.start(2 * windows.numel(), "tokens", "activations")
     try:
@@ -341,28 +358,31 @@ def inspect_activations(
         scales = _static_scales(totals)
         watch.measure = lambda name, x: _errors(x, scales[name]) if name in scales else None
         watch.shares = lambda a, b: scales.get(a) is scales.get(b)
-        errors: dict[str, list[tuple[float, ...]]] = {name: [] for name in totals}
+        errors: dict[str, Tensor] = {}
         for seen in _run_all(watch, windows, device, progress):
             for name, sums in seen:
                 if sums is not None:
-                    errors[name].append(sums)
+                    errors[name] = errors[name] + sums if name in errors else sums
     finally:
         progress.finish()
-    return tuple(_conclude(site, totals[site.parameter], errors[site.parameter]) for site in sites)
+    return tuple(
+        _conclude(site, totals[site.parameter], errors.get(site.parameter), model.get_parameter(site.parameter))
+        for site in sites
+    )
 
 
-def _check_windows(model: nn.Module, windows: Tensor) -> None:
-    config: Any = getattr(model, "config", None)
+def check_windows(config: Any, seqlen: int) -> None:
+    """Raises ModelError for an encoder-decoder model, TextError for windows longer than the model's positions."""
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{type(model).__name__} has an encoder and a decoder, and a text alone does not run both: inspect its "
-            "weights only, without a text"
+            "the model has an encoder and a decoder, and a text alone does not run both: inspect its weights only, "
+            "without a text"
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < windows.shape[1]:
+    if isinstance(longest, int) and 0 < longest < seqlen:
         raise TextError(
-            f"windows of {windows.shape[1]} tokens are longer than the {longest} positions of the model: "
+            f"windows of {seqlen} tokens are longer than the {longest} positions of the model: "
             f"use --seqlen {longest} or less"
         )
 
@@ -432,20 +452,24 @@ def _combinations() -> list[tuple[str, str]]:
     return [(granularity, format) for format in _FORMATS for granularity in GRANULARITIES]
 
 
-def _errors(x: Tensor, scales: _Scales) -> tuple[float, ...]:
-    """Sum of x^2, then of the squared error of each combination."""
-    sums = [_total(x.double().square_())]
+def _errors(x: Tensor, scales: _Scales) -> Tensor:
+    """Sum over the tokens of x^2, then of the squared error of each combination: float64 [1 + combinations, in]."""
+    sums = [x.double().square_().sum(0)]
     for granularity, format in _combinations():
         rounded = fake_quantize(x, _spec(granularity, format), scale=scales.steps.get((granularity, format)))
-        sums.append(_total(rounded.sub_(x).double().square_()))
-    return tuple(sums)
+        sums.append(rounded.sub_(x).double().square_().sum(0))
+    return torch.stack(sums).cpu()
 
 
-def _total(x: Tensor) -> float:
-    return math.fsum(cast("list[float]", row_sums(x).tolist()))
+def _column_powers(weight: Tensor, transposed: bool) -> Tensor:
+    """For each input feature the sum of the squares of the weights that read it, float64 [in]."""
+    with torch.no_grad():
+        stack = weight.reshape(-1, *weight.shape[-2:])
+        sums = [row_sums((one if transposed else one.T).float().square()) for one in stack]
+        return row_sums(torch.stack(sums, dim=-1)).cpu()
 
 
-def _conclude(site: Site, total: _Total, errors: list[tuple[float, ...]]) -> ActivationInspection:
+def _conclude(site: Site, total: _Total, errors: Tensor | None, weight: Tensor) -> ActivationInspection:
     def result(**figures: Any) -> ActivationInspection:
         return ActivationInspection(
             module=site.module,
@@ -458,18 +482,25 @@ def _conclude(site: Site, total: _Total, errors: list[tuple[float, ...]]) -> Act
             **figures,
         )
 
-    if total.low is None or total.high is None or total.nonfinite:
+    if total.low is None or total.high is None or errors is None:
         return result(absmax=None, zeros=None, kurtosis=None, channels=None, losses=())
     channels = describe_channels(total.low, total.high)
     count = total.tokens * site.in_features
-    power, *sums = (math.fsum(column) for column in zip(*errors, strict=True))
+    power, *plain = (math.fsum(row) for row in errors.tolist())
+    felt_power, *felt = (math.fsum(row) for row in (errors * _column_powers(weight, site.transposed)).tolist())
     return result(
         absmax=channels.absmax,
         zeros=total.zeros / count,
         kurtosis=excess_kurtosis([math.fsum(column) for column in zip(*total.sums, strict=True)], count),
         channels=channels,
         losses=tuple(
-            ActivationLoss(granularity, format, GRANULARITIES[granularity][1], sqnr_db(power, error))
-            for (granularity, format), error in zip(_combinations(), sums, strict=True)
+            ActivationLoss(
+                granularity=granularity,
+                format=format,
+                dynamic=GRANULARITIES[granularity][1],
+                sqnr_db=sqnr_db(power, error),
+                felt_db=sqnr_db(felt_power, felt_error),
+            )
+            for (granularity, format), error, felt_error in zip(_combinations(), plain, felt, strict=True)
         ),
     )

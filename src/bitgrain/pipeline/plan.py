@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
@@ -27,14 +28,21 @@ from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
+from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.engines import Verdict, judge
-from bitgrain.recipes import Recipe, Scheme
+from bitgrain.recipes import PRESETS, Recipe, Scheme
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNIT_BYTES = 64_000_000
 """About how many source bytes are one unit of work: what is lost by a kill, and what one worker holds."""
-_RUNTIME_BYTES = 60_000_000
-"""What one worker's temporaries take beside its unit."""
+_LIBRARY_BYTES = 160_000_000
+"""The modelling code of transformers and what it imports, which comes in with the first model."""
+_WORKER_BYTES = 24_000_000
+"""One worker's pieces of a matrix, widened to float32 and float64, and what its allocator keeps."""
+_TILE_BYTES = 80
+"""For each element of one row of tiles, the least that is rounded at once."""
+_PACKING_BYTES = {"compressed-tensors": 5, "bitgrain": 10}
+"""For each element of one matrix while its codes are packed."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,32 @@ class Plan:
 
     @property
     def peak_ram(self) -> int:
-        """Bytes above Python and torch that the job is expected to hold at once."""
-        largest = sorted((unit.nbytes for unit in self.units), reverse=True)[: self.workers]
-        return sum(2 * nbytes + _RUNTIME_BYTES for nbytes in largest)
+        """An upper bound of the bytes that the job holds at once, above Python with torch and transformers imported."""
+        largest = sorted((self._unit_ram(unit) for unit in self.units), reverse=True)[: self.workers]
+        return _LIBRARY_BYTES + sum(nbytes + _WORKER_BYTES for nbytes in largest)
+
+    def _unit_ram(self, unit: Unit) -> int:
+        """The most that a unit's tensors take at once: results stay until the unit is written, originals do not."""
+        held = peak = 0
+        for name in unit.tensors:
+            original = self.checkpoint.entries[name].nbytes
+            layer = self.quantized.get(name)
+            if layer is None:
+                held += original
+                peak = max(peak, held)
+                continue
+            spec = layer.scheme.weight
+            matrix = layer.elements // layer.experts
+            result = sum(tensor.nbytes for tensor in self.layout.tensors(layer))
+            coded = layer.elements * spec.format.code_dtype.itemsize + result  # codes, and scales as they are
+            rounding = original + (original // layer.experts if layer.transposed else 0)
+            if spec.granularity.rows is None and type(spec.range) is not MinMax:
+                rounding += 8 * matrix  # the range looks at the whole matrix in float32
+            rounding += _TILE_BYTES * min(spec.granularity.rows or 1, layer.out_features) * layer.in_features
+            packing = _PACKING_BYTES[self.layout.name] * matrix + (result if layer.experts > 1 else 0)
+            peak = max(peak, held + coded + max(rounding, packing))
+            held += result
+        return peak
 
     @property
     def decodes_to_bfloat16(self) -> bool:
@@ -145,14 +176,21 @@ def make_plan(
     Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
     that cannot be read, RecipeError for a rule that matches nothing.
     """
+    if workers is not None and workers < 1:
+        raise PlanError(f"{workers} workers cannot do anything; ask for at least 1")
     source = resolve_model(model, revision=revision)
     config = load_config(source, trust_remote_code)
     checkpoint = open_checkpoint(source.path)
-    anatomy = read_anatomy(build_skeleton(config, trust_remote_code), checkpoint.entries)
+    skeleton = build_skeleton(config, trust_remote_code)
+    anatomy = read_anatomy(skeleton, checkpoint.entries)
     schemes = recipe.assign(anatomy.weights)
     problems: list[str] = []
     if anatomy.missing:
         problems.append(f"{len(anatomy.missing)} parameters of the model are not in its files: {_few(anatomy.missing)}")
+    problems.extend(
+        f"{name} is stored as {checkpoint.entries[name].dtype}: only float weights can be quantized"
+        for name in _integer_weights(skeleton, anatomy, checkpoint)
+    )
     if recipe.transforms:
         problems.append(f"transforms cannot be applied in this version: {', '.join(recipe.transforms)}")
     layers = [
@@ -177,11 +215,23 @@ def make_plan(
         shards=plan_shards(outputs, max_shard_bytes),
         units=_split(anatomy, checkpoint),
         engines=tuple(judge(list(quantized.values()), _fused(layers), layout.name)),
-        workers=workers or torch.get_num_threads(),
+        workers=torch.get_num_threads() if workers is None else workers,
         problems=tuple(dict.fromkeys(problems)),
         notes=_notes(anatomy, layers, reasons),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _integer_weights(skeleton: nn.Module, anatomy: Anatomy, checkpoint: Checkpoint) -> list[str]:
+    """Matrices of integers that are no buffers of the model: codes of a format that config.json does not tell of."""
+    buffers = {name.rpartition(".")[2] for name, buffer in skeleton.named_buffers() if not buffer.is_floating_point()}
+    return [
+        name
+        for name in anatomy.others
+        if not checkpoint.entries[name].dtype.is_floating_point
+        and len(checkpoint.entries[name].shape) >= 2
+        and name.rpartition(".")[2] not in buffers
+    ]
 
 
 def _plan_layer(
@@ -193,9 +243,11 @@ def _plan_layer(
         problems.append(f"{weight.tensor} is stored as {dtype}: only float weights can be quantized")
         return PlannedLayer(weight, None)
     if scheme.needs_calibration:
-        problems.append(
-            f"{scheme.name} has static activation scales, which need calibration; use {scheme.name}_DYNAMIC"
-        )
+        dynamic = f"{scheme.name}_DYNAMIC"
+        advice = f"use {dynamic}" if dynamic in PRESETS else "set dynamic: true"
+        problems.append(f"{scheme.name} has static activation scales, which need calibration; {advice}")
+    if weight.role == "embedding" and scheme.input is not None:
+        problems.append(f"{weight.module}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")
     scheme, note = scheme.for_dtype(dtype), ""
     reason = scheme.indivisible(weight.out_features, weight.in_features)
     if reason:

@@ -7,6 +7,7 @@ own parallelism off, so the bytes do not depend on how many workers there are.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.disk_space import check_disk_space
-from bitgrain.checkpoints.job_folder import JobFolder
+from bitgrain.checkpoints.job_folder import JobFolder, partial_folder
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.errors import NumericsError
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.measures import row_errors, summarize
-from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.qtensor import scale_values
+from bitgrain.numerics.quantize import check_finite
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress, make_progress
@@ -57,6 +59,7 @@ def run_plan(
     """Carry `plan` out into the folder `out`, which appears only when it is whole.
 
     Killed at any moment, the same call resumes; the result is byte-identical. `restart` throws a half-done run away.
+    Of a run that ends in NumericsError nothing is left: it cannot be resumed, only repaired.
     Raises PlanError (problems in the plan, not enough disk), OutputError (`out` exists), ResumeError (a half-done run
     with other settings or sources), NumericsError (NaN, Inf), CheckpointError (a file is damaged).
     """
@@ -72,6 +75,10 @@ def run_plan(
         try:
             for unit in _solve_all(plan, todo, job, where):
                 progress.advance(unit.nbytes, unit.name)
+        except NumericsError:  # no run with these sources and settings gets further: leave nothing to resume
+            shutil.rmtree(job.files)
+            shutil.rmtree(partial_folder(out))
+            raise
         finally:
             progress.finish()
         manifest = write_output_files(plan, job)

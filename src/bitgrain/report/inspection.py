@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitgrain.evaluation.inspection import FORMATS, OUTLIER_RATIO, Inspection, LayerInspection
-from bitgrain.evaluation.inspection_activations import ActivationInspection
+from bitgrain.evaluation.inspection_activations import ActivationInspection, ChannelRanges
 
 __all__ = ["render_inspection"]
 
@@ -99,7 +99,7 @@ def _table(title: str, lines: bool) -> Table:
         title_style="bold",
         box=box.SIMPLE_HEAD if lines else None,
         pad_edge=False,
-        padding=(0, 2, 0, 0) if not lines else (0, 1, 0, 0),
+        padding=(0, 1, 0, 0),
     )
 
 
@@ -109,7 +109,7 @@ def _add_numbers(table: Table, heads: Iterable[str]) -> None:
 
 
 def _kinds(inspection: Inspection, lines: bool) -> Table:
-    table = _table("Weights by kind: SQNR in dB, median and worst layer; largest channel ratio and kurtosis", lines)
+    table = _table("Weights by kind: SQNR in dB (median, worst); largest ratio and kurtosis", lines)
     table.add_column("kind", overflow="fold")
     _add_numbers(table, ["n", *(f"{format}\n{short}" for format, _, short in _KIND_COLUMNS)])
     _add_numbers(table, ["ratio\nout", "ratio\nin", "kur-\ntosis"])
@@ -143,19 +143,25 @@ def _layers(layers: Iterable[LayerInspection], title: str, lines: bool) -> Table
 
 
 def _joined(sites: Sequence[ActivationInspection]) -> list[ActivationInspection]:
-    """Inputs that several layers share (q, k and v), once: `q_proj +2`."""
+    """Inputs that several layers share (q, k and v), once, as the layer that loses most: `q_proj +2`."""
     groups: list[list[ActivationInspection]] = []
     for site in sites:
-        same = groups and site.losses and (site.channels, site.losses) == (groups[-1][0].channels, groups[-1][0].losses)
+        same = groups and site.losses and _input_key(site) == _input_key(groups[-1][0])
         if same:
             groups[-1].append(site)
         else:
             groups.append([site])
     return [
-        replace(group[0], module=f"{group[0].module} +{more}", kind=f"{group[0].kind} +{more}") if more else group[0]
+        replace(worst, module=f"{worst.module} +{len(group) - 1}", kind=f"{group[0].kind} +{len(group) - 1}")
+        if len(group) > 1
+        else worst
         for group in groups
-        for more in (len(group) - 1,)
+        for worst in (min(group, key=_token_db),)
     ]
+
+
+def _input_key(site: ActivationInspection) -> object:
+    return site.block, site.channels, tuple(loss.sqnr_db for loss in site.losses)
 
 
 def _inputs(inspection: Inspection, all_sites: Sequence[ActivationInspection], say: _Writer, all_layers: bool) -> None:
@@ -165,12 +171,12 @@ def _inputs(inspection: Inspection, all_sites: Sequence[ActivationInspection], s
         kinds[site.kind].append(site)
     use = inspection.text
     seen = f" ({use.windows} windows of {use.seqlen} tokens)" if use else ""
-    table = _table(f"Inputs by kind{seen}: SQNR in dB, median and worst layer", say.lines)
+    table = _table(f"Inputs by kind{seen}: felt SQNR in dB (median, worst)", say.lines)
     table.add_column("input of", overflow="fold")
     _add_numbers(table, ["n", *(f"{_NAMES.get(format, format)}\n{short}" for format, _, short in _INPUT_COLUMNS)])
     _add_numbers(table, ["ratio", "kur-\ntosis"])
     for kind, same in kinds.items():
-        columns = [_spread(site.sqnr(name, format) for site in same) for format, name, _ in _INPUT_COLUMNS]
+        columns = [_spread(site.felt(name, format) for site in same) for format, name, _ in _INPUT_COLUMNS]
         ratios = [site.channels.ratio for site in same if site.channels and site.channels.ratio is not None]
         kurtoses = [site.kurtosis for site in same if site.kurtosis is not None]
         table.add_row(
@@ -183,31 +189,38 @@ def _inputs(inspection: Inspection, all_sites: Sequence[ActivationInspection], s
     say.table(table)
     chosen = list(sites) if all_layers else sorted(sites, key=_token_db)[:WORST]
     title = "Every input" if all_layers else f"The {len(chosen)} inputs that lose most at int8 per_token"
-    table = _table(f"{title}: SQNR in dB, channels above {OUTLIER_RATIO:g} x the median", say.lines)
+    table = _table(f"{title}: felt SQNR in dB", say.lines)
     table.add_column("input of", overflow="fold")
     _add_numbers(table, ["int8\ntensor", "int8\ntoken", "int8\nchannel*", "absmax", "ratio", "out-\nliers"])
-    table.add_column("which", overflow="fold", max_width=24)
+    table.add_column("which", no_wrap=True)
     for site in chosen:
         channels = site.channels
         table.add_row(
             Text(site.module),
-            *(_db(site.sqnr(name, "int8")) for name in ("per_tensor", "per_token", "per_channel")),
+            *(_db(site.felt(name, "int8")) for name in ("per_tensor", "per_token", "per_channel")),
             _short(site.absmax),
             _short(channels.ratio if channels else None),
             str(channels.outliers) if channels else "-",
-            " ".join(str(top.index) for top in channels.top[: min(6, channels.outliers)]) if channels else "",
+            _which(channels) if channels else "",
         )
     say.table(table)
     say.line(
         "channel*: a scale for each input feature. It cannot leave the sum over the features, so no engine runs it; it "
         "is what smoothing could reach. tensor: static, from the same windows. token, group: dynamic. "
-        "+2: two more layers read the same input.",
+        "+2: two more layers read the same input. felt: each feature counts as much as the weights that read it. "
+        f"outliers: features with an absmax above {OUTLIER_RATIO:g} x the median.",
         "dim",
     )
 
 
+def _which(channels: ChannelRanges) -> str:
+    """Indices of the largest outlier channels."""
+    shown = [str(top.index) for top in channels.top[: min(3, channels.outliers)]]
+    return " ".join(shown) + (" .." if channels.outliers > 3 else "")
+
+
 def _token_db(site: ActivationInspection) -> float:
-    value = site.sqnr("per_token", "int8")
+    value = site.felt("per_token", "int8")
     return math.inf if value is None else value
 
 
@@ -232,15 +245,13 @@ def _recommendation(inspection: Inspection) -> list[str]:
         )
         texts.append("  scaling inputs against weights (AWQ, SmoothQuant) evens these out")
     sites = _joined(inspection.activations or ())
-    rough = [
-        site
-        for site in sites
-        if (site.sqnr("per_channel", "int8") or 0) > (site.sqnr("per_token", "int8") or 0) + tolerance
-    ]
-    if rough:
+    gains = [((site.felt("per_channel", "int8") or 0) - (site.felt("per_token", "int8") or 0), site) for site in sites]
+    gains = [(gain, site) for gain, site in gains if gain > tolerance]
+    if gains:
+        most_gain, where = max(gains, key=lambda pair: pair[0])
         texts.append(
-            f"Large input features (int8 per_token more than {tolerance:g} dB below per_channel) in "
-            f"{len(rough)} of {len(sites)} inputs: smooth or rotate before W8A8"
+            f"Smoothing could gain more than {tolerance:g} dB at int8 per_token in {len(gains)} of {len(sites)} "
+            f"inputs, most in {where.module}: {most_gain:.1f} dB"
         )
     if summary.dead_outputs or summary.dead_inputs:
         texts.append(f"All zero: {summary.dead_outputs} output and {summary.dead_inputs} input channels")

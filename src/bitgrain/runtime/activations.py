@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import IntFormat, QuantSpec, fake_quantize
+from bitgrain.numerics import IntFormat, QuantSpec, fake_quantize, per_token
 from bitgrain.numerics.granularity import to_tiles
 
 Rounding = Literal["vllm", "transformers"]
@@ -36,6 +36,8 @@ class InputQuantizer(nn.Module):
             raise SchemeError("static activation scales need calibration, which this version does not have")
         self.spec = spec
         self.outer_scale = outer_scale
+        # compressed-tensors 0.20 gives a matrix [tokens, features] (OPT's MLP has such inputs) one scale for all tokens
+        self.by_batch = rounding == "transformers" and spec.granularity == per_token()
         # the step of transformers' symmetric integers: half the width of the range, over all codes
         full = isinstance(spec.format, IntFormat) and spec.restricted and rounding == "transformers"
         self.full_range = replace(spec, restricted=False) if full else None
@@ -43,6 +45,11 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
+        if self.by_batch:
+            return self._round(x.reshape(1, -1) if x.ndim <= 2 else x.flatten(2).flatten(0, 1)).reshape(x.shape)
+        return self._round(x)
+
+    def _round(self, x: Tensor) -> Tensor:
         if self.full_range is not None:
             largest = to_tiles(x.float(), self.spec.granularity).abs().amax(-1)
             step = largest / ((self.full_range.high - self.full_range.low) / 2)

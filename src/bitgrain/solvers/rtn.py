@@ -10,10 +10,9 @@ from torch import Tensor
 from ..numerics import QTensor, QuantSpec, choose_scale, per_tensor, quantize
 from ..numerics.affine import store_zero
 from ..numerics.granularity import to_tiles
-from ..numerics.quantize import check_finite
-from ..numerics.ranges import MinMax
 from ..numerics.qtensor import scale_values
-from ..numerics.quantize import store_scale
+from ..numerics.quantize import check_finite, store_scale
+from ..numerics.ranges import MinMax
 from .base import register_solver
 
 # Few enough elements that a piece and its temporaries stay in a core's cache; fixed, so results never depend on it.

@@ -1,0 +1,59 @@
+"""Measure perplexity, and the distance from the original model.
+
+Perplexity and tokens per second of OUT on a text; with --against also the original's perplexity, the KL divergence
+from it in nats per token (mean and 99th percentile), and how often both name the same next token.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bitgrain.cli.options import DTYPES, add_device, add_json_file, add_model, add_trust, parse_count, torch_dtype
+from bitgrain.cli.terminal import check_json_target, hide_download_bars, make_console, write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, "OUT")
+    parser.add_argument("--against", metavar="MODEL", help="the original, to compare with")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, or a folder of .txt and .md files")
+    parser.add_argument("--seqlen", type=parse_count, default=512, metavar="L", help="tokens in a window; default 512")
+    parser.add_argument("--windows", type=parse_count, metavar="N", help="at most N windows; default all of the text")
+    parser.add_argument("--batch-size", type=parse_count, default=4, metavar="B", help="windows at once; default 4")
+    add_device(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="to compute in; default the checkpoint's")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="begin the text with what the tokenizer adds, as most published perplexities do",
+    )
+    add_trust(parser)
+    add_json_file(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    only_json = args.json == "-"
+    check_json_target(args.json)
+    if only_json:
+        hide_download_bars()
+    from bitgrain import api
+    from bitgrain.progress import make_progress
+    from bitgrain.report.evaluation import render_evaluation
+
+    found = api.evaluate(
+        args.out,
+        text=args.text,
+        against=args.against,
+        seqlen=args.seqlen,
+        windows=args.windows,
+        device=args.device,
+        dtype=torch_dtype(args.dtype),
+        batch_size=args.batch_size,
+        special_tokens=args.special_tokens,
+        trust_remote_code=args.trust_remote_code,
+        progress=make_progress("quiet" if only_json else "rich"),
+    )
+    if not only_json:
+        render_evaluation(found, make_console(), model=args.out, against=args.against, text=args.text)
+    if args.json is not None:
+        write_json(found.to_json(), args.json)
+    return 0

@@ -1,0 +1,103 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitgrain.pipeline.plan import Plan
+
+INDIVISIBLE = ("error", "pad", "channel", "skip")
+DTYPES = ("float32", "bfloat16", "float16")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500 MB`, `2GiB` or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    nbytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if nbytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for instance 5GB or 500MB")
+    return nbytes
+
+
+def parse_count(text: str) -> int:
+    """A whole number, at least 1."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_model(parser: argparse.ArgumentParser, what: str = "MODEL") -> None:
+    parser.add_argument(
+        what.lower(), metavar=what, help="a folder with config.json and safetensors, or a name on the Hugging Face hub"
+    )
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub")
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N; default auto"
+    )
+
+
+def add_json_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE as JSON; - for stdout, nothing else")
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """Everything that decides what a quantization does; read back by `plan_from`."""
+    add_model(parser)
+    parser.add_argument("-s", "--scheme", metavar="S", help="for instance W4A16; `bitgrain schemes` lists them")
+    parser.add_argument("--recipe", metavar="FILE", help="a recipe file (YAML); --scheme and others replace its keys")
+    parser.add_argument(
+        "--on-indivisible",
+        choices=INDIVISIBLE,
+        help="layers that groups do not divide: stop (default), pad, use one scale a channel, or keep them as they are",
+    )
+    parser.add_argument("--solver", metavar="NAME", help="how codes are chosen; default rtn, round to nearest")
+    parser.add_argument(
+        "--max-shard-size", type=parse_size, metavar="SIZE", help="largest weight file, for instance 2GB; default 5GB"
+    )
+    parser.add_argument(
+        "--workers", type=parse_count, metavar="N", help="layers worked on at once; default the number of cores"
+    )
+    add_source(parser)
+
+
+def plan_from(args: argparse.Namespace) -> Plan:
+    """The plan of what `add_job` read. Raises BitgrainError."""
+    from bitgrain import api
+
+    settings: dict[str, Any] = {} if args.max_shard_size is None else {"max_shard_bytes": args.max_shard_size}
+    return api.plan(
+        args.model,
+        args.scheme,
+        recipe=args.recipe,
+        on_indivisible=args.on_indivisible,
+        solver=args.solver,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        workers=args.workers,
+        **settings,
+    )
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that `--dtype` names; None where it is not given."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return None if name is None else dtypes[name]

@@ -1,0 +1,32 @@
+"""Show what quantize would do, before a weight is touched.
+
+Sizes, memory, which layer gets which scheme, what cannot be done as asked and the remedy, and which engines can
+load the result. Only headers and configs are read. Exit status 1 when there are problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bitgrain.cli.options import add_job, plan_from
+from bitgrain.cli.terminal import hide_download_bars, make_console, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_job(parser)
+    parser.add_argument("--layers", action="store_true", help="every layer on its own line")
+    parser.add_argument("--json", action="store_true", help="the plan as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json:
+        hide_download_bars()
+    from bitgrain.pipeline.plan import plan_to_json
+    from bitgrain.report.plan import render_plan
+
+    plan = plan_from(args)
+    if args.json:
+        print_json(plan_to_json(plan))
+    else:
+        render_plan(plan, make_console(), all_layers=args.layers)
+    return 1 if plan.problems else 0

@@ -1,0 +1,67 @@
+"""Quantize a model, disk to disk.
+
+Memory is bounded by a few layers, whatever the model's size. OUT appears only when it is whole; stopped at any
+moment, the same command goes on where it was, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from bitgrain.cli.options import add_device, add_job, plan_from
+from bitgrain.cli.terminal import hide_download_bars, make_console, print_error, print_json
+from bitgrain.errors import OutputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_job(parser)
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder")
+    add_device(parser)
+    parser.add_argument("--restart", action="store_true", help="throw a half-done run of OUT away and start over")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, a summary on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json or args.quiet:
+        hide_download_bars()
+    from bitgrain.checkpoints.job_folder import check_parent, partial_folder
+    from bitgrain.pipeline.quantize import run_plan
+    from bitgrain.progress import make_progress
+    from bitgrain.report.plan import problem_lines, render_short_plan
+    from bitgrain.report.result import render_result, result_to_json, warning_lines
+
+    out = Path(args.out).absolute()
+    check_parent(out)
+    partial = partial_folder(out)
+    if out.exists() and not partial.exists():  # said now, not after a download
+        raise OutputError(f"{args.out}: exists already, and is never overwritten. Remove it, or choose another name.")
+    plan = plan_from(args)
+    silent = args.json or args.quiet
+    if not silent:
+        render_short_plan(plan, make_console())
+    if plan.problems:
+        print_error("this cannot be done as asked:\n  " + "\n  ".join(problem_lines(plan)))
+        return 1
+    progress = make_progress("json" if args.json else "quiet" if args.quiet else "rich")
+    began = time.monotonic()
+    try:
+        result = run_plan(plan, out, device=args.device, restart=args.restart, progress=progress)
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        kept = f"what is done is in {partial.name}; " if partial.exists() else ""
+        print(f"stopped: {kept}the same command goes on from here", file=sys.stderr)
+        return 130
+    seconds = time.monotonic() - began
+    if args.json:
+        print_json(result_to_json(result, seconds))
+    elif args.quiet:
+        for line in warning_lines(result):
+            print(f"warning: {line}", file=sys.stderr)
+    else:
+        render_result(result, seconds, make_console(), model=args.model, out=args.out)
+    return 0

@@ -1,0 +1,26 @@
+"""List the schemes: what each gives weights and activations, and what it costs on disk."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from bitgrain.cli.terminal import make_console, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--markdown", action="store_true", help="as the README has it")
+    how.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitgrain.report.schemes import describe_schemes, render_schemes, scheme_table_markdown
+
+    if args.markdown:
+        print(scheme_table_markdown())
+    elif args.json:
+        print_json([asdict(row) for row in describe_schemes()])
+    else:
+        render_schemes(make_console())
+    return 0

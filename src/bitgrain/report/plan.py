@@ -1,0 +1,146 @@
+"""A plan for people: what it costs, which layer gets what, what cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+
+from bitgrain.checkpoints.disk_space import format_bytes
+from bitgrain.pipeline.engines import Verdict
+from bitgrain.pipeline.plan import Plan, PlannedLayer
+from bitgrain.report.names import Group, group_names, join_names
+from bitgrain.report.tables import count_text, facts, new_table, percent_text, say, table_row
+
+__all__ = ["engine_lines", "layer_groups", "problem_lines", "render_plan", "render_short_plan"]
+
+LayerKey = tuple[str, str]
+"""Shape and scheme of a layer, as they are shown."""
+
+
+def render_plan(plan: Plan, console: Console, *, all_layers: bool = False) -> None:
+    """Print `plan`; layers that differ in their numbers only are one line, unless `all_layers`."""
+    parameters = sum(plan.anatomy.sizes.values())
+    blocks = len(plan.anatomy.block_names)
+    say(
+        console,
+        f"{plan.source.name}: {plan.anatomy.architecture}, {count_text(parameters)} parameters, {blocks} blocks",
+        "bold",
+    )
+    say(console)
+    files = f"{len(plan.shards)} file{'s' if len(plan.shards) != 1 else ''}"
+    workers = f"{plan.workers} worker{'s' if plan.workers != 1 else ''}"
+    facts(
+        console,
+        [
+            ("size", _size(plan)),
+            ("bits per weight", f"{plan.bits_per_weight:.3f} in quantized layers, scales included"),
+            ("bits per parameter", f"{plan.bits_per_parameter:.3f} over the whole model"),
+            ("peak RAM", f"about {format_bytes(plan.peak_ram)} above Python and torch, with {workers}"),
+            ("disk needed", f"{format_bytes(plan.bytes_after)} in {files}, {plan.layout.name} layout"),
+            *_coverage(plan, parameters),
+        ],
+    )
+    say(console)
+    table = new_table(console, "layers", "n", "shape", "scheme", right=("n",))
+    for group in _one_by_one(plan.layers) if all_layers else layer_groups(plan.layers):
+        shape, scheme = group.key
+        table_row(table, group.name, str(group.count), shape, scheme, style="dim" if scheme.startswith("kept") else "")
+    console.print(table)
+    others = len(plan.anatomy.others) + len(plan.anatomy.unexpected)
+    if others:
+        say(console, f"and {others} other tensors (norms, biases and the like), copied", "dim")
+    say(console)
+    say(console, "loads in", "bold")
+    facts(console, engine_lines(plan.engines))
+    for note in plan.notes:
+        say(console)
+        say(console, f"note: {note}", "yellow")
+    if plan.problems:
+        say(console)
+        say(console, "this cannot be done as asked:", "bold red")
+        for line in problem_lines(plan):
+            say(console, f"  {line}")
+
+
+def render_short_plan(plan: Plan, console: Console) -> None:
+    """A few lines, for the head of a run."""
+    parameters = sum(plan.anatomy.sizes.values())
+    say(console, f"{plan.source.name}: {plan.anatomy.architecture}, {count_text(parameters)} parameters", "bold")
+    covered = [
+        f"{name} on {percent_text(count / parameters)}" for name, count in plan.coverage().items() if name != "kept"
+    ]
+    engines = ", ".join(verdict.engine for verdict in plan.engines if verdict.loads)
+    facts(
+        console,
+        [
+            ("size", f"{_size(plan)}, {plan.bits_per_weight:.3f} bits per weight in quantized layers"),
+            ("scheme", f"{', '.join(covered) or 'none'} of the parameters, solver {plan.recipe.solver}"),
+            ("peak RAM", f"about {format_bytes(plan.peak_ram)}"),
+            ("loads in", engines),
+        ],
+    )
+    for note in plan.notes:
+        say(console, f"note: {note}", "yellow")
+
+
+def layer_groups(layers: Iterable[PlannedLayer]) -> list[Group[LayerKey]]:
+    """The layers as few lines: see `group_names`."""
+    return group_names((planned.weight.module, _key(planned)) for planned in layers)
+
+
+def _one_by_one(layers: Iterable[PlannedLayer]) -> list[Group[LayerKey]]:
+    return [Group(planned.weight.module, 1, _key(planned)) for planned in layers]
+
+
+def _key(planned: PlannedLayer) -> LayerKey:
+    weight = planned.weight
+    stack = f"{weight.experts}x " if weight.experts > 1 else ""
+    shape = f"{stack}{weight.out_features}x{weight.in_features}"
+    if planned.layer is not None:
+        scheme = planned.layer.scheme.name
+        return shape, f"{scheme}: {_reason(planned.note)}" if planned.note else scheme
+    if planned.note:
+        return shape, planned.note
+    return shape, "kept" if weight.role in ("linear", "expert") else f"kept ({weight.role.replace('_', ' ')})"
+
+
+def _reason(note: str) -> str:
+    """The note without the scheme's name before it, which the line has already."""
+    return note.partition(": ")[2] or note
+
+
+def problem_lines(plan: Plan) -> list[str]:
+    """The plan's problems; one line for layers that differ in their numbers only and have the same problem."""
+    modules = {planned.weight.module for planned in plan.layers}
+    names: dict[str, list[str]] = {}
+    for problem in plan.problems:
+        module, _, rest = problem.partition(": ")
+        if module in modules and rest:
+            names.setdefault(rest, []).append(module)
+        else:
+            names.setdefault(problem, [])
+    return [f"{join_names(those)}: {text}" if those else text for text, those in names.items()]
+
+
+def engine_lines(engines: Sequence[Verdict]) -> list[tuple[str, str]]:
+    """(engine, "yes" or "no" and the reasons) of each."""
+    return [
+        (verdict.engine, ("yes" if verdict.loads else "no") + "".join(f", {reason}" for reason in verdict.reasons))
+        if verdict.loads
+        else (verdict.engine, "no: " + "; ".join(verdict.reasons))
+        for verdict in engines
+    ]
+
+
+def _size(plan: Plan) -> str:
+    before, after = plan.bytes_before, plan.bytes_after
+    return f"{format_bytes(before)} -> {format_bytes(after)} ({percent_text(after / before)})"
+
+
+def _coverage(plan: Plan, parameters: int) -> list[tuple[str, str]]:
+    lines = [
+        f"{count_text(count)} parameters {'kept' if name == 'kept' else name} ({percent_text(count / parameters)})"
+        for name, count in plan.coverage().items()
+    ]
+    return [("coverage" if i == 0 else "", line) for i, line in enumerate(lines)]
