@@ -4,17 +4,16 @@
     make bench-accuracy ARGS="--model DIR --text FILE [--text FILE]" # any model and text
     make bench-accuracy ARGS="--only llama --schemes W4A16,NVFP4"
 
-Each scheme is quantized disk to disk (round to nearest, min-max ranges) in a process of its own, loaded back from what was
-written, and compared with the base on windows that do not overlap. The text is tokenized with the special tokens that the
-tokenizer adds, once in front of the whole (usually one BOS): then base perplexities are those of other tools' tables.
-The base is run once for each text; its logits are kept where they fit into memory.
+Each scheme is quantized disk to disk (round to nearest, min-max ranges) in a process of its own, loaded back from what
+was written, and compared with the base on windows that do not overlap. The text is tokenized with the special tokens
+that the tokenizer adds, once in front of the whole (usually one BOS): then base perplexities are those of other tools'
+tables. The base is run once for each text; its logits are kept where they fit into memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, SHARED, machine_line, table, write_results
+from common import ROOT, SHARED, machine_line, resident_bytes, table, write_results
 
 SCHEMES = (
     *("W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16"),
@@ -88,7 +87,7 @@ def quantize_here(model: Path, out: Path, scheme: str) -> dict[str, Any]:
         "bytes_after": plan.bytes_after,
         "layout": plan.layout.name,
         "quantize_s": time.perf_counter() - began,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        "peak_rss_mb": resident_bytes("VmHWM") / 1e6,
         "layers": len(plan.quantized),
         "layers_not_as_asked": len(changed),
         "not_as_asked": f"{changed[0].note}" if changed else "",
@@ -158,8 +157,8 @@ def report(result: dict[str, Any]) -> str:
     notes = {row["not_as_asked"] for row in result["schemes"] if row.get("not_as_asked")}
     return (
         f"# Accuracy of the presets on {result['model']}\n\n"
-        f"{machine_line()}. Round to nearest with min-max ranges; decoder linears only, embeddings, norms and lm_head as "
-        "they were. KL(base || quantized) in nats per token; bits per weight with scales as stored; activations "
+        f"{machine_line()}. Round to nearest with min-max ranges; decoder linears only, embeddings, norms and lm_head "
+        "as they were. KL(base || quantized) in nats per token; bits per weight with scales as stored; activations "
         "quantized in simulation, as vLLM rounds them.\n\n"
         + about
         + "- the text is tokenized with its special tokens (one BOS in front of the whole where there is one)\n"

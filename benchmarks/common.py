@@ -40,6 +40,14 @@ def machine_line() -> str:
     return f"{m['date']}, {m['cores']} cores of {m['cpu']}, Python {m['python']}, torch {m['torch']}"
 
 
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (largest so far) of this process; ru_maxrss would count its parent's too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column to the left, numbers to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]

@@ -25,21 +25,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, machine_line, table, write_results
+from common import ROOT, machine_line, resident_bytes, table, write_results
 
 MODEL = ROOT / "build" / "random-llama-1.1b"
 SCHEMES = ("W4A16", "W4A16_ASYM", "W3A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4A16", "NVFP4A16")
 PEAK_BAR_MB, SPEED_BAR_MB_S = 1200, 100
 PROBE_BYTES = 512_000_000
 MB = 1e6
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (largest so far) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
 
 
 def quantize_here(model: Path, out: Path, scheme: str, workers: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import argparse
 import shlex
 import tempfile
 import time
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,10 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_json_target(args.json)
-    if args.out is not None:
-        return _run(args, _make_folder(Path(args.out)))
-    with tempfile.TemporaryDirectory(prefix="bitgrain-demo-") as folder:
-        return _run(args, Path(folder))
+    with ExitStack() as stack:
+        if args.out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bitgrain-demo-")))
+        else:
+            folder = _make_folder(Path(args.out))
+        stack.enter_context(_one_thread())
+        return _run(args, folder)
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """A model this small gains nothing from more threads, and where cores are busy they wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _make_folder(folder: Path) -> Path:
@@ -150,7 +168,7 @@ def _measure(setup: _Setup, name: str, folder: Path) -> DemoRow:
     from bitgrain import api
     from bitgrain.evaluation.language import evaluate_model
     from bitgrain.report.demo import DemoRow
-    from bitgrain.report.schemes import activation_text, format_text, granularity_text
+    from bitgrain.report.schemes import format_text, short_text
 
     began = time.monotonic()
     plan = api.quantize(setup.model, folder / name, recipe=_recipe(name), device=setup.device).plan
@@ -159,12 +177,10 @@ def _measure(setup: _Setup, name: str, folder: Path) -> DemoRow:
     reference = setup.reference
     found = evaluate_model(quantized, reference.windows, base=reference, batch_size=BATCH)
     scheme = next(iter(plan.quantized.values())).scheme
-    asymmetric = "" if scheme.weight.symmetric else " asym"
     return DemoRow(
         scheme=name,
         weights=format_text(scheme.weight.format),
-        granularity=granularity_text(scheme.weight.granularity) + asymmetric,
-        inputs=activation_text(scheme),
+        granularity=short_text(scheme),
         bits_per_weight=plan.bits_per_weight,
         nbytes=plan.bytes_after,
         seconds=seconds,
@@ -185,11 +201,11 @@ def _introduction(setup: _Setup) -> list[str]:
 
     windows = setup.reference.windows
     return [
-        f"The model: a Llama of {count_text(setup.parameters)} parameters that comes with bitgrain, trained on the "
-        "sources of Python's own library.",
-        f"The text: {len(windows)} windows of {WINDOW} tokens, spread over {setup.modules} modules of that library "
-        "which it never saw.",
-        "It is a toy, so that all of this runs offline in a minute: compare the schemes, and measure your own model.",
+        f"The model: a Llama of {count_text(setup.parameters)} parameters that comes with bitgrain, trained on "
+        "Python's library.",
+        f"The text: {len(windows)} windows of {WINDOW} tokens, spread over {setup.modules} modules of it that it never "
+        "saw.",
+        "It is a toy, so that this runs offline in a minute: a large model's figures will differ, measure yours.",
     ]
 
 

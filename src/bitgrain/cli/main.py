@@ -82,7 +82,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _build_parser()
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command is None and not {"-h", "--help", "--version"}.intersection(arguments):
-        raise _UsageError(f"say what to do: {', '.join(COMMANDS)}; see bitgrain --help")
+        parser.print_help(sys.stderr)
+        raise _UsageError(f"say what to do: {', '.join(COMMANDS)}")
     if command is not None and command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(COMMANDS)}"

@@ -62,11 +62,15 @@ def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, lis
         assigned = [None if one is None else fixed for one in assigned]
     on_indivisible = recipe.on_indivisible if recipe else "error"
     chosen: dict[str, Scheme] = {}
+    first: dict[int, str] = {}  # the name under which a shared parameter was met first
     for layer, one in zip(layers, assigned, strict=True):
         if one is not None:
-            settled = _settle(layer.matrix, module.get_parameter(layer.matrix.name), one, on_indivisible)
-            if settled is not None:
-                chosen[layer.matrix.name] = settled
+            name, parameter = layer.matrix.name, module.get_parameter(layer.matrix.name)
+            settled = _settle(layer.matrix, parameter, one, on_indivisible)
+            if settled is not None and (other := first.setdefault(id(parameter), name)) == name:
+                chosen[name] = settled
+            elif settled is not None and settled != chosen[other]:
+                raise PlanError(f"{name} and {other} are one parameter; give them one scheme")
     if not chosen:
         raise PlanError("the module has no layer that this scheme would quantize")
     solver = get_solver(recipe.solver if recipe else "rtn")
@@ -98,6 +102,8 @@ def _settle(matrix: Matrix, parameter: Tensor, scheme: Scheme, on_indivisible: s
     scheme = scheme.for_dtype(parameter.dtype)
     if scheme.needs_calibration:
         raise SchemeError(f"{scheme.name} has static activation scales, which need calibration")
+    if matrix.role == "embedding" and scheme.input is not None:
+        raise PlanError(f"{matrix.name}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")
     reason = scheme.indivisible(rows, cols)
     if reason is None or on_indivisible == "pad":
         return scheme

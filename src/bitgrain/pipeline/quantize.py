@@ -23,7 +23,7 @@ from bitgrain.checkpoints.job_folder import JobFolder, partial_folder
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import NumericsError
 from bitgrain.numerics import QTensor
-from bitgrain.numerics.measures import row_errors, summarize
+from bitgrain.numerics.measures import ErrorReport, row_errors, summarize
 from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
@@ -203,7 +203,7 @@ def _to_cpu(q: QTensor) -> QTensor:
 
 def _report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
     """The errors of one matrix as JSON; an exact result has no SQNR."""
-    report = summarize([row_errors(x, part.dequantize()) for x, part in _row_pieces(matrix, q)], matrix.numel())
+    report = measure_in_pieces(matrix, q)
     exact = not math.isfinite(report.sqnr_db)
     return {
         "sqnr_db": None if exact else report.sqnr_db,
@@ -211,6 +211,11 @@ def _report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
         "mse": report.mse,
         "max_error": report.max_error,
     }
+
+
+def measure_in_pieces(matrix: Tensor, q: QTensor) -> ErrorReport:
+    """`numerics.measures.measure` of one matrix, to the bit, without a widened copy of the whole."""
+    return summarize([row_errors(x, part.dequantize()) for x, part in _row_pieces(matrix, q)], matrix.numel())
 
 
 def _row_pieces(matrix: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:

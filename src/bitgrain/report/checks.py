@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitgrain.pipeline.verify import Check
+from bitgrain.report.tables import show
 
 __all__ = ["render_checks"]
 
@@ -24,4 +25,4 @@ def render_checks(checks: Sequence[Check], console: Console) -> None:
     for check in checks:
         word, style = _WORDS[check.ok]
         table.add_row(Text(word, style), Text(check.name), Text(check.detail))
-    console.print(table)
+    show(console, table)

@@ -35,7 +35,8 @@ def rise_text(perplexity: float, base: float) -> str:
     """`+2.10%`; `beyond float64` where a perplexity is infinite."""
     if not (math.isfinite(perplexity) and math.isfinite(base)):
         return "beyond float64"
-    return f"{100 * (perplexity / base - 1):+.2f}%"
+    rise = round(100 * (perplexity / base - 1), 2)
+    return f"{rise:+.2f}%" if rise else "0.00%"
 
 
 def _number(value: float) -> str:

@@ -10,7 +10,7 @@ from bitgrain.checkpoints.disk_space import format_bytes
 from bitgrain.pipeline.engines import Verdict
 from bitgrain.pipeline.plan import Plan, PlannedLayer
 from bitgrain.report.names import Group, group_names, join_names
-from bitgrain.report.tables import count_text, facts, new_table, percent_text, say, table_row
+from bitgrain.report.tables import count_text, facts, new_table, percent_text, say, show, table_row
 
 __all__ = ["engine_lines", "layer_groups", "problem_lines", "render_plan", "render_short_plan"]
 
@@ -46,7 +46,7 @@ def render_plan(plan: Plan, console: Console, *, all_layers: bool = False) -> No
     for group in _one_by_one(plan.layers) if all_layers else layer_groups(plan.layers):
         shape, scheme = group.key
         table_row(table, group.name, str(group.count), shape, scheme, style="dim" if scheme.startswith("kept") else "")
-    console.print(table)
+    show(console, table)
     others = len(plan.anatomy.others) + len(plan.anatomy.unexpected)
     if others:
         say(console, f"and {others} other tensors (norms, biases and the like), copied", "dim")

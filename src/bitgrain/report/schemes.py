@@ -12,7 +12,7 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.numerics import Format, Granularity, QuantSpec
 from bitgrain.pipeline.engines import judge
 from bitgrain.recipes import ALIASES, PRESETS, Scheme
-from bitgrain.report.tables import markdown_table, new_table, say, table_row
+from bitgrain.report.tables import markdown_table, new_table, say, show, table_row
 
 __all__ = [
     "SchemeRow",
@@ -22,20 +22,21 @@ __all__ = [
     "granularity_text",
     "render_schemes",
     "scheme_table_markdown",
+    "short_text",
 ]
 
 FEATURES = 4096
-_COLUMNS = ("scheme", "weights", "activations", "bits", "on disk", "vLLM", "calibration")
+_COLUMNS = ("scheme", "weights", "activations", "bits", "on disk", "vLLM", "text")
 _NOTE = (
     f"bits: stored per weight, scales included, of a {FEATURES}x{FEATURES} bfloat16 layer. "
-    "vLLM: by its documented rules, and SGLang's are the same here. "
-    "calibration: needs a text, for static scales of activations."
+    "(e8m0): how scales are stored. vLLM: by its documented rules, and SGLang's are the same here. "
+    "text: needs one to calibrate static scales of activations."
 )
 
 
 @dataclass(frozen=True)
 class SchemeRow:
-    """One preset. `bits_per_weight` is None where no layout holds it; vllm: whether its rules allow such a layer."""
+    """One preset. bits_per_weight: scales included, as stored; vllm: whether its rules allow such a layer."""
 
     name: str
     aliases: tuple[str, ...]
@@ -57,7 +58,7 @@ def render_schemes(console: Console) -> None:
     table = new_table(console, *_COLUMNS, right=("bits",))
     for cells in _cells():
         table_row(table, *cells)
-    console.print(table)
+    show(console, table)
     say(console)
     say(console, _NOTE, "dim")
     say(console, "Schemes of your own go into a recipe file, or several schemes by layer: docs/recipes.md.", "dim")
@@ -91,6 +92,17 @@ def format_text(format: Format) -> str:
 def activation_text(scheme: Scheme) -> str:
     """What the inputs of a layer become: `int8 token`; `16-bit` where they are left as they are."""
     return "16-bit" if scheme.input is None else _spec_text(scheme.input, "token")
+
+
+def short_text(scheme: Scheme) -> str:
+    """`int4 g128 asym`; `int8 channel/token` where inputs are rounded to the same format."""
+    weight = scheme.weight
+    text = f"{format_text(weight.format)} {granularity_text(weight.granularity)}"
+    if scheme.input is not None:
+        tile = granularity_text(scheme.input.granularity)
+        other = "" if scheme.input.format == weight.format else f"{format_text(scheme.input.format)} "
+        text += "/" + other + ("token" if tile == "channel" else tile)
+    return text if weight.symmetric else f"{text} asym"
 
 
 def _cells() -> list[list[str]]:
@@ -155,5 +167,5 @@ def _spec_text(spec: QuantSpec, row: str) -> str:
     if row == "token":
         parts += [] if spec.dynamic else ["static"]
     elif isinstance(spec.scale, QuantSpec) or spec.scale.name == "e8m0":
-        parts.append(f"{spec.scale_format.name.removeprefix('fp8_')} scales")
+        parts.append(f"({spec.scale_format.name.removeprefix('fp8_')})")
     return " ".join(parts)

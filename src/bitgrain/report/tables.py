@@ -5,18 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["count_text", "duration_text", "facts", "markdown_table", "new_table", "percent_text", "say", "table_row"]
+__all__ = [
+    "count_text",
+    "duration_text",
+    "facts",
+    "markdown_table",
+    "new_table",
+    "percent_text",
+    "say",
+    "show",
+    "table_row",
+]
 
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def say(console: Console, text: str = "", style: str = "") -> None:
-    """One paragraph as it is: a name may hold [brackets]."""
-    console.print(Text(text, style))
+def say(console: Console, text: str = "", style: str = "", *, indent: str = "") -> None:
+    """One paragraph as it is: a name may hold [brackets]. Lines after the first begin with `indent`."""
+    lines = Text(text, style).wrap(console, max(console.width - len(indent), 20))
+    show(console, Text("\n" + indent).join(lines))
+
+
+def show(console: Console, what: RenderableType) -> None:
+    """Print `what`; without the blanks that fill lines up where there is no terminal."""
+    if console.is_terminal:
+        console.print(what)
+        return
+    with console.capture() as captured:
+        console.print(what)
+    console.file.write("\n".join(line.rstrip() for line in captured.get().split("\n")))
 
 
 def new_table(console: Console, *columns: str, right: Iterable[str] = (), title: str = "") -> Table:
@@ -51,7 +72,7 @@ def facts(console: Console, pairs: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(Text(name, "dim"), Text(value))
-    console.print(table)
+    show(console, table)
 
 
 def count_text(number: float) -> str:
