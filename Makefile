@@ -29,5 +29,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Benchmarks write JSON and a table into benchmarks/results. ARGS goes to the script: make bench-memory ARGS="--help"
+bench-accuracy bench-memory bench-numerics: bench-%: setup
+	$(BIN)/python benchmarks/$*.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist demo-out

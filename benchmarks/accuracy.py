@@ -67,7 +67,7 @@ def reference_jobs(windows: int | None) -> list[Job]:
     stories = "tinystories.txt"
     return [
         Job(models / "llama", (text(held, 512, 100), text(wiki, 512, 40))),
-        Job(models / "llama-outliers", (text(held, 512, 100), text(wiki, 512, 40))),
+        Job(models / "llama-outliers", (text(held, 512, 40), text(wiki, 512, 40))),
         Job(models / "tinystories-656k", (text(stories, 512, 100),)),
         Job(models / "stories260k", (text(stories, 256, 100),)),
     ]

@@ -122,7 +122,7 @@ def test_it_predicts_text_that_it_has_not_read(tokenizer, model):
     share = counts[counts > 0] / counts.sum()
     unigram = math.exp(-(share * share.log()).sum().item())  # the entropy of this very text: no unigram is better
     assert unigram > 200
-    assert perplexity < 80  # measured: 51 to 53 on Python 3.11 to 3.13
+    assert perplexity < 50  # measured: about 30 on Python 3.11
     assert perplexity < unigram / 5
 
 

@@ -47,10 +47,21 @@ def is_whole(out: Path, whole: dict[str, bytes]) -> bool:
     return contents(out) == whole
 
 
-def watch(child: int, out: Path, whole: dict[str, bytes], delay: float | None, faults: list[str]) -> str:
-    """Wait for the child, or for `delay` seconds and then kill it. OUT must be whole from its first moment."""
-    end = None if delay is None else time.monotonic() + delay
-    looked = False
+def count_lines(journal: Path) -> int:
+    """Finished units in the journal and its first line; 0 before there is one."""
+    try:
+        return journal.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def watch(child: int, out: Path, whole: dict[str, bytes], moment: tuple[int, float] | None, faults: list[str]) -> str:
+    """Wait for the child, or (moment) until its journal has so many lines, and kill it so many seconds later.
+
+    OUT must be whole from the first moment that it is there.
+    """
+    journal = out.with_name(out.name + ".partial") / "journal.jsonl"
+    looked, end = False, None
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if out.exists() and not looked:
@@ -59,36 +70,40 @@ def watch(child: int, out: Path, whole: dict[str, bytes], delay: float | None, f
                 faults.append("OUT was there before it was whole")
         if done:
             return "finished" if status == 0 else f"failed with status {status}"
+        if moment is not None and end is None and count_lines(journal) >= moment[0]:
+            end = time.monotonic() + moment[1]
         if end is not None and time.monotonic() >= end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             if out.exists() and not is_whole(out, whole):
                 faults.append("OUT is not whole after a kill")
             return "killed"
-        time.sleep(0.001)
+        time.sleep(0.0005)
 
 
 def main(model: Path, folder: Path, seed: int, kills: int) -> None:
     planning._UNIT_BYTES = 1  # pyright: ignore[reportPrivateUsage]  # every fused group is a unit: many moments to die in
     chance = random.Random(seed)
     whole: dict[str, bytes] = {}
-    began = time.monotonic()
     if os.waitpid(start(model, folder / "reference", 1), 0)[1]:
         raise SystemExit("the uninterrupted run failed")
-    length = time.monotonic() - began
+    lines = 1 + len(bitgrain.api.plan(model, "W4A16").units)
     whole = contents(folder / "reference")
     out, partial = folder / "out", folder / "out.partial"
     killed, finished, resumed, late, faults, stages = 0, 0, 0, 0, [], set()
     for _ in range(MOST_RUNS):
         if killed >= kills:
             break
-        resumed += (partial / "journal.jsonl").exists()
-        child = start(model, out, chance.choice([1, 2, 4]))
-        outcome = watch(child, out, whole, chance.uniform(0.15, 0.75) * length, faults)
+        already = count_lines(partial / "journal.jsonl")
+        resumed += already > 1
+        if already < lines:  # a little further than the last run came
+            moment = min(lines, already + chance.randint(0, lines // 4)), chance.uniform(0, 0.02)
+        else:  # all units are done: while it plans, checks their bytes, writes the small files or renames
+            moment = lines, chance.uniform(0, 0.6)
+        outcome = watch(start(model, out, chance.choice([1, 2, 4])), out, whole, moment, faults)
         if outcome == "killed":
             killed += 1
-            journal = partial / "journal.jsonl"
-            stages.add(journal.read_bytes().count(b"\n") if journal.exists() else -1)
+            stages.add(count_lines(partial / "journal.jsonl"))
             late += out.exists()
         elif outcome != "finished":
             faults.append(outcome)

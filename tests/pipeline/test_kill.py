@@ -23,6 +23,6 @@ def test_twenty_kills_at_random_moments(tmp_path: Path):
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["faults"] == []
     assert result["killed"] == KILLS
-    assert result["resumed"] > 0
-    assert result["stages"] > 3  # it died in different places
+    assert result["resumed"] >= 3
+    assert result["stages"] >= 3  # it died at different points of the job
     assert {"config.json", "manifest.json", "model.safetensors.index.json", "recipe.yaml"} <= set(result["files"])

@@ -20,8 +20,8 @@ SCHEMES = (
     *("W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A8", "INT8_TENSOR"),
     *("FP8_DYNAMIC", "FP8_BLOCK", "MXFP4", "NVFP4"),
 )
-# KL between the two roundings of int8 activations on this text, nats per token; measured for W8A8: 2.4e-4, 1.2e-2,
-# 2.9e-3 and 2.1e-3 for W8A8. See docs/activations.md.
+# KL between the two roundings of int8 activations on this text, nats per token. Measured for W8A8 and INT8_TENSOR:
+# 2.5e-4 2.8e-4, 1.3e-2 1.1e-2, 3.0e-3 3.2e-3, 1.9e-3 1.9e-3. See docs/activations.md.
 ROUNDING_KL = {"llama": 1e-3, "llama-outliers": 4e-2, "stories260k": 1e-2, "tinystories-656k": 8e-3}
 
 
@@ -94,9 +94,10 @@ def test_every_reader_gives_the_same_logits(reference: Any, tmp_path: Path, name
     # it is a quantized model: not the original, and not noise
     assert 0 < kl(model.logits, ours) < {"W3A16": 2.5, "W2A16": 9.0}.get(scheme, 0.7)
 
-    checks = {check.name: check for check in bitgrain.verify(out, against=model.folder)}
-    assert set(checks) == {"files", "layers", "kept tensors", "logits"}
-    assert all(check.ok for check in checks.values()), [c for c in checks.values() if not c.ok]
+    if name != "llama-outliers" or scheme in ("W4A16", "W8A8"):  # it has the layers of llama: verify takes a second
+        checks = {check.name: check for check in bitgrain.verify(out, against=model.folder)}
+        assert set(checks) == {"files", "layers", "kept tensors", "logits"}
+        assert all(check.ok for check in checks.values()), [c for c in checks.values() if not c.ok]
     del loaded, like_theirs
     gc.collect()
 

@@ -85,7 +85,7 @@ def _make_folder(folder: Path) -> Path:
 def _run(args: argparse.Namespace, folder: Path) -> int:
     from bitgrain.progress import make_progress
     from bitgrain.report.demo import render_demo, row_to_json
-    from bitgrain.report.tables import duration_text, say
+    from bitgrain.report.tables import command, duration_text, say
 
     began = time.monotonic()
     only_json = args.json == "-"
@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
         say(console)
         say(console, f"{duration_text(time.monotonic() - began)} in all. Next, on a model of yours:", "bold")
         for line in _next_commands(args.out, rows):
-            say(console, f"  {line}")
+            command(console, line)
     if args.json is not None:
         figures = {"base_perplexity": setup.reference.perplexity, "base_bytes": setup.nbytes}
         write_json({**figures, "rows": [row_to_json(row) for row in rows]}, args.json)
@@ -205,7 +205,7 @@ def _introduction(setup: _Setup) -> list[str]:
         "Python's library.",
         f"The text: {len(windows)} windows of {WINDOW} tokens, spread over {setup.modules} modules of it that it never "
         "saw.",
-        "It is a toy, so that this runs offline in a minute: a large model's figures will differ, measure yours.",
+        "It is a toy, so that this runs offline in a minute: a large model's figures differ, measure yours.",
     ]
 
 

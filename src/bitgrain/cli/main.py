@@ -95,6 +95,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         hint = f"did you mean {near[0]}?" if near else f"see bitgrain {args.command} --help"
         what = "option" if unknown[0].startswith("-") else "argument"
         raise _UsageError(f"unknown {what} {unknown[0]!r}; {hint}")
+    if "complaint" in args and (complaint := args.complaint(args)) is not None:
+        raise _UsageError(complaint)
     return args
 
 

@@ -75,6 +75,14 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         "--workers", type=parse_count, metavar="N", help="layers worked on at once; default the number of cores"
     )
     add_source(parser)
+    parser.set_defaults(complaint=_complain)
+
+
+def _complain(args: argparse.Namespace) -> str | None:
+    """What argparse cannot say: that one of two is needed."""
+    if args.scheme is None and args.recipe is None:
+        return "say what to do: --scheme S (`bitgrain schemes` lists them) or --recipe FILE"
+    return None
 
 
 def plan_from(args: argparse.Namespace) -> Plan:

@@ -67,9 +67,10 @@ def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, lis
         if one is not None:
             name, parameter = layer.matrix.name, module.get_parameter(layer.matrix.name)
             settled = _settle(layer.matrix, parameter, one, on_indivisible)
-            if settled is not None and (other := first.setdefault(id(parameter), name)) == name:
-                chosen[name] = settled
-            elif settled is not None and settled != chosen[other]:
+            if settled is None:
+                continue
+            other = first.setdefault(id(parameter), name)
+            if settled != chosen.setdefault(other, settled):
                 raise PlanError(f"{name} and {other} are one parameter; give them one scheme")
     if not chosen:
         raise PlanError("the module has no layer that this scheme would quantize")

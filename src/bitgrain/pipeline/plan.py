@@ -89,6 +89,11 @@ class Plan:
         """The quantized layers by the name of their original tensor."""
         return {planned.weight.tensor: planned.layer for planned in self.layers if planned.layer is not None}
 
+    @cached_property
+    def fused_groups(self) -> dict[str, str]:
+        """The fused group of each tensor that belongs to one."""
+        return {planned.weight.tensor: planned.weight.fused for planned in self.layers if planned.weight.fused}
+
     @property
     def bytes_before(self) -> int:
         """Of all tensors in the source."""
@@ -247,7 +252,9 @@ def _plan_layer(
         advice = f"use {dynamic}" if dynamic in PRESETS else "set dynamic: true"
         problems.append(f"{scheme.name} has static activation scales, which need calibration; {advice}")
     if weight.role == "embedding" and scheme.input is not None:
-        problems.append(f"{weight.module}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")
+        problems.append(
+            f"{weight.module}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme"
+        )
     scheme, note = scheme.for_dtype(dtype), ""
     reason = scheme.indivisible(weight.out_features, weight.in_features)
     if reason:

@@ -176,12 +176,10 @@ def matrices(tensor: Tensor, layer: StoredLayer) -> Iterator[Tensor]:
 def _outer_scales(plan: Plan, unit: Unit, device: torch.device) -> dict[str, Tensor]:
     """For nested scales, the scale of the scales of each fused group: engines join its members under one."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for planned in plan.layers:
-        layer, name = planned.layer, planned.weight.tensor
-        if layer is None or planned.weight.fused is None or name not in unit.tensors:
-            continue
-        if layer.experts == 1 and has_one_outer_scale(layer.scheme.weight):
-            groups.setdefault((planned.weight.fused, repr(layer.scheme)), []).append(name)
+    for name in unit.tensors:
+        layer, group = plan.quantized.get(name), plan.fused_groups.get(name)
+        if layer and group and layer.experts == 1 and has_one_outer_scale(layer.scheme.weight):
+            groups.setdefault((group, repr(layer.scheme)), []).append(name)
     found: dict[str, Tensor] = {}
     for members in groups.values():
         if len(members) < 2:

@@ -39,7 +39,7 @@ class DemoRow:
 def render_demo(rows: Sequence[DemoRow], base_bytes: int, base_perplexity: float, console: Console) -> None:
     """Print the table, without sizes and times on a narrow terminal, and what to read from it."""
     narrow = console.width < WIDE
-    heads = ["", "scheme", "granularity", "bits/w", "perplexity", "rise", "KL x1000", "top-1"]
+    heads = ["", "scheme", "granularity", "bits/w", "ppl" if narrow else "perplexity", "rise", "KL x1000", "top-1"]
     if not narrow:
         heads = [*heads, "size", "time"]
     table = new_table(console, *heads, right=heads[3:])
@@ -71,7 +71,7 @@ def render_demo(rows: Sequence[DemoRow], base_bytes: int, base_perplexity: float
 WIDE = 97
 _LEGEND = (
     "* no other scheme here has both as few bits and as little KL divergence",
-    "granularity: the weights that share one scale; /token: inputs are rounded as well, one scale a token",
+    "granularity: the weights that share a scale; /token: inputs too, a scale a token",
     "KL divergence from the original: 1/1000 nat per token. bits/w: in quantized layers, with scales",
 )
 
@@ -104,14 +104,14 @@ def readings(rows: Sequence[DemoRow], base_perplexity: float) -> list[str]:
             lines.append(_compare(what, by_name[coarse], by_name[fine]))
     widths = [by_name[name] for name in _WIDTHS if name in by_name]
     if len(widths) > 1:
-        steps = ", ".join(_factor(b.kl / a.kl) for a, b in itertools.pairwise(widths))
-        lines.append(f"fewer bits, {' to '.join(row.scheme for row in widths)}: KL times {steps}")
+        steps = ", ".join(f"x{_factor(b.kl / a.kl)}" for a, b in itertools.pairwise(widths))
+        lines.append(f"fewer bits, {' to '.join(row.scheme for row in widths)}: KL {steps}")
     lower = [row.scheme for row in rows if rise_text(row.evaluation.perplexity, base_perplexity).startswith("-")]
     if lower:
         verb = "has" if len(lower) == 1 else "have"
         lines.append(
-            f"{', '.join(lower)} {verb} a lower perplexity than the original, which no rounding should give: "
-            "differences of that size are chance on so short a text, and KL divergence is the better guide"
+            f"{', '.join(lower)} {verb} a lower perplexity than the original, by luck: errors can favour a text. KL "
+            "divergence compares every prediction with the original's and cannot be lucky"
         )
     return lines
 
@@ -144,7 +144,7 @@ def _compare(what: str, one: DemoRow, other: DemoRow) -> str:
     else:
         effect = f"KL {_factor(1 / ratio)}x larger"
     bits = other.bits_per_weight - one.bits_per_weight
-    return f"{what}: {effect}, {bits:+.2f} bits a weight" if abs(bits) >= 0.01 else f"{what}: {effect}"
+    return f"{what}: {effect}, {bits:+.2f} bits/w" if abs(bits) >= 0.01 else f"{what}: {effect}"
 
 
 def _factor(ratio: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Group", "group_names", "join_names", "number_ranges"]
+__all__ = ["Group", "few_names", "group_names", "join_names", "number_ranges"]
 
 K = TypeVar("K", bound=Hashable)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -32,7 +32,7 @@ def group_names(names: Iterable[tuple[str, K]]) -> list[Group[K]]:
     found: dict[tuple[str, K], dict[tuple[int, ...], None]] = {}
     for name, key in names:
         numbers = tuple(int(number) for number in _NUMBER.findall(name))
-        found.setdefault((_NUMBER.sub("{}", name), key), {})[numbers] = None
+        found.setdefault((_NUMBER.sub("0", name), key), {})[numbers] = None
     return [
         Group(_fill(template, box), _size(box), key)
         for (template, key), numbers in found.items()
@@ -43,6 +43,15 @@ def group_names(names: Iterable[tuple[str, K]]) -> list[Group[K]]:
 def join_names(names: Iterable[str]) -> str:
     """The names as few, with commas between."""
     return ", ".join(group.name for group in group_names((name, None) for name in names))
+
+
+def few_names(names: Iterable[str], most: int = 2) -> str:
+    """As `join_names`, but of more than `most` groups only these: `a.{0-3}.b, a.{0-3}.c and 12 more`."""
+    groups = group_names((name, None) for name in names)
+    if len(groups) <= most + 1:
+        return ", ".join(group.name for group in groups)
+    left = sum(group.count for group in groups[most:])
+    return ", ".join(group.name for group in groups[:most]) + f" and {left} more"
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
@@ -81,5 +90,6 @@ def _size(box: Box) -> int:
 
 
 def _fill(template: str, box: Box) -> str:
-    texts = [str(numbers[0]) if len(numbers) == 1 else f"{{{number_ranges(numbers)}}}" for numbers in box]
-    return template.format(*texts) if texts else template
+    """The template with the numbers of the box in the place of its own."""
+    texts = iter([str(numbers[0]) if len(numbers) == 1 else f"{{{number_ranges(numbers)}}}" for numbers in box])
+    return _NUMBER.sub(lambda _: next(texts), template)

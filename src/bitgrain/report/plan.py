@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from bitgrain.checkpoints.disk_space import format_bytes
 from bitgrain.pipeline.engines import Verdict
 from bitgrain.pipeline.plan import Plan, PlannedLayer
-from bitgrain.report.names import Group, group_names, join_names
+from bitgrain.recipes import OnIndivisible
+from bitgrain.report.names import Group, few_names, group_names
 from bitgrain.report.tables import count_text, facts, new_table, percent_text, say, show, table_row
 
-__all__ = ["engine_lines", "layer_groups", "problem_lines", "render_plan", "render_short_plan"]
+__all__ = ["engine_lines", "problem_lines", "render_plan", "render_short_plan"]
 
 LayerKey = tuple[str, str]
 """Shape and scheme of a layer, as they are shown."""
@@ -43,7 +45,8 @@ def render_plan(plan: Plan, console: Console, *, all_layers: bool = False) -> No
     )
     say(console)
     table = new_table(console, "layers", "n", "shape", "scheme", right=("n",))
-    for group in _one_by_one(plan.layers) if all_layers else layer_groups(plan.layers):
+    rows = [(planned.weight.module, _key(planned, plan.recipe.on_indivisible)) for planned in plan.layers]
+    for group in [Group(name, 1, key) for name, key in rows] if all_layers else group_names(rows):
         shape, scheme = group.key
         table_row(table, group.name, str(group.count), shape, scheme, style="dim" if scheme.startswith("kept") else "")
     show(console, table)
@@ -53,14 +56,15 @@ def render_plan(plan: Plan, console: Console, *, all_layers: bool = False) -> No
     say(console)
     say(console, "loads in", "bold")
     facts(console, engine_lines(plan.engines))
-    for note in plan.notes:
+    if plan.notes:
         say(console)
-        say(console, f"note: {note}", "yellow")
+    for note in plan.notes:
+        say(console, f"note: {note}", "yellow", indent="  ")
     if plan.problems:
         say(console)
         say(console, "this cannot be done as asked:", "bold red")
         for line in problem_lines(plan):
-            say(console, f"  {line}")
+            say(console, f"- {line}", indent="  ")
 
 
 def render_short_plan(plan: Plan, console: Console) -> None:
@@ -81,33 +85,18 @@ def render_short_plan(plan: Plan, console: Console) -> None:
         ],
     )
     for note in plan.notes:
-        say(console, f"note: {note}", "yellow")
+        say(console, f"note: {note}", "yellow", indent="  ")
 
 
-def layer_groups(layers: Iterable[PlannedLayer]) -> list[Group[LayerKey]]:
-    """The layers as few lines: see `group_names`."""
-    return group_names((planned.weight.module, _key(planned)) for planned in layers)
-
-
-def _one_by_one(layers: Iterable[PlannedLayer]) -> list[Group[LayerKey]]:
-    return [Group(planned.weight.module, 1, _key(planned)) for planned in layers]
-
-
-def _key(planned: PlannedLayer) -> LayerKey:
+def _key(planned: PlannedLayer, on_indivisible: OnIndivisible) -> LayerKey:
     weight = planned.weight
     stack = f"{weight.experts}x " if weight.experts > 1 else ""
     shape = f"{stack}{weight.out_features}x{weight.in_features}"
-    if planned.layer is not None:
-        scheme = planned.layer.scheme.name
-        return shape, f"{scheme}: {_reason(planned.note)}" if planned.note else scheme
-    if planned.note:
-        return shape, planned.note
-    return shape, "kept" if weight.role in ("linear", "expert") else f"kept ({weight.role.replace('_', ' ')})"
-
-
-def _reason(note: str) -> str:
-    """The note without the scheme's name before it, which the line has already."""
-    return note.partition(": ")[2] or note
+    if planned.layer is None:
+        why = "groups do not divide it" if planned.note else weight.role.replace("_", " ")
+        return shape, "kept" if why in ("linear", "expert") else f"kept ({why})"
+    remark = {"pad": " (padded)", "error": " (groups do not divide it)"}.get(on_indivisible, "") if planned.note else ""
+    return shape, planned.layer.scheme.name + remark
 
 
 def problem_lines(plan: Plan) -> list[str]:
@@ -120,17 +109,28 @@ def problem_lines(plan: Plan) -> list[str]:
             names.setdefault(rest, []).append(module)
         else:
             names.setdefault(problem, [])
-    return [f"{join_names(those)}: {text}" if those else text for text, those in names.items()]
+    return [f"{few_names(those)}: {text}" if those else text for text, those in names.items()]
+
+
+_SHAPE = re.compile(r"(?P<what>.+), (?P<layer>\S+) is \(\d+, \d+\)")
 
 
 def engine_lines(engines: Sequence[Verdict]) -> list[tuple[str, str]]:
-    """(engine, "yes" or "no" and the reasons) of each."""
-    return [
-        (verdict.engine, ("yes" if verdict.loads else "no") + "".join(f", {reason}" for reason in verdict.reasons))
-        if verdict.loads
-        else (verdict.engine, "no: " + "; ".join(verdict.reasons))
-        for verdict in engines
-    ]
+    """(engines, "yes" or "no" and the reasons); engines of the same verdict together, layers of the same reason too."""
+    names: dict[str, list[str]] = {}
+    for verdict in engines:
+        reasons = "; ".join(_join_reasons(verdict.reasons))
+        text = "yes" if verdict.loads else "no"
+        names.setdefault(f"{text}: {reasons}" if reasons else text, []).append(verdict.engine)
+    return [(", ".join(those), text) for text, those in names.items()]
+
+
+def _join_reasons(reasons: Sequence[str]) -> list[str]:
+    layers: dict[str, list[str]] = {}
+    for reason in reasons:
+        match = _SHAPE.fullmatch(reason)
+        layers.setdefault(match["what"] if match else reason, []).extend([match["layer"]] if match else [])
+    return [f"{what} ({few_names(those, 1)})" if those else what for what, those in layers.items()]
 
 
 def _size(plan: Plan) -> str:

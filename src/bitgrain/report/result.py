@@ -9,8 +9,8 @@ from rich.console import Console
 
 from bitgrain.checkpoints.disk_space import format_bytes
 from bitgrain.pipeline.quantize import LOW_SQNR_DB, QuantizeResult
-from bitgrain.report.names import join_names
-from bitgrain.report.tables import duration_text, facts, percent_text, say
+from bitgrain.report.names import few_names
+from bitgrain.report.tables import command, duration_text, facts, percent_text, say
 
 __all__ = ["render_result", "result_to_json", "warning_lines"]
 
@@ -37,12 +37,12 @@ def render_result(result: QuantizeResult, seconds: float, console: Console, *, m
         ],
     )
     for line in warning_lines(result):
-        say(console, f"warning: {line}", "yellow")
+        say(console, f"warning: {line}", "yellow", indent="  ")
     target, source = shlex.quote(out), shlex.quote(model)
     say(console)
     say(console, "next", "bold")
-    say(console, f"  bitgrain verify {target} --against {source}")
-    say(console, f"  bitgrain eval {target} --against {source} --text FILE")
+    command(console, f"bitgrain verify {target} --against {source}")
+    command(console, f"bitgrain eval {target} --against {source} --text FILE")
 
 
 def worst_layers(result: QuantizeResult) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def warning_lines(result: QuantizeResult) -> list[str]:
     lines = [f"{name}: {text}" for name, text in found if not text.startswith("SQNR is only")]
     if low:
         layers = "1 layer has" if len(low) == 1 else f"{len(low)} layers have"
-        lines.append(f"{layers} an SQNR below {LOW_SQNR_DB:g} dB: {join_names(low)}")
+        lines.append(f"{layers} an SQNR below {LOW_SQNR_DB:g} dB: {few_names(low)}")
     return lines
 
 

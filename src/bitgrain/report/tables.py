@@ -30,6 +30,11 @@ def say(console: Console, text: str = "", style: str = "", *, indent: str = "") 
     show(console, Text("\n" + indent).join(lines))
 
 
+def command(console: Console, text: str) -> None:
+    """A line to copy: never broken, however narrow the terminal."""
+    console.print(Text(f"  {text}"), soft_wrap=True)
+
+
 def show(console: Console, what: RenderableType) -> None:
     """Print `what`; without the blanks that fill lines up where there is no terminal."""
     if console.is_terminal:
