@@ -135,13 +135,17 @@ class Plan:
                 continue
             spec = layer.scheme.weight
             matrix = layer.elements // layer.experts
-            result = sum(tensor.nbytes for tensor in self.layout.tensors(layer))
-            coded = layer.elements * spec.format.code_dtype.itemsize + result  # codes, and scales as they are
+            tensors = self.layout.tensors(layer)
+            result = sum(tensor.nbytes for tensor in tensors)
             rounding = original + (original // layer.experts if layer.transposed else 0)
+            rounding += _TILE_BYTES * min(spec.granularity.rows or 1, layer.out_features) * layer.in_features
             if spec.granularity.rows is None and type(spec.range) is not MinMax:
                 rounding += 8 * matrix  # the range looks at the whole matrix in float32
-            rounding += _TILE_BYTES * min(spec.granularity.rows or 1, layer.out_features) * layer.in_features
-            packing = _PACKING_BYTES[self.layout.name] * matrix + (result if layer.experts > 1 else 0)
+            if any(tensor.name == name for tensor in tensors):  # the codes are stored as they are
+                coded, packing = result, 0
+            else:
+                coded = layer.elements * spec.format.code_dtype.itemsize + result
+                packing = _PACKING_BYTES[self.layout.name] * matrix + (result if layer.experts > 1 else 0)
             peak = max(peak, held + coded + max(rounding, packing))
             held += result
         return peak
