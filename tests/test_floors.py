@@ -46,9 +46,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def test_every_room_has_a_floor():
-    rooms = {
-        path.name.removesuffix(".py") for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()
-    }
+    rooms = {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert rooms - {"__init__", "__pycache__", "__main__", "py.typed"} <= set(FLOOR_OF)
 
 
@@ -63,8 +61,6 @@ def test_imports_only_go_down():
 
 
 def test_rooms_on_one_floor_have_no_cycle():
-    edges = {
-        (room_of(path), room) for path in SOURCES for room in rooms_imported(path) if room != room_of(path)
-    }
+    edges = {(room_of(path), room) for path in SOURCES for room in rooms_imported(path) if room != room_of(path)}
     level = {(a, b) for a, b in edges if FLOOR_OF[a] == FLOOR_OF[b]}
     assert not {(a, b) for a, b in level if (b, a) in level}

@@ -5,7 +5,8 @@ Tensors of a layer whose original tensor was `T` (E = stacked matrices, absent f
 
 | tensor        | dtype and shape |
 |---|---|
-| T.codes       | uint8 [E, out, ceil(in * bits / 8)], packed densely, least significant bits first, as code + offset; int32 [E, out, in] above 8 bits |
+| T.codes       | uint8 [E, out, ceil(in * bits / 8)], packed densely, low bits first, as code + offset;
+|               | int32 [E, out, in] for formats of more than 8 bits |
 | T.scale       | storage dtype [E, tiles down, tiles across]; nested scales: their codes, uint8 |
 | T.outer_scale | only for nested scales: the scale of the scales |
 | T.outer_zero  | only for asymmetric nested scales |

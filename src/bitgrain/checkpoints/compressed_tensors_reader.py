@@ -1,4 +1,4 @@
-"""Which layers of a compressed-tensors checkpoint are quantized, and under which scheme: from its config and headers."""
+"""Which layers of a compressed-tensors checkpoint are quantized, and how: from its config and headers."""
 
 from __future__ import annotations
 

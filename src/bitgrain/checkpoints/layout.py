@@ -75,5 +75,5 @@ class Layout(Protocol):
         ...
 
     def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
-        """`quantization_config` for config.json; `kept` are (module, memory module, class) of matrices left as they are."""
+        """`quantization_config` for config.json; `kept`: (module, memory module, class) of matrices kept."""
         ...

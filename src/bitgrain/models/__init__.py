@@ -1,11 +1,11 @@
 """A model's anatomy, found in its module tree: what every tensor on disk is, and what becomes of it in memory."""
 
-from .anatomy import Anatomy, Parameters, Weight, read_anatomy
-from .materialize import load_dense_into
-from .naming import StoredTensor
-from .skeleton import architecture_of, build_skeleton, load_config
-from .source import ModelSource, resolve_model
-from .structure import Role
+from bitgrain.models.anatomy import Anatomy, Parameters, Weight, read_anatomy
+from bitgrain.models.materialize import load_dense_into
+from bitgrain.models.naming import StoredTensor
+from bitgrain.models.skeleton import architecture_of, build_skeleton, load_config
+from bitgrain.models.source import ModelSource, resolve_model
+from bitgrain.models.structure import Role
 
 __all__ = [
     "Anatomy",

@@ -12,11 +12,11 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
-from .blocks import block_index, find_blocks
-from .fused import group_id, sibling_groups
-from .naming import Route, StoredTensor, trace_routes
-from .structure import Matrix, Role, find_matrices
+from bitgrain.errors import ModelError
+from bitgrain.models.blocks import block_index, find_blocks
+from bitgrain.models.fused import group_id, sibling_groups
+from bitgrain.models.naming import Route, StoredTensor, trace_routes
+from bitgrain.models.structure import Matrix, Role, find_matrices
 
 
 @dataclass(frozen=True)

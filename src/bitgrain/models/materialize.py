@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..errors import ModelError
+from bitgrain.errors import ModelError
 
 
 def load_dense_into(

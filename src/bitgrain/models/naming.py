@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..errors import ModelError
+from bitgrain.errors import ModelError
 
 
 class StoredTensor(Protocol):

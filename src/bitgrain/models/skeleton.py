@@ -18,8 +18,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from ..errors import ModelError
-from .source import ModelSource
+from bitgrain.errors import ModelError
+from bitgrain.models.source import ModelSource
 
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..errors import ModelError
+from bitgrain.errors import ModelError
 
 # What a job needs of a repository. Python files are fetched, but run only with trust_remote_code.
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]

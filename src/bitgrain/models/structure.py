@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError
+from bitgrain.errors import ModelError
 
 _CONVOLUTIONS = (
     nn.Conv1d,

@@ -1,7 +1,7 @@
 """Pure functions on tensors: formats, granularities, ranges, and quantize / dequantize / fake_quantize."""
 
-from .formats import CodebookFormat, FloatFormat, Format, IntFormat, get_format
-from .granularity import (
+from bitgrain.numerics.formats import CodebookFormat, FloatFormat, Format, IntFormat, get_format
+from bitgrain.numerics.granularity import (
     Granularity,
     parse_granularity,
     per_block,
@@ -11,9 +11,9 @@ from .granularity import (
     per_tensor,
     per_token,
 )
-from .qtensor import QTensor
-from .quantize import choose_scale, dequantize, fake_quantize, quantize
-from .spec import QuantSpec, mxfp4, nvfp4
+from bitgrain.numerics.qtensor import QTensor
+from bitgrain.numerics.quantize import choose_scale, dequantize, fake_quantize, quantize
+from bitgrain.numerics.spec import QuantSpec, mxfp4, nvfp4
 
 __all__ = [
     "CodebookFormat",

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .formats import FloatFormat, Format
-from .scales import round_scale
+from bitgrain.numerics.formats import FloatFormat, Format
+from bitgrain.numerics.scales import round_scale
 
 if TYPE_CHECKING:
-    from .spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 
 def scaled(tiles: Tensor, steps: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:

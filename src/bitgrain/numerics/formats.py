@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import SchemeError
+from bitgrain.errors import SchemeError
 
 
 class Format(ABC):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SchemeError
+from bitgrain.errors import SchemeError
 
 
 @dataclass(frozen=True)

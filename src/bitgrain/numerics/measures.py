@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SchemeError
-from .formats import CodebookFormat, Format
-from .granularity import matrix_shape, to_tiles
-from .qtensor import QTensor
-from .sums import row_sums
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.formats import CodebookFormat, Format
+from bitgrain.numerics.granularity import matrix_shape, to_tiles
+from bitgrain.numerics.qtensor import QTensor
+from bitgrain.numerics.sums import row_sums
 
 _PIECE = 2**16  # elements that are worked on at a time: their float64 copies stay in a core's cache
 

@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import SchemeError
-from .affine import store_zero
-from .qtensor import scale_values
-from .quantize import check_finite, store_scale
-from .ranges import KL, MSE, MinMax, MovingAverage, Percentile, Range, Weighted, scale_from_limits
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.affine import store_zero
+from bitgrain.numerics.qtensor import scale_values
+from bitgrain.numerics.quantize import check_finite, store_scale
+from bitgrain.numerics.ranges import KL, MSE, MinMax, MovingAverage, Percentile, Range, Weighted, scale_from_limits
 
 if TYPE_CHECKING:
-    from .qtensor import QTensor
-    from .spec import QuantSpec
+    from bitgrain.numerics.qtensor import QTensor
+    from bitgrain.numerics.spec import QuantSpec
 
 HALF = 4096
 """Bins on each side of 0."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NumericsError, SchemeError
+from bitgrain.errors import NumericsError, SchemeError
 
 _EIGHT = 8
 _WORDS = {torch.uint8: 1, torch.int32: 4}

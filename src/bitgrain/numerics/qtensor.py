@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .affine import from_grid
-from .granularity import from_tiles, to_tiles
-from .scales import decode_scale
-from .spec import QuantSpec
+from bitgrain.numerics.affine import from_grid
+from bitgrain.numerics.granularity import from_tiles, to_tiles
+from bitgrain.numerics.scales import decode_scale
+from bitgrain.numerics.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import NumericsError, SchemeError
-from .affine import store_zero, to_codes
-from .formats import FloatFormat, Format, IntFormat
-from .granularity import from_tiles, to_tiles
-from .qtensor import QTensor, scale_values
-from .scales import encode_scale, scale_of_zeros
-from .spec import QuantSpec
+from bitgrain.errors import NumericsError, SchemeError
+from bitgrain.numerics.affine import store_zero, to_codes
+from bitgrain.numerics.formats import FloatFormat, Format, IntFormat
+from bitgrain.numerics.granularity import from_tiles, to_tiles
+from bitgrain.numerics.qtensor import QTensor, scale_values
+from bitgrain.numerics.scales import encode_scale, scale_of_zeros
+from bitgrain.numerics.spec import QuantSpec
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import NumericsError
-from .formats import E8M0, FloatFormat, Format
+from bitgrain.errors import NumericsError
+from bitgrain.numerics.formats import E8M0, FloatFormat, Format
 
 if TYPE_CHECKING:
-    from .spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 _BIASED_ONE = 127
 

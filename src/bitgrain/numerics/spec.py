@@ -11,11 +11,22 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..errors import SchemeError
-from .formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat, Format, IntFormat, get_format
-from .granularity import Granularity, per_channel, per_group, per_tensor
-from .ranges.base import Range
-from .ranges.minmax import MinMax
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.formats import (
+    BF16,
+    E8M0,
+    FP4_E2M1,
+    FP8_E4M3,
+    FP16,
+    FP32,
+    FloatFormat,
+    Format,
+    IntFormat,
+    get_format,
+)
+from bitgrain.numerics.granularity import Granularity, per_channel, per_group, per_tensor
+from bitgrain.numerics.ranges.base import Range
+from bitgrain.numerics.ranges.minmax import MinMax
 
 ZeroPoint = Literal["none", "integer", "real"]
 

@@ -1,7 +1,7 @@
 """Engine rules: which engine loads what, and what it asks of a checkpoint. The one place where such rules live.
 
-vLLM's and SGLang's are read from their documentation and sources; transformers' (5.23 with compressed-tensors 0.20) were
-found by loading every scheme. `bitgrain verify` checks a written checkpoint.
+vLLM's and SGLang's are read from their documentation and sources; transformers' (5.23 with compressed-tensors 0.20)
+were found by loading every scheme. `bitgrain verify` checks a written checkpoint.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, lis
     """Quantize the linear layers (and stacked experts) of any torch module in place, by simulation.
 
     scheme  a preset's name, a Scheme, or a Recipe (rules, solver, what to do with indivisible groups)
-    Returns the QTensors by parameter name, one for each stacked matrix. Parameters then hold the dequantized values in their
-    own dtype; layers whose scheme quantizes activations get an input quantizer. Embeddings, lm_head and routers are kept
+    Returns the QTensors by parameter name, one for each stacked matrix. Parameters then hold the dequantized values in
+    their own dtype; layers whose scheme quantizes activations get an input quantizer. Embeddings, lm_head and routers are kept
     unless a rule of the recipe names them.
     Raises SchemeError, RecipeError, PlanError (groups that do not divide), NumericsError (NaN, Inf).
     """
@@ -92,7 +92,7 @@ def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, lis
 
 
 def quantize_tensor(x: Tensor, spec: str | QuantSpec | Scheme, **settings: Any) -> QTensor:
-    """Round one tensor [.., features]; `spec` is a QuantSpec, or a scheme (its weight spec). See `numerics.quantize`."""
+    """Round one tensor [.., features]; `spec`: a QuantSpec, or a scheme (its weight spec). See `numerics.quantize`."""
     if isinstance(spec, str):
         spec = get_scheme(spec)
     return quantize(x, spec.weight if isinstance(spec, Scheme) else spec, **settings)

@@ -1,4 +1,4 @@
-"""Load what `quantize` wrote: a plain transformers model with dequantized weights, activations quantized by simulation."""
+"""Load what `quantize` wrote: a transformers model with dequantized weights, activations quantized by simulation."""
 
 from __future__ import annotations
 

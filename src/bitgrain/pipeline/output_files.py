@@ -63,7 +63,7 @@ def write_output_files(plan: Plan, job: JobFolder) -> dict[str, Any]:
 
 
 def side_files(folder: Path, with_code: bool) -> list[Path]:
-    """What a model folder holds beside weights and config.json: tokenizer, chat template, generation config, licences."""
+    """What a model folder holds beside weights and config.json: tokenizer, chat template, licences, ..."""
     suffixes = (*_COPIED, ".py") if with_code else _COPIED
     return sorted(
         path

@@ -1,8 +1,8 @@
-"""Does the written folder hold what we meant? Asked of readers that are not ours: safetensors, compressed-tensors, transformers.
+"""Does the written folder hold what we meant? Asked of readers that are not ours.
 
 1. Every file has the size and hash that the manifest says.
-2. Every quantized layer, decoded by the compressed-tensors library, equals what bitgrain decodes; every kept tensor equals the
-   original's bytes (with the original at hand).
+2. Every quantized layer, read by safetensors and decoded by compressed-tensors, equals what bitgrain decodes; every
+   kept tensor equals the original's bytes (with the original at hand).
 3. transformers loads the folder, and its logits equal those of `bitgrain.load`.
 """
 

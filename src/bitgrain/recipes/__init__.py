@@ -1,7 +1,7 @@
 """Schemes, their presets, and recipe files."""
 
-from .recipe import OnIndivisible, Recipe, Rule, load_recipe, make_recipe
-from .scheme import ALIASES, PRESETS, Scheme, get_scheme
+from bitgrain.recipes.recipe import OnIndivisible, Recipe, Rule, load_recipe, make_recipe
+from bitgrain.recipes.scheme import ALIASES, PRESETS, Scheme, get_scheme
 
 __all__ = [
     "ALIASES",

@@ -25,12 +25,12 @@ from typing import Any, Literal, Protocol
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..errors import RecipeError, SchemeError
-from ..numerics import QuantSpec, get_format, parse_granularity
-from ..numerics.ranges import get_range
-from ..solvers import get_solver
-from ..transforms import get_transform
-from .scheme import Scheme, get_scheme
+from bitgrain.errors import RecipeError, SchemeError
+from bitgrain.numerics import QuantSpec, get_format, parse_granularity
+from bitgrain.numerics.ranges import get_range
+from bitgrain.recipes.scheme import Scheme, get_scheme
+from bitgrain.solvers import get_solver
+from bitgrain.transforms import get_transform
 
 OnIndivisible = Literal["error", "pad", "channel", "skip"]
 QUANTIZED_ROLES = ("linear", "expert")

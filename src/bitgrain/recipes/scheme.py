@@ -11,12 +11,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import SchemeError
-from ..numerics import Granularity, IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
-from ..numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
-from ..numerics.spec import int_weight
+from bitgrain.errors import SchemeError
+from bitgrain.numerics import (
+    Granularity,
+    IntFormat,
+    QuantSpec,
+    mxfp4,
+    nvfp4,
+    per_block,
+    per_channel,
+    per_group,
+    per_tensor,
+)
+from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
+from bitgrain.numerics.spec import int_weight
 
-# NVFP4 activations choose a scale for each 16 values at run time, in E4M3, times one constant. A quarter lets the scales
+# NVFP4 activations choose a scale for each 16 values at run time, in E4M3, times one constant. A quarter lets them
 # reach blocks with maxima from 0.004 to 672 without calibration data.
 NVFP4_INPUT_OUTER_SCALE = 0.25
 

@@ -1,4 +1,4 @@
-"""Activations quantized at run time, by simulation: a layer's input is rounded to its low-bit grid, then multiplied densely.
+"""Activations quantized at run time, by simulation: a layer's input is rounded to its grid, then multiplied densely.
 
 The arithmetic follows vLLM's kernels: int8 per token is absmax / 127 (csrc/quantization/w8a8/int8/scaled_quant.cu) with
 ties to even, fp8 per token is absmax / 448, NVFP4 chooses E4M3 scales under a fixed shared scale. transformers with

@@ -1,7 +1,7 @@
 """Solvers pick the codes of a weight matrix: one file each, looked up by name."""
 
-from . import rtn as _rtn
-from .base import Solver, get_solver, register_solver, solver_names
+from bitgrain.solvers import rtn as _rtn
+from bitgrain.solvers.base import Solver, get_solver, register_solver, solver_names
 
 __all__ = ["Solver", "get_solver", "register_solver", "solver_names"]
 

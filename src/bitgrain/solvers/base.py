@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..errors import SchemeError
-from ..numerics import QTensor, QuantSpec
+from bitgrain.errors import SchemeError
+from bitgrain.numerics import QTensor, QuantSpec
 
 
 class Solver(Protocol):

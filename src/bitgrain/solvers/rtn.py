@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..numerics import QTensor, QuantSpec, choose_scale, per_tensor, quantize
-from ..numerics.affine import store_zero
-from ..numerics.granularity import to_tiles
-from ..numerics.qtensor import scale_values
-from ..numerics.quantize import check_finite, store_scale
-from ..numerics.ranges import MinMax
-from .base import register_solver
+from bitgrain.numerics import QTensor, QuantSpec, choose_scale, per_tensor, quantize
+from bitgrain.numerics.affine import store_zero
+from bitgrain.numerics.granularity import to_tiles
+from bitgrain.numerics.qtensor import scale_values
+from bitgrain.numerics.quantize import check_finite, store_scale
+from bitgrain.numerics.ranges import MinMax
+from bitgrain.solvers.base import register_solver
 
 # Few enough elements that a piece and its temporaries stay in a core's cache; fixed, so results never depend on it.
 _PIECE = 1 << 18
@@ -75,6 +75,14 @@ def _tile_rows(start: int, stop: int, spec: QuantSpec) -> slice:
     return slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
 
 
+def _extremes(weight: Tensor, name: str) -> Tensor:
+    """[2, in] the least and the largest of each column: all that min-max limits look at. Raises NumericsError."""
+    extremes = torch.stack([weight.amin(dim=0), weight.amax(dim=0)])
+    if not bool(torch.isfinite(extremes).all().item()):
+        check_finite(weight.to(torch.float32), name)
+    return extremes
+
+
 def _choose_first(
     weight: Tensor, spec: QuantSpec, step: int, importance: Tensor | None, outer_scale: Tensor | None, name: str
 ) -> tuple[Tensor | QTensor, Tensor | None]:
@@ -83,10 +91,7 @@ def _choose_first(
     if spec.granularity.rows is None:
         if type(spec.range) is not MinMax:
             return choose_scale(weight, spec, importance=importance, name=name, outer_scale=outer_scale)
-        extremes = torch.stack([weight.amin(dim=0), weight.amax(dim=0)])  # all that min-max limits look at
-        if not bool(torch.isfinite(extremes).all().item()):
-            check_finite(weight.to(torch.float32), name)
-        return choose_scale(extremes, spec, name=name, outer_scale=outer_scale)
+        return choose_scale(_extremes(weight, name), spec, name=name, outer_scale=outer_scale)
     ideal: list[Tensor] = []
     offsets: list[Tensor] = []
     for i in range(0, rows, step):
@@ -120,6 +125,11 @@ def shared_outer_scale(
     largest: list[Tensor] = []
     for weight in weights:
         rows, cols = weight.shape
+        if type(spec.range) is MinMax and spec.symmetric:  # then the largest scale is that of the extremes
+            limits = _extremes(weight, name).to(torch.float32)
+            scale, _ = spec.range.scale(limits.reshape(1, 1, -1), spec)
+            largest.append(scale)
+            continue
         step = _piece_rows(rows, cols, spec)
         for i in range(0, rows, step):
             piece = weight[i : i + step].to(torch.float32)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import nn
 
-from ..errors import SchemeError
+from bitgrain.errors import SchemeError
 
 
 class Transform(Protocol):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
-from ...errors import SchemeError
-from .base import Range, scale_from_limits
-from .kl import KL
-from .minmax import MinMax
-from .moving_average import MovingAverage
-from .mse import MSE
-from .percentile import Percentile
-from .weighted import Weighted
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.ranges.base import Range, scale_from_limits
+from bitgrain.numerics.ranges.kl import KL
+from bitgrain.numerics.ranges.minmax import MinMax
+from bitgrain.numerics.ranges.moving_average import MovingAverage
+from bitgrain.numerics.ranges.mse import MSE
+from bitgrain.numerics.ranges.percentile import Percentile
+from bitgrain.numerics.ranges.weighted import Weighted
 
 RANGES: dict[str, type[Range]] = {
     range_type.name: range_type for range_type in (MinMax, MovingAverage, Percentile, MSE, KL, Weighted)

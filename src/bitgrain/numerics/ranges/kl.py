@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import SchemeError
-from ..formats import IntFormat
-from .base import Range, scale_from_limits
-from .search import tile_pieces
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.formats import IntFormat
+from bitgrain.numerics.ranges.base import Range, scale_from_limits
+from bitgrain.numerics.ranges.search import tile_pieces
 
 if TYPE_CHECKING:
-    from ..spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 _EMPTY = 1e-4
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Range
+from bitgrain.numerics.ranges.base import Range
 
 if TYPE_CHECKING:
-    from ..spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 _VECTOR = 32  # torch's reductions are slow on rows shorter than this
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import SchemeError
-from .minmax import MinMax
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.ranges.minmax import MinMax
 
 
 @dataclass(frozen=True)

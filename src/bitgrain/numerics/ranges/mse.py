@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import SchemeError
-from .base import Range, scale_from_limits
-from .search import real_elements, tile_error, tile_pieces
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.ranges.base import Range, scale_from_limits
+from bitgrain.numerics.ranges.search import real_elements, tile_error, tile_pieces
 
 if TYPE_CHECKING:
-    from ..spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import SchemeError
-from .base import Range
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.ranges.base import Range
 
 if TYPE_CHECKING:
-    from ..spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 
 @dataclass(frozen=True)

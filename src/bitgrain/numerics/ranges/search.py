@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..affine import as_stored, from_grid, to_grid
-from ..sums import row_sums
+from bitgrain.numerics.affine import as_stored, from_grid, to_grid
+from bitgrain.numerics.sums import row_sums
 
 if TYPE_CHECKING:
-    from ..spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 PIECE = 2**18
 """Elements that are worked on at a time: a few temporaries of this size fit in a core's cache."""

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import SchemeError
-from ..affine import as_stored, to_grid
-from ..sums import row_sums
-from .base import Range, scale_from_limits
-from .search import element_pieces, real_elements, tile_error, tile_pieces
+from bitgrain.errors import SchemeError
+from bitgrain.numerics.affine import as_stored, to_grid
+from bitgrain.numerics.ranges.base import Range, scale_from_limits
+from bitgrain.numerics.ranges.search import element_pieces, real_elements, tile_error, tile_pieces
+from bitgrain.numerics.sums import row_sums
 
 if TYPE_CHECKING:
-    from ..spec import QuantSpec
+    from bitgrain.numerics.spec import QuantSpec
 
 
 @dataclass(frozen=True)
