@@ -4,7 +4,7 @@ Tensors of a layer `M` (library compressed-tensors 0.20, its compressors and Qua
 
 | format                 | tensors |
 |---|---|
-| pack-quantized         | M.weight_packed int32 [out, ceil(in * bits / 32)], M.weight_scale, M.weight_shape int64 [2]; |
+| pack-quantized         | M.weight_packed int32 [out, ceil(in * bits / 32)], M.weight_scale, M.weight_shape int64 [2] |
 |                        | asymmetric: M.weight_zero_point int32, packed along the rows |
 | int-, float-quantized  | M.weight int8 / float8_e4m3fn [out, in], M.weight_scale |
 | nvfp4-pack-quantized   | M.weight_packed uint8 [out, in / 2], M.weight_scale float8_e4m3fn, |
