@@ -294,3 +294,10 @@ def test_every_error_of_a_recipe_is_a_recipe_error_with_its_cause():
         make_recipe(scheme="nope")
     assert not isinstance(caught.value, SchemeError)
     assert caught.value.__cause__ is not None
+
+
+def test_a_key_given_twice_is_an_error(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("scheme: W4A16\nrules: []\nscheme: W8A16\n")
+    with pytest.raises(RecipeError, match="'scheme' is given twice"):
+        load_recipe(path)

@@ -170,9 +170,11 @@ class CompressedTensors:
             for i, members in enumerate(ordered)
         }
         # transformers 5.23 with compressed-tensors 0.20 cannot keep packed zero points compressed, nor FP4 in a float32
-        # model; with one group it can dequantize on load, which is what it does at the first forward anyway.
+        # model, nor linears with a forward of their own. With one scheme it can dequantize on load, which is what it
+        # does at the first forward anyway.
         first = layers[0].scheme
         awkward = not first.weight.symmetric or first.weight.format == FP4_E2M1
+        awkward = awkward or any(layer.role == "linear" and layer.class_name != "Linear" for layer in layers)
         dense = {"dequantize": True} if single and awkward and first.input is None else {}
         formats = {str(group["format"]) for group in groups.values()}
         ignore = _names((module, memory) for module, memory, _ in kept) if single else []

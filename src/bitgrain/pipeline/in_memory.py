@@ -49,8 +49,8 @@ def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, lis
 
     scheme  a preset's name, a Scheme, or a Recipe (rules, solver, what to do with indivisible groups)
     Returns the QTensors by parameter name, one for each stacked matrix. Parameters then hold the dequantized values in
-    their own dtype; layers whose scheme quantizes activations get an input quantizer. Embeddings, lm_head and routers are
-    kept unless a rule of the recipe names them.
+    their own dtype; layers whose scheme quantizes activations get an input quantizer. Embeddings, lm_head and
+    routers are kept unless a rule of the recipe names them.
     Raises SchemeError, RecipeError, PlanError (groups that do not divide), NumericsError (NaN, Inf).
     """
     recipe = scheme if isinstance(scheme, Recipe) else None

@@ -22,7 +22,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
@@ -61,8 +60,22 @@ def verify(
     if against is not None:
         checks.append(_check_kept(stored, resolve_model(against).path))
     if foreign:
-        checks.append(_check_logits(source.path, stored, device, trust_remote_code))
+        refusal = _known_refusal(source.path)
+        if refusal is None:
+            checks.append(_check_logits(source.path, stored, device, trust_remote_code))
+        else:
+            checks.append(Check("logits", None, f"transformers, as the plan said: {refusal}"))
     return checks
+
+
+def _known_refusal(folder: Path) -> str | None:
+    """Why transformers cannot load this checkpoint, if that was known when it was written."""
+    try:
+        engines = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["engines"]
+        verdict = next(one for one in engines if one["engine"] == "transformers")
+        return None if verdict["loads"] else "; ".join(verdict["reasons"])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None  # not written by us, or damaged, which is another check's business
 
 
 def _check_files(folder: Path) -> Check:
@@ -157,7 +170,7 @@ def _check_logits(folder: Path, stored: QuantizedCheckpoint, device: str, trust_
         b = _output(ours, ids)
     difference = float((a - b).abs().max())
     scale = 1.0 if a.dtype == torch.float32 and config.dtype in (None, torch.float32) else float(b.std())
-    experts = any(weight_name(layer) for layer in stored.layers.values())
+    experts = any(".experts." in f".{layer.module}." for layer in stored.layers.values())
     inputs = any(layer.scheme.input is not None for layer in stored.layers.values())
     detail = f"transformers {type(theirs).__name__}, largest difference {difference:.3g} on {ids.numel()} random tokens"
     if experts and inputs:
@@ -165,11 +178,6 @@ def _check_logits(folder: Path, stored: QuantizedCheckpoint, device: str, trust_
             name, None, detail + "; transformers does not quantize the inputs of experts, so they are not compared"
         )
     return Check(name, difference <= LOGIT_TOLERANCE * scale, detail)
-
-
-def weight_name(layer: StoredLayer) -> bool:
-    """Whether the layer is an expert, by its name on disk."""
-    return ".experts." in f".{layer.module}."
 
 
 def _output(model: nn.Module, ids: Tensor) -> Tensor:

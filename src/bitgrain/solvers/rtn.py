@@ -75,9 +75,15 @@ def _tile_rows(start: int, stop: int, spec: QuantSpec) -> slice:
     return slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
 
 
-def _extremes(weight: Tensor, name: str) -> Tensor:
-    """[2, in] the least and the largest of each column: all that min-max limits look at. Raises NumericsError."""
-    extremes = torch.stack([weight.amin(dim=0), weight.amax(dim=0)])
+def _extremes(weight: Tensor, by_column: bool, name: str) -> Tensor:
+    """The least and the largest of all, [2, 1], or of each column, [2, in]: all that min-max limits look at.
+
+    Raises NumericsError for NaN or Inf.
+    """
+    if by_column:
+        extremes = torch.stack([weight.amin(dim=0), weight.amax(dim=0)])
+    else:
+        extremes = torch.stack(torch.aminmax(weight)).reshape(2, 1)
     if not bool(torch.isfinite(extremes).all().item()):
         check_finite(weight.to(torch.float32), name)
     return extremes
@@ -91,7 +97,9 @@ def _choose_first(
     if spec.granularity.rows is None:
         if type(spec.range) is not MinMax:
             return choose_scale(weight, spec, importance=importance, name=name, outer_scale=outer_scale)
-        return choose_scale(_extremes(weight, name), spec, name=name, outer_scale=outer_scale)
+        return choose_scale(
+            _extremes(weight, spec.granularity.cols is not None, name), spec, name=name, outer_scale=outer_scale
+        )
     ideal: list[Tensor] = []
     offsets: list[Tensor] = []
     for i in range(0, rows, step):
@@ -126,7 +134,7 @@ def shared_outer_scale(
     for weight in weights:
         rows, cols = weight.shape
         if type(spec.range) is MinMax and spec.symmetric:  # then the largest scale is that of the extremes
-            limits = _extremes(weight, name).to(torch.float32)
+            limits = _extremes(weight, False, name).to(torch.float32)
             scale, _ = spec.range.scale(limits.reshape(1, 1, -1), spec)
             largest.append(scale)
             continue
