@@ -10,7 +10,7 @@ from torch import nn
 
 from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.errors import RecipeError
-from bitgrain.evaluation.inspection import inspect_model as inspect
+from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor

@@ -13,13 +13,8 @@ from torch import Tensor, nn
 
 from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import ModelError, TextError
-from bitgrain.evaluation.inspection import inspect_model
-from bitgrain.evaluation.inspection_activations import (
-    GRANULARITIES,
-    ActivationInspection,
-    Site,
-    inspect_activations,
-)
+from bitgrain.evaluation.inspection.activations import GRANULARITIES, ActivationInspection, Site, inspect_activations
+from bitgrain.evaluation.inspection.job import inspect_model
 from bitgrain.numerics import QuantSpec, fake_quantize, get_format
 from bitgrain.numerics.measures import sqnr_db
 from bitgrain.pipeline.load import experts_run_one_by_one

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bitgrain.api import quantize as quantize_checkpoint
 from bitgrain.errors import ModelError, PlanError, RecipeError, TextError
-from bitgrain.evaluation import inspection
-from bitgrain.evaluation.inspection import FORMATS, GRANULARITIES, MatrixLoss, inspect_matrix, inspect_model, recommend
-from bitgrain.evaluation.inspection_activations import describe_channels, excess_kurtosis, power_sums
+from bitgrain.evaluation.inspection import weights as inspection
+from bitgrain.evaluation.inspection.channels import describe_channels, excess_kurtosis, power_sums
+from bitgrain.evaluation.inspection.job import inspect_model
+from bitgrain.evaluation.inspection.weights import FORMATS, GRANULARITIES, MatrixLoss, inspect_matrix, recommend
 from bitgrain.numerics import QuantSpec, get_format, quantize
 from bitgrain.numerics.formats import BF16, FP32
 from bitgrain.numerics.measures import code_use, measure

@@ -11,8 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from bitgrain.evaluation.inspection import Inspection, TextUse, inspect_matrix, inspect_model
-from bitgrain.evaluation.inspection_activations import ActivationInspection, ActivationLoss, ChannelRange, ChannelRanges
+from bitgrain.evaluation.inspection.activations import ActivationInspection, ActivationLoss
+from bitgrain.evaluation.inspection.channels import ChannelRange, ChannelRanges
+from bitgrain.evaluation.inspection.job import Inspection, TextUse, inspect_model
+from bitgrain.evaluation.inspection.weights import inspect_matrix
 from bitgrain.report.inspection import render_inspection
 
 

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bitgrain.evaluation.inspection import FORMATS, OUTLIER_RATIO, Inspection, LayerInspection
-from bitgrain.evaluation.inspection_activations import ActivationInspection, ChannelRanges
+from bitgrain.evaluation.inspection.activations import ActivationInspection
+from bitgrain.evaluation.inspection.channels import OUTLIER_RATIO, ChannelRanges
+from bitgrain.evaluation.inspection.job import Inspection
+from bitgrain.evaluation.inspection.weights import FORMATS, LayerInspection
 
 __all__ = ["render_inspection"]
 
