@@ -20,6 +20,7 @@ from torch import Tensor
 from bitgrain.errors import NumericsError, SchemeError
 
 _EIGHT = 8
+_PIECE = 1 << 20  # codes packed at once, so that the steps between stay in a core's cache
 _WORDS = {torch.uint8: 1, torch.int32: 4}
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # eight codes of so many bits make one such integer
 
@@ -47,17 +48,30 @@ def pack(codes: Tensor, bits: int, word: torch.dtype = torch.int32, axis: int = 
     *lead, length = codes.shape
     if not codes.numel():
         return torch.zeros(*lead, packed_length(length, bits, word), dtype=word, device=codes.device)
+    matrix = codes.reshape(-1, length)
+    step = max(1, _PIECE // length)
+    if step >= len(matrix):
+        return _pack_rows(matrix, bits, word).view(*lead, -1)
+    packed = torch.empty(len(matrix), packed_length(length, bits, word), dtype=word, device=codes.device)
+    for i in range(0, len(matrix), step):
+        packed[i : i + step] = _pack_rows(matrix[i : i + step], bits, word)
+    return packed.view(*lead, -1)
+
+
+def _pack_rows(codes: Tensor, bits: int, word: torch.dtype) -> Tensor:
+    """`pack` of a few rows uint8 [m, length], checked and not empty."""
+    rows, length = codes.shape
     stream = _aligned(codes)
     if bits < 8:
         if length % _EIGHT:
             stream = F.pad(stream, (0, -length % _EIGHT))
-        stream = _squeeze(stream.view(torch.int64), bits).view(*lead, -1)
+        stream = _squeeze(stream.view(torch.int64), bits).view(rows, -1)
     size = packed_length(length, bits, word) * _WORDS[word]
     if stream.shape[-1] != size:  # whole words; what is cut off are bits of the padding
         stream = F.pad(stream, (0, size - stream.shape[-1])).contiguous()
     if stream.data_ptr() == codes.data_ptr():
         stream = stream.clone()
-    return stream.reshape(-1).view(word).view(*lead, size // _WORDS[word])
+    return stream.reshape(-1).view(word).view(rows, -1)
 
 
 def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
