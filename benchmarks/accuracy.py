@@ -31,6 +31,7 @@ SCHEMES = (
     *("W8A8", "INT8_TENSOR", "FP8_DYNAMIC", "FP8_BLOCK"),
     *("MXFP4A16", "MXFP4", "NVFP4A16", "NVFP4"),
 )
+END_OF_STORY = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,22 @@ class Text:
     path: Path
     seqlen: int
     windows: int
+    stories: int | None = None
+    """Of a file of stories, the last so many complete ones, tokenized one by one and put end to end."""
+
+    def read(self, tokenizer: Any) -> Any:
+        """Windows int64 [n, seqlen]."""
+        from bitgrain.calibration.text import read_text, token_windows
+
+        content = read_text(self.path)
+        if self.stories is None:
+            return token_windows(tokenizer, content, self.seqlen, self.windows, special_tokens=True)
+        import torch
+
+        found = [story.strip() for story in content.split(END_OF_STORY)[:-1] if story.strip()][-self.stories :]
+        ids = [i for story in found for i in tokenizer(story, add_special_tokens=True, truncation=False)["input_ids"]]
+        count = min(self.windows, len(ids) // self.seqlen)
+        return torch.tensor(ids[: count * self.seqlen], dtype=torch.int64).view(count, self.seqlen)
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,8 @@ def reference_jobs(windows: int | None) -> list[Job]:
     """The shared reference models, each on text it was trained for and, the large ones, on another domain."""
     models, texts = SHARED / "models", SHARED / "text"
 
-    def text(name: str, seqlen: int, count: int) -> Text:
-        return Text(texts / name, seqlen, min(count, windows or count))
+    def text(name: str, seqlen: int, count: int, stories: int | None = None) -> Text:
+        return Text(texts / name, seqlen, min(count, windows or count), stories)
 
     held = "heldout.txt"
     wiki = "wikitext2-test.raw"
@@ -68,8 +85,8 @@ def reference_jobs(windows: int | None) -> list[Job]:
     return [
         Job(models / "llama", (text(held, 512, 100), text(wiki, 512, 40))),
         Job(models / "llama-outliers", (text(held, 512, 40), text(wiki, 512, 40))),
-        Job(models / "tinystories-656k", (text(stories, 512, 100),)),
-        Job(models / "stories260k", (text(stories, 256, 100),)),
+        Job(models / "tinystories-656k", (text(stories, 512, 100, 200),)),
+        Job(models / "stories260k", (text(stories, 256, 100, 200),)),
     ]
 
 
@@ -97,15 +114,14 @@ def quantize_here(model: Path, out: Path, scheme: str) -> dict[str, Any]:
 def run(job: Job, schemes: list[str], scratch: Path) -> dict[str, Any]:
     """All schemes of one model."""
     from bitgrain.api import load
-    from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
+    from bitgrain.calibration.text import load_tokenizer
     from bitgrain.evaluation.language import evaluate_model, record_base
 
     base = load(job.model, device="cpu")
     words = load_tokenizer(job.model)
     references: list[Any] = []
     for text in job.texts:
-        ids = token_windows(words, read_text(text.path), text.seqlen, text.windows, special_tokens=True)
-        references.append(record_base(base, ids))
+        references.append(record_base(base, text.read(words)))
         print(f"{job.model.name} on {text.path.name}: base perplexity {references[-1].perplexity:.3f}", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     for scheme in schemes:
@@ -126,7 +142,13 @@ def run(job: Job, schemes: list[str], scratch: Path) -> dict[str, Any]:
         first = row["texts"][job.texts[0].path.name]
         print(f"  {scheme}: KL {first['kl']:.5f}, perplexity {first['perplexity']:.3f}", file=sys.stderr)
     texts = [
-        {"text": text.path.name, "seqlen": text.seqlen, "windows": len(r.windows), "base_perplexity": r.perplexity}
+        {
+            "text": text.path.name,
+            "seqlen": text.seqlen,
+            "windows": len(r.windows),
+            "stories": text.stories,
+            "base_perplexity": r.perplexity,
+        }
         for text, r in zip(job.texts, references, strict=True)
     ]
     return {"model": job.model.name, "texts": texts, "schemes": rows}
@@ -151,7 +173,9 @@ def report(result: dict[str, Any]) -> str:
         rows.append([*cells, f"{row['quantize_s']:.1f}", f"{row['peak_rss_mb']:.0f}"])
     about = "".join(
         f"- {text['text']}: {text['windows']} windows of {text['seqlen']} tokens, "
-        f"base perplexity {text['base_perplexity']:.3f}\n"
+        f"base perplexity {text['base_perplexity']:.3f}"
+        + (f"; from the last {text['stories']} stories, one after the other" if text["stories"] else "")
+        + "\n"
         for text in result["texts"]
     )
     notes = {row["not_as_asked"] for row in result["schemes"] if row.get("not_as_asked")}
@@ -161,7 +185,7 @@ def report(result: dict[str, Any]) -> str:
         "as they were. KL(base || quantized) in nats per token; bits per weight with scales as stored; activations "
         "quantized in simulation, as vLLM rounds them.\n\n"
         + about
-        + "- the text is tokenized with its special tokens (one BOS in front of the whole where there is one)\n"
+        + "- tokenized with special tokens: one BOS in front of the whole text, or of each story, where there is one\n"
         "- quantize s: the whole job; peak RSS: of that process, Python and torch included\n\n"
         + table(header, rows)
         + "".join(f"\n\\* not every layer as asked, for instance {note}" for note in sorted(notes)[:1])
