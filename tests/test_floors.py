@@ -9,10 +9,10 @@ ROOT = Path(bitgrain.__file__).parent
 FLOORS = [
     {"errors", "progress"},
     {"numerics"},
-    {"solvers", "transforms", "runtime"},
+    {"solvers", "transforms", "runtime", "tuning"},
     {"recipes"},
     {"models", "checkpoints", "calibration", "demo"},
-    {"pipeline", "evaluation"},
+    {"pipeline", "evaluation", "search"},
     {"api", "report"},
     {"cli"},
 ]

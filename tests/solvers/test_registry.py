@@ -1,5 +1,7 @@
 """Solvers and transforms are found by name."""
 
+from dataclasses import dataclass
+
 import pytest
 from torch import nn
 
@@ -19,6 +21,23 @@ def test_known_names_in_any_case():
 def test_unknown_name_lists_all():
     with pytest.raises(SchemeError, match=r"unknown solver 'magic'; known solvers: .*rtn"):
         get_solver("magic")
+
+
+def test_settings_have_names_and_types(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(base, "_SOLVERS", dict(base._SOLVERS))
+
+    @register_solver("shaky")
+    @dataclass(frozen=True)
+    class Shaky:
+        damping: float = 0.5
+        order: str = "act"
+        factors: tuple[float, ...] = (1.0,)
+
+    assert get_solver({"name": "shaky", "damping": 1, "factors": [1, 2]}) == Shaky(1.0, "act", (1, 2))
+    with pytest.raises(SchemeError, match=r"solver 'shaky' has no setting 'dumping'; it has: damping, order, factors"):
+        get_solver({"name": "shaky", "dumping": 1})
+    with pytest.raises(SchemeError, match=r"solver 'shaky': order is a str, not 3"):
+        get_solver({"name": "shaky", "order": 3})
 
 
 def test_a_new_solver_is_one_class(monkeypatch: pytest.MonkeyPatch):

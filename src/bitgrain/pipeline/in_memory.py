@@ -80,7 +80,7 @@ def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, lis
     for name, one in chosen.items():
         parameter, matrix = module.get_parameter(name), found[name]
         parts = [
-            solver.solve(weight, one.weight, outer_scale=outer.get(name), name=name)
+            solver.solve(weight, one.weight, outer_scale=outer.get(name), name=name).q
             for weight in _matrices(parameter.data, matrix)
         ]
         dense = [part.dequantize(parameter.dtype) for part in parts]

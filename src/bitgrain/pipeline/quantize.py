@@ -151,7 +151,7 @@ def _solve_layer(
     for i, matrix in enumerate(matrices(plan.checkpoint.read(layer.tensor), layer)):
         matrix = matrix.to(device)
         label = layer.tensor if layer.experts == 1 else f"{layer.tensor}[{i}]"
-        q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer_scale, name=label)
+        q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer_scale, name=label).q
         reports.append(_report(matrix, q))
         parts.append(_to_cpu(q))
     return parts, _record(reports)

@@ -1,8 +1,8 @@
 """Solvers pick the codes of a weight matrix: one file each, looked up by name."""
 
 from bitgrain.solvers import rtn as _rtn
-from bitgrain.solvers.base import Solver, get_solver, register_solver, solver_names
+from bitgrain.solvers.base import Moments, Solution, Solver, get_solver, register_solver, solver_names
 
-__all__ = ["Solver", "get_solver", "register_solver", "solver_names"]
+__all__ = ["Moments", "Solution", "Solver", "get_solver", "register_solver", "solver_names"]
 
 _ = _rtn  # imported so that it registers itself

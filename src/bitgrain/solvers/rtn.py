@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,29 +15,42 @@ from bitgrain.numerics.granularity import to_tiles
 from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite, store_scale
 from bitgrain.numerics.ranges import MinMax
-from bitgrain.solvers.base import register_solver
+from bitgrain.solvers.base import Moments, Solution, register_solver
 
 # Few enough elements that a piece and its temporaries stay in a core's cache; fixed, so results never depend on it.
 _PIECE = 1 << 18
 
 
 @register_solver("rtn")
+@dataclass(frozen=True)
 class RoundToNearest:
     """Data-free. The baseline that every other solver is measured against."""
 
-    needs_calibration = False
+    needs_calibration: ClassVar[bool] = False
 
     def solve(
         self,
         weight: Tensor,
         spec: QuantSpec,
+        moments: Moments | None = None,
         *,
-        hessian: Tensor | None = None,
+        outer_scale: Tensor | None = None,
+        name: str = "weight",
+    ) -> Solution:
+        """See `Solver.solve`; of `moments` only the importance, for the ranges that use it."""
+        importance = None if moments is None else moments.importance
+        return Solution(self.round(weight, spec, importance, outer_scale=outer_scale, name=name), "rtn")
+
+    def round(
+        self,
+        weight: Tensor,
+        spec: QuantSpec,
         importance: Tensor | None = None,
+        *,
         outer_scale: Tensor | None = None,
         name: str = "weight",
     ) -> QTensor:
-        """See `Solver.solve`; `hessian` is not used."""
+        """The same, of which only the QTensor; `importance` [in] or [out, in]."""
         rows, cols = weight.shape
         step = _piece_rows(rows, cols, spec)
         if step >= rows:
