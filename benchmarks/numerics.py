@@ -25,7 +25,7 @@ from common import machine_line, table, write_results
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.pipeline.quantize import measure_in_pieces
+from bitgrain.pipeline.layers import measure_in_pieces
 from bitgrain.recipes import PRESETS
 from bitgrain.solvers import get_solver
 

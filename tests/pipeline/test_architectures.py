@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 import bitgrain
 import zoo
 from bitgrain.numerics import quantize
+from bitgrain.pipeline.layers import matrices
 from bitgrain.pipeline.load import QuantizedCheckpoint
-from bitgrain.pipeline.quantize import QuantizeResult, matrices
+from bitgrain.pipeline.quantize import QuantizeResult
 
 Tiny = Callable[[str], Path]
 MOE = ("mixtral", "qwen3-moe", "gpt-oss")

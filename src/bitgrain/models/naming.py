@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -65,31 +65,69 @@ def trace_routes(skeleton: nn.Module, stored: Mapping[str, StoredTensor]) -> dic
 
     Raises ModelError when a shape does not fit the model.
     """
-    model = cast(PreTrainedModel, skeleton)
-    memory: dict[str, torch.Tensor] = model.state_dict()
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    converter_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-
+    rules = _Rules(skeleton)
     routes: dict[str, Route] = {name: Route(()) for name in natural_order(stored)}
-    collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in routes:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, memory)
-        if target not in memory and name in memory:
-            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, memory)
-        if target not in memory:
-            continue
-        if pattern is None:
-            _check_shape(name, stored[name].shape, target, memory[target])
-            routes[name] = Route((target,))
-        else:
-            collected[target][pattern].append(name)
-
+    plain, collected = rules.sort(routes)
+    for name, target in plain.items():
+        _check_shape(name, stored[name].shape, target, rules.memory[target])
+        routes[name] = Route((target,))
     for target, sources in collected.items():
-        converter = copy.deepcopy(converter_of[next(iter(sources))])
-        routes |= _run_converter(converter, target, sources, stored, memory, model)
+        converter = rules.converter(sources)
+        routes |= _run_converter(converter, target, sources, stored, rules.memory, rules.model)
     return routes
+
+
+def convert_tensors(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under their names on disk -> the parameters and buffers that they fill, by their names in memory.
+
+    Of tensors that transformers joins into one parameter, all must be given. Names unknown to the model are left out.
+    """
+    rules = _Rules(skeleton)
+    plain, collected = rules.sort(natural_order(tensors))
+    found = {target: tensors[name] for name, target in plain.items()}
+    for target, sources in collected.items():
+        converter = rules.converter(sources)
+        for pattern, names in sources.items():
+            for name in names:
+                converter.add_tensor(target, name, pattern, tensors[name])  # pyright: ignore[reportArgumentType]
+        result: dict[str, Any] = converter.convert(target, model=rules.model, config=rules.model.config)
+        for name, value in result.items():
+            if name in rules.memory:
+                found[name] = value[0] if isinstance(value, list) else value
+    return found
+
+
+class _Rules:
+    """transformers' own rules for one model."""
+
+    def __init__(self, skeleton: nn.Module) -> None:
+        self.model = cast(PreTrainedModel, skeleton)
+        self.memory: dict[str, torch.Tensor] = self.model.state_dict()
+        rules = get_model_conversion_mapping(self.model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._converter_of = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
+
+    def sort(self, names: Iterable[str]) -> tuple[dict[str, str], dict[str, dict[str, list[str]]]]:
+        """Names that are only renamed, with their targets; and those that are converted: target -> pattern -> names."""
+        plain: dict[str, str] = {}
+        collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        prefix = self.model.base_model_prefix
+        for name in names:
+            target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self.memory)
+            if target not in self.memory and name in self.memory:
+                target, pattern = rename_source_key(name, [], [], prefix, self.memory)
+            if target not in self.memory:
+                continue
+            if pattern is None:
+                plain[name] = target
+            else:
+                collected[target][pattern].append(name)
+        return plain, collected
+
+    def converter(self, sources: Mapping[str, Sequence[str]]) -> WeightConverter:
+        """A fresh converter for names of these patterns."""
+        return copy.deepcopy(self._converter_of[next(iter(sources))])
 
 
 def _run_converter(

@@ -6,7 +6,6 @@ own parallelism off, so the bytes do not depend on how many workers there are.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,18 +22,14 @@ from bitgrain.checkpoints.job_folder import JobFolder, partial_folder
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import NumericsError
 from bitgrain.numerics import QTensor
-from bitgrain.numerics.measures import ErrorReport, row_errors, summarize
-from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite
+from bitgrain.pipeline.layers import matrices, outer_scales, record, report, to_cpu
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.solvers import Solver, get_solver
-from bitgrain.solvers.rtn import has_one_outer_scale, shared_outer_scale
 
-LOW_SQNR_DB = 5.0
-"""A layer below this has lost most of its information; the manifest warns."""
 _PIECE = 1 << 18
 """Elements that are widened to float32 or float64 at once. No result depends on it."""
 
@@ -130,7 +125,8 @@ def _solve_unit(
     """The output tensors of a unit, and what is to be known of each quantized layer."""
     outputs: dict[str, Tensor] = {}
     records: dict[str, dict[str, Any]] = {}
-    outer = _outer_scales(plan, unit, device)
+    layers = {name: plan.quantized[name] for name in unit.tensors if name in plan.quantized}
+    outer = outer_scales(layers, plan.fused_groups, plan.checkpoint.read, device)
     for name in unit.tensors:  # in functions of their own, so that one original is freed before the next is read
         layer = plan.quantized.get(name)
         if layer is None:
@@ -152,9 +148,9 @@ def _solve_layer(
         matrix = matrix.to(device)
         label = layer.tensor if layer.experts == 1 else f"{layer.tensor}[{i}]"
         q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer_scale, name=label).q
-        reports.append(_report(matrix, q))
-        parts.append(_to_cpu(q))
-    return parts, _record(reports)
+        reports.append(report(matrix, q))
+        parts.append(to_cpu(q))
+    return parts, record(reports)
 
 
 def _kept(plan: Plan, name: str) -> Tensor:
@@ -165,77 +161,3 @@ def _kept(plan: Plan, name: str) -> Tensor:
     ):
         check_finite(tensor.float(), name)
     return tensor
-
-
-def matrices(tensor: Tensor, layer: StoredLayer) -> Iterator[Tensor]:
-    """The [out, in] matrices of an original tensor, one at a time."""
-    for matrix in tensor if layer.experts > 1 else (tensor,):
-        yield matrix.T.contiguous() if layer.transposed else matrix
-
-
-def _outer_scales(plan: Plan, unit: Unit, device: torch.device) -> dict[str, Tensor]:
-    """For nested scales, the scale of the scales of each fused group: engines join its members under one."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in unit.tensors:
-        layer, group = plan.quantized.get(name), plan.fused_groups.get(name)
-        if layer and group and layer.experts == 1 and has_one_outer_scale(layer.scheme.weight):
-            groups.setdefault((group, repr(layer.scheme)), []).append(name)
-    found: dict[str, Tensor] = {}
-    for members in groups.values():
-        if len(members) < 2:
-            continue
-        layers = [plan.quantized[name] for name in members]
-        weights = (
-            next(matrices(plan.checkpoint.read(name), layer)).to(device)
-            for name, layer in zip(members, layers, strict=True)
-        )
-        shared = shared_outer_scale(weights, layers[0].scheme.weight, " + ".join(members))
-        found.update(dict.fromkeys(members, shared))
-    return found
-
-
-def _to_cpu(q: QTensor) -> QTensor:
-    scale = _to_cpu(q.scale) if isinstance(q.scale, QTensor) else q.scale.cpu()
-    return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec)
-
-
-def _report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
-    """The errors of one matrix as JSON; an exact result has no SQNR."""
-    report = measure_in_pieces(matrix, q)
-    exact = not math.isfinite(report.sqnr_db)
-    return {
-        "sqnr_db": None if exact else report.sqnr_db,
-        "cosine": report.cosine,
-        "mse": report.mse,
-        "max_error": report.max_error,
-    }
-
-
-def measure_in_pieces(matrix: Tensor, q: QTensor) -> ErrorReport:
-    """`numerics.measures.measure` of one matrix, to the bit, without a widened copy of the whole."""
-    return summarize([row_errors(x, part.dequantize()) for x, part in _row_pieces(matrix, q)], matrix.numel())
-
-
-def _row_pieces(matrix: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:
-    """Some rows of both at a time: what they are widened to stays in a core's cache."""
-    tile_rows = q.spec.granularity.rows  # None: a tile spans all rows, and so it spans any rows
-    rows, cols = matrix.shape
-    step = max(1, _PIECE // (cols * (tile_rows or 1))) * (tile_rows or 1)
-    scale = scale_values(q.scale)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        tiles = slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
-        zero = None if q.zero is None else q.zero[tiles]
-        yield matrix[start:stop], QTensor(q.codes[start:stop], scale[tiles], zero, q.spec)
-
-
-def _record(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record for a layer: of stacked experts the worst figure of each kind."""
-    worst: dict[str, Any] = {}
-    for key in reports[0]:
-        values = [report[key] for report in reports if report[key] is not None]
-        worst[key] = (max if key in ("mse", "max_error") else min)(values, default=None)
-    warnings: list[str] = []
-    if worst["sqnr_db"] is not None and worst["sqnr_db"] < LOW_SQNR_DB:
-        warnings.append(f"SQNR is only {worst['sqnr_db']:.1f} dB")
-    return {**worst, "warnings": warnings}

@@ -141,12 +141,54 @@ class Rule(_Strict):
         return self.match == layer.class_name or any(f".{name}".endswith(f".{self.match}") for name in names)
 
 
+class Calibration(_Strict):
+    """The text that is shown to the model, and whose activations the solvers see.
+
+    text         a file, a folder, `builtin`, or hf:DATASET; None: what the command line names
+    windows      of `seqlen` tokens; sampling: the first of the text, or drawn at random with `seed`
+    activations  "quantized": each layer sees its inputs as the layers quantized before it leave them; "full": those of
+                 the full-precision model
+    batch        windows in one forward pass: bounds memory
+    """
+
+    text: str | None = None
+    windows: int = Field(default=128, ge=1)
+    seqlen: int = Field(default=512, ge=2)
+    sampling: Literal["first", "random"] = "first"
+    seed: int = 0
+    activations: Literal["quantized", "full"] = "quantized"
+    batch: int = Field(default=8, ge=1)
+
+
+class Target(_Strict):
+    """What a layer's output is aimed at, beside that of its own weights (see `solvers.target`).
+
+    inputs    how much of the error that earlier layers left in its inputs it makes up for, 0 to 1
+    residual  how much of the error in the residual stream that it writes to, 0 to 1
+    damping   pull towards the original weights, as a part of the mean of the Hessian's diagonal
+    """
+
+    inputs: float = Field(default=1.0, ge=0, le=1)
+    residual: float = Field(default=1.0, ge=0, le=1)
+    damping: float = Field(default=0.05, gt=0)
+
+
+class Tuning(_Strict):
+    """Learning by gradients, after the solver: the settings of `tuning.blockwise` and `tuning.end_to_end`, or None."""
+
+    blockwise: dict[str, Any] | None = None
+    end_to_end: dict[str, Any] | None = None
+
+
 class Recipe(_Strict):
     """Everything that decides the result, apart from the model itself."""
 
     scheme: str | SchemeModel
-    solver: str = "rtn"
-    transforms: tuple[str, ...] = ()
+    solver: str | dict[str, Any] = "rtn"
+    transforms: tuple[str | dict[str, Any], ...] = ()
+    calibration: Calibration = Calibration()
+    target: Target | None = None
+    tuning: Tuning = Tuning()
     range: str | dict[str, Any] | None = None
     on_indivisible: OnIndivisible = "error"
     rules: tuple[Rule, ...] = ()
@@ -180,6 +222,12 @@ class Recipe(_Strict):
             for i in hits:
                 schemes[i] = scheme
         return schemes
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text must be shown to the model, whatever its schemes."""
+        learns = self.tuning.blockwise is not None or self.tuning.end_to_end is not None
+        return bool(get_solver(self.solver).needs_calibration or self.transforms or self.target or learns)
 
     def to_yaml(self) -> str:
         """The recipe with every default written out, readable back by `load_recipe`."""

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from bitgrain.checkpoints.disk_space import format_bytes
-from bitgrain.pipeline.quantize import LOW_SQNR_DB, QuantizeResult
+from bitgrain.pipeline.layers import LOW_SQNR_DB
+from bitgrain.pipeline.quantize import QuantizeResult
 from bitgrain.report.names import few_names
 from bitgrain.report.tables import command, duration_text, facts, percent_text, say
 

@@ -1,0 +1,104 @@
+"""Seeing what goes into and comes out of the matrices of a module while it runs, without touching the module.
+
+A TorchFunctionMode belongs to the thread that enters it: several threads may run one module, each with its own Watch.
+It sees every product with a watched parameter, whether a Linear, a Conv1D or a stack of experts makes it, with inputs
+as they are multiplied (after any input quantizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS: dict[Any, int] = {F.linear: 1, torch.addmm: 2, Tensor.addmm: 2} | dict.fromkeys(
+    (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm), 1
+)
+"""Function -> which argument is the weight; the inputs stand before it."""
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One matrix: a parameter's name, and which of its stacked experts; None where it is not a stack."""
+
+    name: str
+    expert: int | None = None
+
+
+class Done(BaseException):
+    """Raised by a listener to leave the module as soon as everything wanted has been seen."""
+
+
+class Watch(TorchFunctionMode):
+    """While entered, `product(key, inputs, output)` is called for every product with one of the parameters.
+
+    parameters  name -> parameter of the module (2-D, or 3-D stacks of matrices)
+    product     inputs [.., in_features]; output [.., out_features], not yet added to any residual
+    total       `total(key, other)` is called when the output of a product, unchanged, is added to `other` of the same
+                shape: the residual stream of a layer that writes into it
+    A listener may raise Done; `with` swallows it.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        product: Callable[[Key, Tensor, Tensor], None],
+        total: Callable[[Key, Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._names = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items()}
+        self._product = product
+        self._total = total
+        self._outputs: dict[int, tuple[Key, Tensor]] = {}
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        super().__exit__(exc_type, exc_value, traceback)
+        self._outputs.clear()
+        return exc_type is Done
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        place = _PRODUCTS.get(func)
+        if place is not None and len(args) > place and isinstance(args[place], Tensor):
+            found = self._names.get(args[place].untyped_storage().data_ptr())
+            if found is not None:
+                key = _key(*found, args[place])
+                if self._total is not None:
+                    self._outputs[result.data_ptr()] = (key, result)  # kept alive: no other tensor gets its address
+                self._product(key, args[place - 1], result)
+        elif self._total is not None and func in _SUMS and len(args) == 2:
+            for one, other in (args, args[::-1]):
+                if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
+                    written = self._outputs.get(one.data_ptr())
+                    if written is not None and written[1].numel() == one.numel():
+                        self._total(written[0], other)
+                        break
+        return result
+
+
+def _key(name: str, parameter: Tensor, weight: Tensor) -> Key:
+    """Which matrix of a stack a product used: where in the parameter's memory its weight begins."""
+    if parameter.ndim < 3 or weight.ndim > 2:
+        return Key(name)
+    size = parameter[0].numel()
+    return Key(name, (weight.storage_offset() - parameter.storage_offset()) // size)
+
+
+def parameters_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters of a module by their names."""
+    return {name: module.get_parameter(name) for name in names}
