@@ -5,6 +5,7 @@ What lies beside OUT while a job runs:
     OUT.partial/lock             held (flock) by the running process; its text says which one
     OUT.partial/journal.jsonl    what the job is, then its finished units (`journal`)
     OUT.partial/scratch          a small file being written, before it is renamed into files/
+    OUT.partial/work/            what a job that works in several passes keeps between them (`JobFolder.work`)
     OUT.partial/files/           what becomes OUT
 
 The order of steps, and why a kill between any two of them loses nothing:
@@ -44,8 +45,8 @@ from bitgrain.checkpoints.shard_writer import PART, ShardWriter, stored_file, st
 from bitgrain.checkpoints.shards import ShardLayout, layouts_sha256
 from bitgrain.errors import OutputError, ResumeError
 
-_LOCK, _JOURNAL, _SCRATCH, _FILES = "lock", "journal.jsonl", "scratch", "files"
-_OURS = {_LOCK, _JOURNAL, _SCRATCH, _FILES}
+_LOCK, _JOURNAL, _SCRATCH, _FILES, _WORK = "lock", "journal.jsonl", "scratch", "files", "work"
+_OURS = {_LOCK, _JOURNAL, _SCRATCH, _FILES, _WORK}
 
 
 class JobFolder:
@@ -145,6 +146,14 @@ class JobFolder:
     def files(self) -> Path:
         """The folder that becomes OUT (OUT itself, if an earlier run got as far as that)."""
         return partial_folder(self.out) / _FILES if self._writer is not None else self.out
+
+    @property
+    def work(self) -> Path:
+        """A folder for what the job itself keeps between its passes; it is gone when OUT appears."""
+        path = partial_folder(self.out) / _WORK
+        with output_errors(path):
+            path.mkdir(exist_ok=True)
+        return path
 
     def commit_unit(
         self, unit: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any] | None = None
@@ -274,9 +283,10 @@ def _is_same_file(fd: int, path: Path) -> bool:
 def _wipe(partial: Path) -> None:
     """Forget a half-done run, the journal last: files without a journal could not be told from a stranger's."""
     with output_errors(partial):
-        if (partial / _FILES).exists():
-            shutil.rmtree(partial / _FILES)
-            fsync_folder(partial)
+        for name in (_FILES, _WORK):
+            if (partial / name).exists():
+                shutil.rmtree(partial / name)
+                fsync_folder(partial)
         for name in (_SCRATCH, _JOURNAL):
             (partial / name).unlink(missing_ok=True)
     fsync_folder(partial)
@@ -285,6 +295,8 @@ def _wipe(partial: Path) -> None:
 def _tidy(partial: Path) -> None:
     """Remove what is left beside a committed OUT. The lock goes last, so that nobody comes in between."""
     with output_errors(partial):
+        if (partial / _WORK).exists():
+            shutil.rmtree(partial / _WORK)
         for name in (_SCRATCH, _JOURNAL, _LOCK):
             (partial / name).unlink(missing_ok=True)
         try:

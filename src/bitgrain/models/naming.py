@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from bitgrain.errors import ModelError
@@ -95,6 +96,20 @@ def convert_tensors(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
             if name in rules.memory:
                 found[name] = value[0] if isinstance(value, list) else value
     return found
+
+
+def revert_tensors(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `convert_tensors`: parameters and buffers by their names in memory -> tensors by those on disk.
+
+    Whether it is the inverse is the caller's to check: transformers does not promise it for every architecture.
+    """
+    model = cast(Any, skeleton)
+    before = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = get_model_conversion_mapping(model)
+    try:
+        return revert_weight_conversion(model, dict(tensors))
+    finally:
+        model._weight_conversions = before
 
 
 class _Rules:

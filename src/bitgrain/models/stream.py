@@ -96,10 +96,8 @@ class StreamedModel:
             module = self.model.get_submodule(owner)
             tensor = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None).contiguous()
             tensor = tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                module._buffers[leaf] = tensor
+            is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
     def load_block(self, index: int) -> nn.Module:
         """The block with its weights; `free_block` lets go of them."""
@@ -108,9 +106,8 @@ class StreamedModel:
 
     def free_block(self, index: int) -> None:
         for module in self.block(index).modules():
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
     def capture(self, ids: Tensor) -> Captured:
         """What the blocks are given for token ids [batch, tokens]. Raises ModelError where several stacks follow
@@ -199,11 +196,10 @@ class StreamedModel:
 
     def _tie(self) -> None:
         for group in self.anatomy.tied:
-            modules = [(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in group]
-            real = [m._parameters[leaf] for m, leaf in modules if m._parameters[leaf] is not None]
-            filled = [parameter for parameter in real if parameter is not None and parameter.device.type != "meta"]
-            for module, leaf in modules if filled else []:
-                module._parameters[leaf] = filled[0]
+            filled = [one for name in group if not (one := self.model.get_parameter(name)).is_meta]
+            for name in group if filled else ():
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, filled[0])
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: Call) -> Any:
@@ -255,10 +251,8 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Buffers that no checkpoint holds (rotary frequencies) get their values as transformers gives them."""
     for module in model.modules():
-        missing = [leaf for leaf, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        for leaf in missing:
-            buffer = module._buffers[leaf]
-            assert buffer is not None
-            module._buffers[leaf] = torch.empty_like(buffer, device=device)
+        missing = [(leaf, buffer) for leaf, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for leaf, buffer in missing:
+            setattr(module, leaf, torch.empty_like(buffer, device=device))
         if missing:
-            model._init_weights(module)
+            model._init_weights(module)  # pyright: ignore[reportPrivateUsage]

@@ -98,5 +98,8 @@ def _transformers_remarks(layers: Sequence[StoredLayer]) -> Iterator[str]:
     inputs = [layer for layer in layers if layer.scheme.input is not None]
     if any(layer.role == "expert" for layer in inputs):
         yield "does not quantize the inputs of experts"
-    if any(layer.scheme.input is not None and layer.scheme.input.format == IntFormat(8) for layer in inputs):
+    if any(
+        spec is not None and spec.dynamic and spec.format == IntFormat(8)
+        for spec in (layer.scheme.input for layer in inputs)
+    ):
         yield "divides int8 activations by 127.5, vLLM by 127"

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.measures import ErrorReport, row_errors, summarize
 from bitgrain.numerics.qtensor import scale_values
+from bitgrain.numerics.quantize import check_finite
 from bitgrain.solvers.rtn import has_one_outer_scale, shared_outer_scale
 
 LOW_SQNR_DB = 5.0
@@ -25,6 +27,16 @@ def matrices(tensor: Tensor, layer: StoredLayer) -> Iterator[Tensor]:
     """The [out, in] matrices of an original tensor, one at a time."""
     for matrix in tensor if layer.experts > 1 else (tensor,):
         yield matrix.T.contiguous() if layer.transposed else matrix
+
+
+def kept(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor that is copied. Raises NumericsError for NaN or Inf."""
+    tensor = checkpoint.read(name)
+    if tensor.is_floating_point() and not all(
+        bool(torch.isfinite(piece.float().sum()).item()) for piece in tensor.reshape(-1).split(_PIECE)
+    ):
+        check_finite(tensor.float(), name)
+    return tensor
 
 
 def outer_scales(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
 from bitgrain.runtime.device import resolve_device
@@ -51,6 +53,11 @@ class QuantizedCheckpoint:
     def quantized(self, tensor: str) -> list[QTensor]:
         """The QTensors of an original tensor, one for each stacked matrix."""
         return self.layout.decode(self.layers[tensor], self.checkpoint.read)
+
+    def static_inputs(self) -> dict[str, list[StaticInput]]:
+        """The static input scales of every layer that has them, by original tensor, one for each stacked matrix."""
+        static = {name: layer for name, layer in self.layers.items() if layer.static_input is not None}
+        return {name: self.layout.decode_inputs(layer, self.checkpoint.read) for name, layer in static.items()}
 
     def dense(self, tensor: str) -> Tensor:
         """An original tensor dequantized, in its original shape and dtype."""
@@ -119,7 +126,8 @@ def load(
 
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), where, dtype)
-    attach_input_quantizers(model, anatomy, {name: layer.scheme for name, layer in stored.layers.items()}, rounding)
+    schemes = {name: layer.scheme for name, layer in stored.layers.items()}
+    attach_input_quantizers(model, anatomy, schemes, rounding, static=stored.static_inputs())
     return model
 
 
@@ -130,37 +138,50 @@ def experts_run_one_by_one(config: Any) -> None:
             part._experts_implementation = "eager"
 
 
-def input_quantizer_for(spec: QuantSpec, rounding: Rounding = "vllm") -> InputQuantizer:
-    """The simulation of a dynamic input spec; nested scales get the constant that is written to the file."""
-    return InputQuantizer(spec, NVFP4_INPUT_OUTER_SCALE if isinstance(spec.scale, QuantSpec) else None, rounding)
+def input_quantizer_for(
+    spec: QuantSpec, rounding: Rounding = "vllm", static: Sequence[StaticInput] = ()
+) -> InputQuantizer:
+    """The simulation of an input spec; nested scales get the constant that is written to the file.
+
+    static: the scales of a static spec. Several, of layers or experts that engines run as one, become one as there:
+    vLLM runs all experts with the largest. Raises SchemeError for a static spec without any.
+    """
+    outer = NVFP4_INPUT_OUTER_SCALE if isinstance(spec.scale, QuantSpec) else None
+    return InputQuantizer(spec, outer, rounding, shared_input(static, spec) if static else None)
 
 
 def attach_input_quantizers(
-    model: nn.Module, anatomy: Anatomy, schemes: dict[str, Scheme], rounding: Rounding = "vllm"
+    model: nn.Module,
+    anatomy: Anatomy,
+    schemes: Mapping[str, Scheme],
+    rounding: Rounding = "vllm",
+    prefix: str = "",
+    static: Mapping[str, Sequence[StaticInput]] | None = None,
 ) -> None:
     """Give every layer whose scheme quantizes activations its InputQuantizer; `schemes` by original tensor name.
 
-    Raises ModelError where tensors that share one parameter in memory have different input specs.
+    `model` may be a part of the whole: the module whose path, with a dot, is `prefix`. static: the scales of static
+    specs, by original tensor name. Raises ModelError where tensors that share one parameter in memory have different
+    input specs, SchemeError for a static spec without its scale.
     """
-    experts: dict[str, dict[str, InputQuantizer]] = {}
+    specs: dict[str, QuantSpec] = {}
+    scales: dict[str, list[StaticInput]] = defaultdict(list)
     for weight in anatomy.weights:
         scheme = schemes.get(weight.tensor)
         if scheme is None or scheme.input is None:
             continue
-        quantizer = input_quantizer_for(scheme.input, rounding)
         for target in weight.targets or (weight.memory,):
-            path, _, leaf = target.rpartition(".")
-            module = model.get_submodule(path)
-            if leaf == "weight":
-                previous = getattr(module, "input_quantizer", None)
-                if previous is None:
-                    quantize_inputs(module, quantizer)
-                elif previous.spec != quantizer.spec:
-                    raise ModelError(f"{path}: its parts have different activation schemes; give them one scheme")
-            else:
-                known = experts.setdefault(path, {})
-                if leaf in known and known[leaf].spec != quantizer.spec:
-                    raise ModelError(f"{target}: experts have different activation schemes; give them one scheme")
-                known[leaf] = quantizer
+            if target.startswith(prefix):
+                if specs.setdefault(target, scheme.input) != scheme.input:
+                    raise ModelError(f"{target}: its parts have different activation schemes; give them one scheme")
+                scales[target] += (static or {}).get(weight.tensor, ())
+    experts: dict[str, dict[str, InputQuantizer]] = defaultdict(dict)
+    for target, spec in specs.items():
+        quantizer = input_quantizer_for(spec, rounding, scales[target])
+        path, _, leaf = target.removeprefix(prefix).rpartition(".")
+        if leaf == "weight":
+            quantize_inputs(model.get_submodule(path), quantizer)
+        else:
+            experts[path][leaf] = quantizer
     for path, quantizers in experts.items():
         quantize_expert_inputs(model.get_submodule(path), quantizers)

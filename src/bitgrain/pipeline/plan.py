@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from bitgrain.calibration.text import load_tokenizer
+from bitgrain.calibration.windows import CalibrationText, calibration_windows
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.layout import Layout, StoredLayer
@@ -30,7 +32,7 @@ from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.engines import Verdict, judge
-from bitgrain.recipes import PRESETS, Recipe, Scheme
+from bitgrain.recipes import Recipe, Scheme
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNIT_BYTES = 64_000_000
@@ -83,6 +85,8 @@ class Plan:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     trust_remote_code: bool = field(default=False)
+    calibration: CalibrationText | None = field(default=None)
+    """The text that is shown to the model; None: nothing in the recipe needs any."""
 
     @cached_property
     def quantized(self) -> dict[str, StoredLayer]:
@@ -193,6 +197,9 @@ def make_plan(
     skeleton = build_skeleton(config, trust_remote_code)
     anatomy = read_anatomy(skeleton, checkpoint.entries)
     schemes = recipe.assign(anatomy.weights)
+    calibration = None
+    if recipe.needs_calibration or any(scheme is not None and scheme.needs_calibration for scheme in schemes):
+        calibration = _read_calibration(recipe, source, config, trust_remote_code)
     problems: list[str] = []
     if anatomy.missing:
         problems.append(f"{len(anatomy.missing)} parameters of the model are not in its files: {_few(anatomy.missing)}")
@@ -200,8 +207,6 @@ def make_plan(
         f"{name} is stored as {checkpoint.entries[name].dtype}: only float weights can be quantized"
         for name in _integer_weights(skeleton, anatomy, checkpoint)
     )
-    if recipe.transforms:
-        problems.append(f"transforms cannot be applied in this version: {', '.join(recipe.transforms)}")
     layers = [
         _plan_layer(weight, scheme, checkpoint.entries[weight.tensor].dtype, recipe, problems)
         for weight, scheme in zip(anatomy.weights, schemes, strict=True)
@@ -226,8 +231,26 @@ def make_plan(
         engines=tuple(judge(list(quantized.values()), _fused(layers), layout.name)),
         workers=torch.get_num_threads() if workers is None else workers,
         problems=tuple(dict.fromkeys(problems)),
-        notes=_notes(anatomy, layers, reasons),
+        notes=(*_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
         trust_remote_code=trust_remote_code,
+        calibration=calibration,
+    )
+
+
+def _read_calibration(
+    recipe: Recipe, source: ModelSource, config: PretrainedConfig, trust_remote_code: bool
+) -> CalibrationText:
+    """The windows of the recipe's text. Raises TextError."""
+    wanted = recipe.calibration
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    return calibration_windows(
+        wanted.text or "builtin",
+        load_tokenizer(source.path, trust_remote_code),
+        windows=wanted.windows,
+        seqlen=wanted.seqlen,
+        sampling=wanted.sampling,
+        seed=wanted.seed,
+        vocab_size=vocabulary,
     )
 
 
@@ -251,10 +274,6 @@ def _plan_layer(
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         problems.append(f"{weight.tensor} is stored as {dtype}: only float weights can be quantized")
         return PlannedLayer(weight, None)
-    if scheme.needs_calibration:
-        dynamic = f"{scheme.name}_DYNAMIC"
-        advice = f"use {dynamic}" if dynamic in PRESETS else "set dynamic: true"
-        problems.append(f"{scheme.name} has static activation scales, which need calibration; {advice}")
     if weight.role == "embedding" and scheme.input is not None:
         problems.append(
             f"{weight.module}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme"

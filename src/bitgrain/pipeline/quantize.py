@@ -22,16 +22,14 @@ from bitgrain.checkpoints.job_folder import JobFolder, partial_folder
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import NumericsError
 from bitgrain.numerics import QTensor
-from bitgrain.numerics.quantize import check_finite
-from bitgrain.pipeline.layers import matrices, outer_scales, record, report, to_cpu
+from bitgrain.pipeline.blockwise.job import solve_blockwise, solved_unit
+from bitgrain.pipeline.blockwise.work import Work
+from bitgrain.pipeline.layers import kept, matrices, outer_scales, record, report, to_cpu
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.solvers import Solver, get_solver
-
-_PIECE = 1 << 18
-"""Elements that are widened to float32 or float64 at once. No result depends on it."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,13 @@ def run_plan(
     with JobFolder.open(out, fingerprint(plan, where), plan.shards, restart=restart) as job:
         todo = [unit for unit in plan.units if unit.name not in job.done]
         total = sum(unit.nbytes for unit in plan.units)
-        progress.start(total, "bytes", f"quantize {plan.source.name}", done=total - sum(u.nbytes for u in todo))
+        verb = "quantize" if plan.calibration is None else "write"
         try:
-            for unit in _solve_all(plan, todo, job, where):
+            passes = None if plan.calibration is None or not todo else Work(job.work)
+            if passes is not None:
+                solve_blockwise(plan, passes, where, progress)
+            progress.start(total, "bytes", f"{verb} {plan.source.name}", done=total - sum(u.nbytes for u in todo))
+            for unit in _solve_all(plan, todo, job, where, passes):
                 progress.advance(unit.nbytes, unit.name)
         except NumericsError:  # no run with these sources and settings gets further: leave nothing to resume
             shutil.rmtree(job.files)
@@ -81,14 +83,19 @@ def run_plan(
     return QuantizeResult(out, plan, manifest)
 
 
-def _solve_all(plan: Plan, todo: list[Unit], job: JobFolder, device: torch.device) -> Iterator[Unit]:
+def _solve_all(
+    plan: Plan, todo: list[Unit], job: JobFolder, device: torch.device, passes: Work | None
+) -> Iterator[Unit]:
     """Solve and commit every unit; yields each when it is durable. The first error ends the run, resumable."""
     solver = get_solver(plan.recipe.solver)
     queue = iter(todo)
 
     def work(unit: Unit) -> Unit:
         with _single_threaded():
-            tensors, records = _solve_unit(plan, unit, solver, device)
+            if passes is not None:
+                tensors, records = solved_unit(plan, unit, passes)
+            else:
+                tensors, records = _solve_unit(plan, unit, solver, device)
         job.commit_unit(unit.name, tensors, {"layers": records})
         return unit
 
@@ -130,7 +137,7 @@ def _solve_unit(
     for name in unit.tensors:  # in functions of their own, so that one original is freed before the next is read
         layer = plan.quantized.get(name)
         if layer is None:
-            outputs[name] = _kept(plan, name)
+            outputs[name] = kept(plan.checkpoint, name)
         else:
             parts, records[name] = _solve_layer(plan, layer, solver, outer.get(name), device)
             outputs.update(plan.layout.encode(layer, parts))
@@ -151,13 +158,3 @@ def _solve_layer(
         reports.append(report(matrix, q))
         parts.append(to_cpu(q))
     return parts, record(reports)
-
-
-def _kept(plan: Plan, name: str) -> Tensor:
-    """A tensor that is copied. Raises NumericsError for NaN or Inf."""
-    tensor = plan.checkpoint.read(name)
-    if tensor.is_floating_point() and not all(
-        bool(torch.isfinite(piece.float().sum()).item()) for piece in tensor.reshape(-1).split(_PIECE)
-    ):
-        check_finite(tensor.float(), name)
-    return tensor

@@ -46,9 +46,12 @@ class Scheme:
         return any(spec is not None and not spec.dynamic for spec in (self.input, self.output))
 
     def for_dtype(self, dtype: torch.dtype) -> Scheme:
-        """The same with plain scales in the checkpoint's own dtype: engines decode to the dtype of the scale."""
+        """The same with plain scales in the checkpoint's own dtype: engines decode to the dtype of the scale, and
+        keep static input scales in it."""
         storage = {torch.float16: FP16, torch.bfloat16: BF16}.get(dtype, FP32)
-        return replace(self, weight=self.weight.with_scale_dtype(storage))
+        static = self.input is not None and not self.input.dynamic
+        inputs = self.input.with_scale_dtype(storage) if self.input is not None and static else self.input
+        return replace(self, weight=self.weight.with_scale_dtype(storage), input=inputs)
 
     def indivisible(self, out_features: int, in_features: int) -> str | None:
         """Why tiles do not fit a weight [out, in], or None. Blocks cut at the last rows are allowed."""
@@ -60,7 +63,8 @@ class Scheme:
         return None
 
     def by_channel(self) -> Scheme:
-        """The same with one scale for each output channel and each token, for layers that groups do not divide.
+        """The same with one scale for each output channel and each token, for layers that groups do not divide; static
+        scales of inputs stay as they are.
 
         Raises SchemeError for FP4, which has no such form in any engine.
         """
@@ -68,7 +72,9 @@ class Scheme:
             raise SchemeError(
                 f"{self.name}: FP4 exists only in groups, no engine reads it per channel; use --on-indivisible skip"
             )
-        token = None if self.input is None else replace(self.input, granularity=Granularity(1, None))
+        token = self.input
+        if token is not None and token.dynamic:
+            token = replace(token, granularity=Granularity(1, None))
         return replace(
             self,
             name=f"{self.name}/channel",
@@ -101,6 +107,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W2A16_ASYM", int_weight(2, 64, asymmetric=True)),
         Scheme("W8A16_TENSOR", _int8(per_tensor())),
         Scheme("W8A8", _int8(per_channel()), _TOKEN_INT8),
+        Scheme("W8A8_STATIC", _int8(per_channel()), _int8(per_tensor())),
         Scheme("INT8_TENSOR", _int8(per_tensor()), _TOKEN_INT8),
         Scheme("W4A8", int_weight(4, 128), _TOKEN_INT8),
         Scheme("W4AFP8", int_weight(4, 128), _TOKEN_FP8),
@@ -114,7 +121,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("NVFP4", nvfp4(), nvfp4(dynamic=True)),
     )
 }
-ALIASES = {"INT8": "W8A8"}
+ALIASES = {"INT8": "W8A8", "INT8_STATIC": "W8A8_STATIC"}
 
 
 def get_scheme(name: str) -> Scheme:

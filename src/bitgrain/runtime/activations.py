@@ -3,7 +3,7 @@
 The arithmetic follows vLLM's kernels: int8 per token is absmax / 127 (csrc/quantization/w8a8/int8/scaled_quant.cu) with
 ties to even, fp8 per token is absmax / 448, NVFP4 chooses E4M3 scales under a fixed shared scale. transformers with
 compressed-tensors 0.20 divides int8 by 127.5 and uses the code -128 (quantization/utils/helpers.py, calculate_qparams);
-`rounding="transformers"` computes that instead. The other formats are the same in both.
+`rounding="transformers"` computes that instead. The other formats, and static scales, are the same in both.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import IntFormat, QuantSpec, fake_quantize, per_token
+from bitgrain.numerics import QuantSpec, fake_quantize, per_token
 from bitgrain.numerics.granularity import to_tiles
+from bitgrain.numerics.observers import StaticInput
 
 Rounding = Literal["vllm", "transformers"]
 
@@ -27,19 +28,29 @@ Rounding = Literal["vllm", "transformers"]
 class InputQuantizer(nn.Module):
     """x [..., in_features] -> the same rounded to `spec`'s grid, in the dtype of x. Without parameters.
 
-    outer_scale: of nested scales (NVFP4), as in the file. Raises SchemeError for static scales.
+    outer_scale: of nested scales (NVFP4), as in the file. static: the scale of a static spec, as in the file.
+    Raises SchemeError for a static spec without it.
     """
 
-    def __init__(self, spec: QuantSpec, outer_scale: float | None = None, rounding: Rounding = "vllm") -> None:
+    def __init__(
+        self,
+        spec: QuantSpec,
+        outer_scale: float | None = None,
+        rounding: Rounding = "vllm",
+        static: StaticInput | None = None,
+    ) -> None:
         super().__init__()
-        if not spec.dynamic:
-            raise SchemeError("static activation scales need calibration, which this version does not have")
+        if not spec.dynamic and static is None:
+            raise SchemeError(f"inputs {spec.describe()} have a static scale, which only calibration can give")
         self.spec = spec
         self.outer_scale = outer_scale
+        self.static = None if spec.dynamic else static
+        # a clipped input reaches the most negative code in every engine, also where the scale leaves it out
+        self.static_spec = replace(spec, restricted=False)
         # compressed-tensors 0.20 gives a matrix [tokens, features] (OPT's MLP has such inputs) one scale for all tokens
         self.by_batch = rounding == "transformers" and spec.granularity == per_token()
         # the step of transformers' symmetric integers: half the width of the range, over all codes
-        full = isinstance(spec.format, IntFormat) and spec.restricted and rounding == "transformers"
+        full = spec.dynamic and spec.restricted and rounding == "transformers"
         self.full_range = replace(spec, restricted=False) if full else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,6 +61,9 @@ class InputQuantizer(nn.Module):
         return self._round(x)
 
     def _round(self, x: Tensor) -> Tensor:
+        if self.static is not None:
+            scale, zero = self.static.scale.to(x.device, torch.float32), self.static.zero
+            return fake_quantize(x, self.static_spec, scale=scale, zero=None if zero is None else zero.to(x.device))
         if self.full_range is not None:
             largest = to_tiles(x.float(), self.spec.granularity).abs().amax(-1)
             step = largest / ((self.full_range.high - self.full_range.low) / 2)

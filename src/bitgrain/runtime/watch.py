@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,63 +31,59 @@ class Key:
     expert: int | None = None
 
 
-class Done(BaseException):
+class Done(Exception):
     """Raised by a listener to leave the module as soon as everything wanted has been seen."""
 
 
 class Watch(TorchFunctionMode):
-    """While entered, `product(key, inputs, output)` is called for every product with one of the parameters.
+    """While entered, `product(key, inputs)` is called before every product with one of the parameters.
 
     parameters  name -> parameter of the module (2-D, or 3-D stacks of matrices)
-    product     inputs [.., in_features]; output [.., out_features], not yet added to any residual
+    product     inputs [.., in_features]
+    output      `output(key, outputs)` is called after it, outputs [.., out_features]
     total       `total(key, other)` is called when the output of a product, unchanged, is added to `other` of the same
                 shape: the residual stream of a layer that writes into it
-    A listener may raise Done; `with` swallows it.
+    A listener may raise Done to leave; catch it around the `with`.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        product: Callable[[Key, Tensor, Tensor], None],
+        product: Callable[[Key, Tensor], None],
         total: Callable[[Key, Tensor], None] | None = None,
+        output: Callable[[Key, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self._names = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items()}
         self._product = product
         self._total = total
+        self._output = output
         self._outputs: dict[int, tuple[Key, Tensor]] = {}
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        super().__exit__(exc_type, exc_value, traceback)
-        self._outputs.clear()
-        return exc_type is Done
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         place = _PRODUCTS.get(func)
         if place is not None and len(args) > place and isinstance(args[place], Tensor):
             found = self._names.get(args[place].untyped_storage().data_ptr())
             if found is not None:
                 key = _key(*found, args[place])
+                self._product(key, args[place - 1])
+                result = func(*args, **kwargs)
                 if self._total is not None:
                     self._outputs[result.data_ptr()] = (key, result)  # kept alive: no other tensor gets its address
-                self._product(key, args[place - 1], result)
-        elif self._total is not None and func in _SUMS and len(args) == 2:
+                if self._output is not None:
+                    self._output(key, result)
+                return result
+        if self._total is not None and func in _SUMS and len(args) == 2:
             for one, other in (args, args[::-1]):
                 if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
                     written = self._outputs.get(one.data_ptr())
                     if written is not None and written[1].numel() == one.numel():
                         self._total(written[0], other)
                         break
-        return result
+        return func(*args, **kwargs)
 
 
 def _key(name: str, parameter: Tensor, weight: Tensor) -> Key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -45,11 +46,12 @@ def observe(block: nn.Module, hidden: Tensor, call: Call, stages: Sequence[Stage
     waiting = set(names)
     unsummed = set(writers)
 
-    def product(key: Key, x: Tensor, _: Tensor) -> None:
+    def product(key: Key, x: Tensor) -> None:
         if follows.get(key.name, key.name) == key.name:
             parts[key].append(x.reshape(-1, x.shape[-1]))
         waiting.discard(key.name)
-        leave()
+        if key.name not in writers:  # what is added to the residual stream must be computed first
+            leave()
 
     def total(key: Key, other: Tensor) -> None:
         if key.name in unsummed:
@@ -61,7 +63,7 @@ def observe(block: nn.Module, hidden: Tensor, call: Call, stages: Sequence[Stage
         if not waiting and not unsummed and not endless:
             raise Done
 
-    with Watch(parameters_of(block, names), product, total if writers else None):
+    with suppress(Done), Watch(parameters_of(block, names), product, total if writers else None):
         call_block(block, hidden, call)
     seen.inputs = {key: torch.cat(x) if len(x) > 1 else x[0] for key, x in parts.items()}
     return seen

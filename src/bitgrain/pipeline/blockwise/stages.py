@@ -34,7 +34,7 @@ def find_stages(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Ca
     written: list[str] = []
     experts: set[str] = set()
 
-    def product(key: Key, x: Tensor, _: Tensor) -> None:
+    def product(key: Key, x: Tensor) -> None:
         if key.expert is not None:
             experts.add(key.name)
         if key.name in stage_of:

@@ -1,0 +1,209 @@
+"""One block: transformed, then its stages one after the other, each solved and put in place before the next is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitgrain.errors import NumericsError
+from bitgrain.models.anatomy import Weight
+from bitgrain.models.naming import convert_tensors
+from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, twin
+from bitgrain.numerics import QTensor
+from bitgrain.pipeline.blockwise.batches import Pool
+from bitgrain.pipeline.blockwise.gather import Seen, gather_moments, nbytes_of, observe
+from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.stages import Stage, find_stages
+from bitgrain.pipeline.layers import outer_scales
+from bitgrain.pipeline.load import attach_input_quantizers
+from bitgrain.pipeline.plan import Plan
+from bitgrain.runtime.watch import Key
+from bitgrain.solvers import Moments, Solution, get_solver
+
+_KEEP_BYTES = 1_000_000_000
+"""Full-precision inputs of one block kept while it is solved; if there are more, they are computed for each stage."""
+
+
+@dataclass
+class Flow:
+    """The calibration batches on their way through the model: hidden states entering the next block.
+
+    quantized  as the blocks quantized so far leave them; full: as those of the full-precision model do
+    """
+
+    batches: list[Captured]
+    quantized: list[Tensor]
+    full: list[Tensor]
+
+
+@dataclass
+class SolvedBlock:
+    """What became of a block: QTensors by original tensor name, tensors that a transform changed, records."""
+
+    parts: dict[str, list[QTensor]] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class BlockSolver:
+    """Solves the blocks of a plan in their order; `advance(elements, note)` is told of every layer."""
+
+    def __init__(
+        self, plan: Plan, stream: StreamedModel, pool: Pool, advance: Callable[[int, str], None] | None = None
+    ) -> None:
+        self.plan, self.stream, self.pool = plan, stream, pool
+        self.recipe = plan.recipe
+        self.solver = get_solver(self.recipe.solver)
+        self.sequential = self.recipe.calibration.activations == "quantized"
+        self.advance = advance or (lambda _elements, _note: None)
+        self.needs_moments = (
+            self.solver.needs_calibration
+            or self.recipe.target is not None
+            or any(layer.scheme.weight.range.name == "weighted" for layer in plan.quantized.values())
+        )
+
+    def solve(self, index: int, flow: Flow, weights_of_tokens: Any = None) -> SolvedBlock:
+        """Solve block `index` and move `flow` behind it."""
+        return _Block(self, index, flow, weights_of_tokens).solve()
+
+
+class _Block:
+    def __init__(self, owner: BlockSolver, index: int, flow: Flow, token_weights: Any) -> None:
+        self.owner, self.index, self.flow = owner, index, flow
+        self.plan, self.stream, self.pool = owner.plan, owner.stream, owner.pool
+        self.prefix = self.stream.anatomy.block_names[index] + "."
+        self.token_weights = token_weights
+        here = [weight for weight in self.stream.anatomy.weights if weight.block == index]
+        self.weights = {weight.tensor: weight for weight in here if weight.tensor in self.plan.quantized}
+        self.layers = {name: self.plan.quantized[name] for name in self.weights}
+        self.joined: dict[str, list[Weight]] = {}  # parameter -> all tensors that fill it
+        for weight in here:
+            for target in weight.targets:
+                self.joined.setdefault(target, []).append(weight)
+        self.dense: dict[str, Tensor] = {}
+        self.result = SolvedBlock()
+
+    def solve(self) -> SolvedBlock:
+        full = self.stream.load_block(self.index)
+        block = twin(full)
+        schemes = {name: layer.scheme for name, layer in self.layers.items()}
+        attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix)
+        self._settle(full, block)
+        self.stream.free_block(self.index)
+        return self.result
+
+    def _settle(self, full: nn.Module, block: nn.Module) -> None:
+        flow, calls = self.flow, [batch.calls[self.index] for batch in self.flow.batches]
+        names = list(dict.fromkeys(self._parameter(weight) for weight in self.weights.values()))
+        stages = find_stages(full, names, flow.full[0] if flow.full else flow.quantized[0], calls[0]) if names else []
+        seen_full = self._full(full, stages) if flow.full else None
+        outer = outer_scales(self.layers, self.plan.fused_groups, self._original, self.stream.device)
+        for stage in stages:
+            moments: dict[Key, Moments] = {}
+            if stage.reached and self.owner.needs_moments:
+                moments = self._moments(stage, block, calls, seen_full)
+            self._solve_stage(stage, moments, outer, block)
+        if flow.quantized:
+            flow.quantized = self._through(block, flow.quantized)
+        if flow.full:
+            flow.full = self._through(full, flow.full)
+
+    def _moments(
+        self,
+        stage: Stage,
+        block: nn.Module,
+        calls: Sequence[Call],
+        seen_full: Callable[[int, Stage], Seen] | None,
+    ) -> dict[Key, Moments]:
+        target = self.owner.recipe.target if self.owner.sequential else None
+
+        def quantized(batch: int) -> Seen:
+            hidden = self.flow.quantized[batch]
+            return observe(block, hidden, calls[batch], [stage], target is not None and target.residual > 0)
+
+        def full(batch: int) -> Seen:
+            assert seen_full is not None
+            return seen_full(batch, stage)
+
+        return gather_moments(
+            stage,
+            len(calls),
+            quantized if self.owner.sequential else full,
+            full if target is not None else None,
+            self.token_weights,
+            self.pool,
+            self.prefix.removesuffix("."),
+        )
+
+    def _full(self, full: nn.Module, stages: Sequence[Stage]) -> Callable[[int, Stage], Seen]:
+        """Inputs of the full-precision block: computed once and kept where they are few enough."""
+        flow, calls = self.flow, [batch.calls[self.index] for batch in self.flow.batches]
+        kept: dict[int, Seen] = {}
+        bytes_of_batch = 0
+
+        def get(batch: int, stage: Stage) -> Seen:
+            nonlocal bytes_of_batch
+            if batch in kept:
+                return kept[batch].only(stage.names)
+            if bytes_of_batch * len(flow.batches) > _KEEP_BYTES:
+                return observe(full, flow.full[batch], calls[batch], [stage], True)
+            seen = observe(full, flow.full[batch], calls[batch], stages, True)
+            bytes_of_batch = max(bytes_of_batch, nbytes_of(seen.inputs) + nbytes_of(seen.residuals))
+            kept[batch] = seen
+            return seen.only(stage.names)
+
+        return get
+
+    def _solve_stage(
+        self, stage: Stage, moments: Mapping[Key, Moments], outer: Mapping[str, Tensor], block: nn.Module
+    ) -> None:
+        names = [name for name, weight in self.weights.items() if self._parameter(weight) in stage.names]
+
+        def one(name: str) -> tuple[list[Solution], dict[str, Any]]:
+            weight, layer, original = self.weights[name], self.layers[name], self._original(name)
+            experts = range(layer.experts) if layer.experts > 1 else [weight.expert]
+            keys = [Key(self._parameter(weight), expert) for expert in experts]
+            solver, target = self.owner.solver, self.owner.recipe.target
+            solutions = solve_layer(layer, original, moments, keys, solver, target, outer.get(name), self.stream.device)
+            return solutions, record_of(layer, original, solutions)
+
+        for name, (solutions, record) in zip(names, self.pool.map(one, names), strict=True):
+            layer = self.layers[name]
+            self.result.parts[name] = [solution.q for solution in solutions]
+            self.result.records[name] = record
+            self.dense[name] = dense_of(layer, solutions)
+            self.owner.advance(layer.elements, loss_note(layer.module, solutions))
+        self._put(block, names)
+
+    def _original(self, name: str) -> Tensor:
+        """A weight before it is quantized, as transforms left it."""
+        return self.result.changed[name] if name in self.result.changed else self.plan.checkpoint.read(name)
+
+    def _put(self, block: nn.Module, names: Sequence[str]) -> None:
+        """Write what was solved into the block; parameters that several tensors fill are put together anew."""
+        targets = {target for name in names for target in self.weights[name].targets}
+        together = {weight.tensor for target in targets for weight in self.joined[target]}
+        tensors = {name: self.dense[name] if name in self.dense else self._original(name) for name in together}
+        for name, tensor in convert_tensors(self.stream.model, tensors).items():
+            parameter = block.get_parameter(name.removeprefix(self.prefix))
+            parameter.data.copy_(tensor)
+
+    def _parameter(self, weight: Weight) -> str:
+        """The parameter of the block whose inputs tell of this weight."""
+        return weight.targets[0].removeprefix(self.prefix)
+
+    def _through(self, block: nn.Module, hidden: Sequence[Tensor]) -> list[Tensor]:
+        calls = [batch.calls[self.index] for batch in self.flow.batches]
+
+        def one(batch: int) -> Tensor:
+            output = call_block(block, hidden[batch], calls[batch])
+            output = output[0] if isinstance(output, tuple) else output
+            if not bool(torch.isfinite(output.sum()).item()):
+                raise NumericsError(f"{self.prefix.removesuffix('.')}: its output holds NaN or Inf on calibration text")
+            return output
+
+        return list(self.pool.map(one, range(len(hidden))))

@@ -1,0 +1,141 @@
+"""All blocks of a plan, resumable: captured, solved, and given back unit by unit for the files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitgrain.models.skeleton import build_skeleton
+from bitgrain.models.stream import StreamedModel, share_calls
+from bitgrain.pipeline.blockwise.batches import Pool
+from bitgrain.pipeline.blockwise.block import BlockSolver, Flow, SolvedBlock
+from bitgrain.pipeline.blockwise.layer import UNREACHED, loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.outside import solve_outside
+from bitgrain.pipeline.blockwise.work import OUTSIDE, Work, block_file, hidden_file
+from bitgrain.pipeline.layers import kept, to_cpu
+from bitgrain.pipeline.load import experts_run_one_by_one
+from bitgrain.pipeline.plan import Plan, Unit
+from bitgrain.progress import Progress
+from bitgrain.runtime.watch import Key
+from bitgrain.solvers import get_solver
+
+
+def solve_blockwise(plan: Plan, work: Work, device: torch.device, progress: Progress) -> None:
+    """Solve every layer of a calibrated plan; what was found is in `work`, read by `solved_unit`.
+
+    Killed at any moment, it goes on at the block where it was. Progress is counted in weights. Raises NumericsError
+    (NaN, Inf in weights or activations), ModelError (a model that cannot run block by block).
+    """
+    if work.has(OUTSIDE):
+        return
+    total = sum(layer.elements for layer in plan.quantized.values())
+    progress.start(total, "weights", f"quantize {plan.source.name}")
+    try:
+        experts_run_one_by_one(plan.config)
+        skeleton = build_skeleton(plan.config, plan.trust_remote_code)
+        stream = StreamedModel(skeleton, plan.anatomy, plan.checkpoint.read, device=device)
+        with Pool(1 if device.type == "cuda" else plan.workers) as pool:
+            _Pass(plan, work, stream, pool, progress).run()
+    finally:
+        progress.finish()
+
+
+def solved_unit(plan: Plan, unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The output tensors of a unit from what `solve_blockwise` left, and what is to be known of each layer."""
+    block = plan.anatomy.block_of[unit.tensors[0]]
+    file = OUTSIDE if block is None else block_file(block)
+    solved, records = work.keys(file), work.record(file)["layers"]
+    tensors: dict[str, Tensor] = {}
+    for name in unit.tensors:
+        layer = plan.quantized.get(name)
+        if layer is not None:
+            tensors.update(work.tensors(file, [spec.name for spec in plan.layout.tensors(layer)]))
+        elif name in solved:
+            tensors.update(work.tensors(file, [name]))
+        else:
+            tensors[name] = kept(plan.checkpoint, name)
+    return tensors, {name: records[name] for name in unit.tensors if name in records}
+
+
+class _Pass:
+    """The walk through the blocks."""
+
+    def __init__(self, plan: Plan, work: Work, stream: StreamedModel, pool: Pool, progress: Progress) -> None:
+        self.plan, self.work, self.stream, self.pool, self.progress = plan, work, stream, pool, progress
+        assert plan.calibration is not None
+        self.ids = list(plan.calibration.ids.split(plan.recipe.calibration.batch))
+
+    def run(self) -> None:
+        count = len(self.stream.anatomy.block_names)
+        first = next((i for i in range(count) if not self.work.has(block_file(i))), count)
+        flow = self._start(first)
+        solver = BlockSolver(self.plan, self.stream, self.pool, self.progress.advance)
+        for index in range(first, count):
+            if index in flow.batches[0].calls:
+                solved = solver.solve(index, flow)
+                self.work.save(hidden_file(index + 1), _hidden(flow))
+            else:
+                solved = self._unreached(index)
+                if self.work.has(hidden_file(index)):
+                    self.work.save(hidden_file(index + 1), _hidden(flow))
+            self._save(block_file(index), solved)
+            self.work.remove(hidden_file(index))
+        outside = solve_outside(self.plan, self.stream, flow, self.ids, self.pool, self.progress.advance)
+        self._save(OUTSIDE, outside)
+        self.work.remove(hidden_file(count))
+
+    def _start(self, first: int) -> Flow:
+        """The calibration text in front of block `first`."""
+        recipe = self.plan.recipe
+        batches = [self.stream.capture(ids) for ids in self.ids]
+        share_calls(batches)
+        hidden = [batch.hidden for batch in batches]
+        sequential = recipe.calibration.activations == "quantized"
+        flow = Flow(
+            batches,
+            quantized=list(hidden) if sequential else [],
+            full=list(hidden) if recipe.target is not None or not sequential else [],
+        )
+        if first and self.work.has(hidden_file(first)):
+            saved = self.work.tensors(hidden_file(first))
+            for name, mine in (("quantized", flow.quantized), ("full", flow.full)):
+                mine[:] = [saved[f"{name}.{i}"].to(self.stream.device) for i in range(len(mine))]
+        done = [weight for weight in self.stream.anatomy.weights if weight.block is not None and weight.block < first]
+        sizes = [self.plan.quantized[weight.tensor].elements for weight in done if weight.tensor in self.plan.quantized]
+        if sizes:
+            self.progress.advance(sum(sizes), f"{first} blocks were done before")
+        return flow
+
+    def _unreached(self, index: int) -> SolvedBlock:
+        """A block that text does not run through, as those of a vision tower: rounded without calibration."""
+        result = SolvedBlock()
+        solver = get_solver(self.plan.recipe.solver)
+        for weight in self.stream.anatomy.weights:
+            layer = self.plan.quantized.get(weight.tensor)
+            if weight.block != index or layer is None:
+                continue
+            original = self.plan.checkpoint.read(weight.tensor)
+            keys = [Key(weight.memory)] * layer.experts
+            solutions = solve_layer(layer, original, {}, keys, solver, None, None, self.stream.device)
+            result.parts[weight.tensor] = [solution.q for solution in solutions]
+            record = record_of(layer, original, solutions)
+            record["notes"] = list(dict.fromkeys([*record["notes"], UNREACHED]))
+            result.records[weight.tensor] = record
+            self.progress.advance(layer.elements, loss_note(layer.module, solutions))
+        return result
+
+    def _save(self, file: str, solved: SolvedBlock) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, parts in solved.parts.items():
+            tensors.update(self.plan.layout.encode(self.plan.quantized[name], [to_cpu(q) for q in parts]))
+        for name, tensor in solved.changed.items():
+            if name not in solved.parts:
+                tensors[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)
+        self.work.save(file, tensors, {"layers": solved.records})
+
+
+def _hidden(flow: Flow) -> dict[str, Tensor]:
+    found = {f"quantized.{i}": tensor for i, tensor in enumerate(flow.quantized)}
+    return {**found, **{f"full.{i}": tensor for i, tensor in enumerate(flow.full)}}

@@ -1,0 +1,85 @@
+"""One quantized tensor: its matrices solved with what calibration knows of their inputs, and its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.pipeline.layers import matrices, record, report, to_cpu
+from bitgrain.recipes.recipe import Target
+from bitgrain.runtime.watch import Key
+from bitgrain.solvers import Moments, Solution, Solver, get_solver
+from bitgrain.solvers.guard import solve_guarded
+from bitgrain.solvers.target import target_weight
+
+UNREACHED = "the calibration text never reached it: rounded to nearest"
+
+
+def solve_layer(
+    layer: StoredLayer,
+    original: Tensor,
+    moments: Mapping[Key, Moments],
+    keys: Sequence[Key],
+    solver: Solver,
+    target: Target | None,
+    outer_scale: Tensor | None,
+    device: torch.device,
+) -> list[Solution]:
+    """One Solution for each matrix of `original` (as on disk); `keys`: as what each matrix's inputs were seen.
+
+    A matrix without moments under a solver that needs them is rounded to nearest, and says so.
+    """
+    solutions: list[Solution] = []
+    for i, (matrix, key) in enumerate(zip(matrices(original, layer), keys, strict=True)):
+        matrix = matrix.to(device, torch.float32)
+        known = moments.get(key)
+        label = layer.tensor if layer.experts == 1 else f"{layer.tensor}[{i}]"
+        spec = layer.scheme.weight
+        if known is None and solver.needs_calibration:
+            found = get_solver("rtn").solve(matrix, spec, outer_scale=outer_scale, name=label)
+            solutions.append(Solution(found.q, found.method, found.figures, (*found.notes, UNREACHED)))
+            continue
+        if known is None:
+            solutions.append(solver.solve(matrix, spec, outer_scale=outer_scale, name=label))
+            continue
+        aim = None
+        if target is not None:
+            settings = {"inputs": target.inputs, "residual": target.residual, "damping": target.damping}
+            aim = target_weight(matrix, known, **settings, name=label)
+        solutions.append(solve_guarded(matrix, spec, known, [solver], target=aim, outer_scale=outer_scale, name=label))
+    return solutions
+
+
+def record_of(layer: StoredLayer, original: Tensor, solutions: Sequence[Solution]) -> dict[str, Any]:
+    """What the manifest says of a layer: errors against its weights, which candidate won, by how much."""
+    errors = [
+        report(matrix.float(), to_cpu(solution.q))
+        for matrix, solution in zip(matrices(original, layer), solutions, strict=True)
+    ]
+    figures: dict[str, float] = {}
+    for solution in solutions:
+        for key, value in solution.figures.items():
+            figures[key] = max(figures.get(key, value), value)
+    methods = sorted({solution.method for solution in solutions})
+    notes = list(dict.fromkeys(note for solution in solutions for note in solution.notes))
+    return {**record(errors), "method": " + ".join(methods), "figures": figures, "notes": notes}
+
+
+def dense_of(layer: StoredLayer, solutions: Sequence[Solution]) -> Tensor:
+    """The weights as an engine decodes them, in their shape on disk."""
+    parts = [solution.q.dequantize(layer.dtype) for solution in solutions]
+    parts = [part.T.contiguous() if layer.transposed else part for part in parts]
+    return torch.stack(parts) if layer.experts > 1 else parts[0]
+
+
+def loss_note(module: str, solutions: Sequence[Solution]) -> str:
+    """ "layers.0.mlp.up_proj: gptq, 0.41 of rtn's loss" for the progress line."""
+    measured = [solution.figures for solution in solutions if "rtn_loss" in solution.figures]
+    methods = "+".join(sorted({solution.method for solution in solutions}))
+    total = sum(figures["rtn_loss"] for figures in measured)
+    share = f", {sum(figures['loss'] for figures in measured) / total:.2f} of rtn's loss" if total > 0 else ""
+    return f"{module}: {methods}{share}"

@@ -1,0 +1,77 @@
+"""What lies outside the blocks: embeddings, and the head, whose inputs are the model's last hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from bitgrain.models.stream import StreamedModel
+from bitgrain.pipeline.blockwise.batches import Pool
+from bitgrain.pipeline.blockwise.block import Flow, SolvedBlock
+from bitgrain.pipeline.blockwise.gather import Seen, gather_moments
+from bitgrain.pipeline.blockwise.layer import loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.stages import Stage
+from bitgrain.pipeline.plan import Plan
+from bitgrain.runtime.watch import Done, Key, Watch
+from bitgrain.solvers import Moments, get_solver
+
+
+def solve_outside(
+    plan: Plan,
+    stream: StreamedModel,
+    flow: Flow,
+    ids: Sequence[Tensor],
+    pool: Pool,
+    advance: Callable[[int, str], None],
+) -> SolvedBlock:
+    """The quantized layers outside the blocks; `flow` is behind the last block."""
+    result = SolvedBlock()
+    solver, target = get_solver(plan.recipe.solver), plan.recipe.target
+    for weight in stream.anatomy.weights:
+        layer = plan.quantized.get(weight.tensor)
+        if weight.block is not None or layer is None:
+            continue
+        key = Key(weight.memory)
+        moments: dict[Key, Moments] = {}
+        if weight.role != "embedding" and solver.needs_calibration:
+            stage = Stage((weight.memory,), shared=True, writers=frozenset())
+            hidden = flow.quantized or flow.full
+
+            def seen(batch: int, name: str = weight.memory, hidden: list[Tensor] = hidden) -> Seen:
+                return _inputs(stream, name, ids[batch], hidden[batch])
+
+            def full(batch: int, name: str = weight.memory) -> Seen:
+                return _inputs(stream, name, ids[batch], flow.full[batch])
+
+            compare = target is not None and flow.quantized and flow.full
+            # one at a time: the blocks step aside while the model's own forward runs
+            with Pool(1) as alone:
+                moments = gather_moments(stage, len(ids), seen, full if compare else None, None, alone, "the model")
+        keys = [key] * layer.experts
+        original = plan.checkpoint.read(weight.tensor)
+        chosen = get_solver("rtn") if weight.role == "embedding" else solver
+        solutions = next(
+            pool.map(
+                lambda _, a=(layer, original, moments, keys, chosen): solve_layer(*a, target, None, stream.device),
+                [None],
+            )
+        )
+        result.parts[weight.tensor] = [solution.q for solution in solutions]
+        result.records[weight.tensor] = record_of(layer, original, solutions)
+        advance(layer.elements, loss_note(layer.module, solutions))
+    return result
+
+
+def _inputs(stream: StreamedModel, name: str, ids: Tensor, hidden: Tensor) -> Seen:
+    found: list[Tensor] = []
+
+    def product(_: Key, x: Tensor) -> None:
+        found.append(x.reshape(-1, x.shape[-1]))
+        raise Done
+
+    with suppress(Done), torch.no_grad(), Watch({name: stream.model.get_parameter(name)}, product):
+        stream.tail(ids, hidden)
+    return Seen({Key(name): found[0]} if found else {})

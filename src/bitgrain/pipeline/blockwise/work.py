@@ -1,0 +1,74 @@
+"""What a calibrated job keeps between its passes, so that a killed one goes on at the block where it was.
+
+    work/block-00003.safetensors   the tensors of a solved block as they will be written, and its records
+    work/hidden-00004.safetensors  the hidden states that enter the next block
+
+A file appears whole or not at all. The hidden states that enter block i + 1 are there before block i counts as solved,
+and those that enter block i are removed afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitgrain.checkpoints.durable import fsync_file, fsync_folder, output_errors
+
+
+class Work:
+    """The folder `JobFolder.work` of a calibrated job. Raises OutputError where it cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> None:
+        """Durable when it returns. `record`: JSON."""
+        path, scratch = self._path(name), self.folder / "scratch"
+        with output_errors(path):
+            metadata = {"record": json.dumps(record or {})}
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, scratch, metadata)
+            fsync_file(scratch)
+            os.replace(scratch, path)
+        fsync_folder(self.folder)
+
+    def has(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def record(self, name: str) -> dict[str, Any]:
+        with safe_open(self._path(name), framework="pt") as file:
+            return json.loads(file.metadata()["record"])
+
+    def tensors(self, name: str, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """All tensors of a file, or those of `only` that it holds."""
+        with safe_open(self._path(name), framework="pt") as file:
+            held = set(file.keys())
+            return {key: file.get_tensor(key) for key in (file.keys() if only is None else only) if key in held}
+
+    def keys(self, name: str) -> set[str]:
+        with safe_open(self._path(name), framework="pt") as file:
+            return set(file.keys())
+
+    def remove(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def hidden_file(index: int) -> str:
+    return f"hidden-{index:05d}"
+
+
+OUTSIDE = "outside"
+"""The file of what lies outside the blocks."""
