@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,21 @@ def read_recipe(
     recipe: str | Path | Recipe | None,
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
+    calibration: Mapping[str, Any] | str | Path | None = None,
 ) -> Recipe:
-    """One Recipe out of what a user may give: a scheme's name, a file, or both (the name then replaces the file's).
+    """One Recipe out of what a user may give: a scheme's name, a recipe (a name or a file), or both.
 
+    What is given beside a recipe replaces what it says; `calibration` is a text, or keys of `recipes.Calibration`.
     Raises RecipeError, SchemeError.
     """
     given = {"scheme": scheme, "on_indivisible": on_indivisible, "solver": solver}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if calibration is not None:
+        text = {"text": str(calibration)} if isinstance(calibration, (str, Path)) else dict(calibration)
+        settings["calibration"] = text
     if isinstance(recipe, Recipe):
+        if "calibration" in settings:
+            settings["calibration"] = {**recipe.calibration.model_dump(), **settings["calibration"]}
         return make_recipe(**{**recipe.model_dump(), **settings}) if settings else recipe
     if recipe is not None:
         return load_recipe(recipe, **settings)
@@ -53,6 +61,7 @@ def plan(
     recipe: str | Path | Recipe | None = None,
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
+    calibration: Mapping[str, Any] | str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -61,7 +70,7 @@ def plan(
     """What `quantize` would do, before a weight is touched: see `bitgrain.pipeline.plan.Plan`."""
     return make_plan(
         model,
-        read_recipe(scheme, recipe, on_indivisible, solver),
+        read_recipe(scheme, recipe, on_indivisible, solver, calibration),
         revision=revision,
         trust_remote_code=trust_remote_code,
         max_shard_bytes=max_shard_bytes,
@@ -81,7 +90,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, revision, trust_remote_code, max_shard_bytes, workers
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, revision, trust_remote_code, max_shard_bytes,
+              workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
     return run_plan(plan(model, scheme, **settings), out, device=device, restart=restart, progress=progress)

@@ -61,7 +61,18 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     """Everything that decides what a quantization does; read back by `plan_from`."""
     add_model(parser)
     parser.add_argument("-s", "--scheme", metavar="S", help="for instance W4A16; `bitgrain schemes` lists them")
-    parser.add_argument("--recipe", metavar="FILE", help="a recipe file (YAML); --scheme and others replace its keys")
+    parser.add_argument(
+        "--recipe",
+        metavar="R",
+        help="fast, balanced or best, or a recipe file (YAML); --scheme and others replace its keys",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="text for recipes that learn from activations: a file, a folder, hf:DATASET, or builtin (the default)",
+    )
+    parser.add_argument("--windows", type=parse_count, metavar="N", help="calibration windows; default 128")
+    parser.add_argument("--seqlen", type=parse_count, metavar="L", help="tokens in a calibration window; default 512")
     parser.add_argument(
         "--on-indivisible",
         choices=INDIVISIBLE,
@@ -90,12 +101,15 @@ def plan_from(args: argparse.Namespace) -> Plan:
     from bitgrain import api
 
     settings: dict[str, Any] = {} if args.max_shard_size is None else {"max_shard_bytes": args.max_shard_size}
+    given = {"text": args.calibration, "windows": args.windows, "seqlen": args.seqlen}
+    calibration = {key: value for key, value in given.items() if value is not None}
     return api.plan(
         args.model,
         args.scheme,
         recipe=args.recipe,
         on_indivisible=args.on_indivisible,
         solver=args.solver,
+        calibration=calibration or None,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         workers=args.workers,

@@ -173,7 +173,8 @@ def attach_input_quantizers(
         for target in weight.targets or (weight.memory,):
             if target.startswith(prefix):
                 if specs.setdefault(target, scheme.input) != scheme.input:
-                    raise ModelError(f"{target}: its parts have different activation schemes; give them one scheme")
+                    parts = "its parts" if target.endswith(".weight") else "experts"
+                    raise ModelError(f"{target}: {parts} have different activation schemes; give them one scheme")
                 scales[target] += (static or {}).get(weight.tensor, ())
     experts: dict[str, dict[str, InputQuantizer]] = defaultdict(dict)
     for target, spec in specs.items():

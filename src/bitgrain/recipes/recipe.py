@@ -265,21 +265,37 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
-    """Reads a recipe file; `overrides` (from the command line) replace its top-level keys.
+def named_recipes() -> dict[str, Path]:
+    """The recipes that come with bitgrain, by name: for every scheme, from cheap to accurate."""
+    folder = Path(__file__).with_name("named")
+    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best")}
 
-    Raises RecipeError: no file, no YAML, unknown key (with the nearest known one), bad value.
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Reads a recipe file, or the one of `named_recipes`; `overrides` replace its top-level keys.
+
+    An override that is a mapping is merged into the file's. Raises RecipeError: no file, no YAML, unknown key (with
+    the nearest known one), bad value, or no scheme in either.
     """
+    known = named_recipes()
+    if not Path(path).is_file():
+        if str(path) not in known:
+            raise RecipeError(f"there is no recipe file {path}, and no recipe of that name ({', '.join(known)})")
+        if "scheme" not in overrides:
+            raise RecipeError(f"the recipe {path} holds for every scheme: say which, for instance --scheme W4A16")
+        path = known[str(path)]
     path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"there is no recipe file {path}")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds no recipe: it needs at least `scheme: NAME`")
-    return _validate({**data, **overrides}, str(path))
+    merged = dict(data)
+    for key, value in overrides.items():
+        old = data.get(key)
+        merged[key] = {**old, **value} if isinstance(value, dict) and isinstance(old, dict) else value
+    return _validate(merged, str(path))
 
 
 def _validate(data: dict[str, Any], source: str) -> Recipe:

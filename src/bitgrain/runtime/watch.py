@@ -7,7 +7,7 @@ as they are multiplied (after any input quantizer).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,9 @@ class Watch(TorchFunctionMode):
     parameters  name -> parameter of the module (2-D, or 3-D stacks of matrices)
     product     inputs [.., in_features]
     output      `output(key, outputs)` is called after it, outputs [.., out_features]
-    total       `total(key, other)` is called when the output of a product, unchanged, is added to `other` of the same
-                shape: the residual stream of a layer that writes into it
+    total       `total(key, other, result)` is called when the output of a product, unchanged, has been added to `other`
+                of the same shape: the residual stream of a layer that writes into it
+    summed      names for which `total` is wanted (their outputs are kept meanwhile); None: all
     A listener may raise Done to leave; catch it around the `with`.
     """
 
@@ -50,14 +51,16 @@ class Watch(TorchFunctionMode):
         self,
         parameters: Mapping[str, Tensor],
         product: Callable[[Key, Tensor], None],
-        total: Callable[[Key, Tensor], None] | None = None,
+        total: Callable[[Key, Tensor, Tensor], None] | None = None,
         output: Callable[[Key, Tensor], None] | None = None,
+        summed: Container[str] | None = None,
     ) -> None:
         super().__init__()
         self._names = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in parameters.items()}
         self._product = product
         self._total = total
         self._output = output
+        self._summed = summed
         self._outputs: dict[int, tuple[Key, Tensor]] = {}
 
     def __torch_function__(
@@ -71,19 +74,20 @@ class Watch(TorchFunctionMode):
                 key = _key(*found, args[place])
                 self._product(key, args[place - 1])
                 result = func(*args, **kwargs)
-                if self._total is not None:
+                if self._total is not None and (self._summed is None or key.name in self._summed):
                     self._outputs[result.data_ptr()] = (key, result)  # kept alive: no other tensor gets its address
                 if self._output is not None:
                     self._output(key, result)
                 return result
+        result = func(*args, **kwargs)
         if self._total is not None and func in _SUMS and len(args) == 2:
             for one, other in (args, args[::-1]):
                 if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
                     written = self._outputs.get(one.data_ptr())
                     if written is not None and written[1].numel() == one.numel():
-                        self._total(written[0], other)
+                        self._total(written[0], other, result)
                         break
-        return func(*args, **kwargs)
+        return result
 
 
 def _key(name: str, parameter: Tensor, weight: Tensor) -> Key:

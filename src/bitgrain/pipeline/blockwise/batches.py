@@ -39,6 +39,9 @@ class Pool:
             with single_threaded(), torch.set_grad_enabled(grad):
                 return work(item)
 
+        if self.workers == 1:
+            yield from (one(item) for item in items)
+            return
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from bitgrain.errors import NumericsError
 from bitgrain.models.anatomy import Weight
 from bitgrain.models.naming import convert_tensors
-from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, twin
+from bitgrain.models.stream import Call, Captured, StreamedModel, twin
 from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.batches import Pool
-from bitgrain.pipeline.blockwise.gather import Seen, gather_moments, nbytes_of, observe
+from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.runs import Reruns, Runs, Walk
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.layers import outer_scales
 from bitgrain.pipeline.load import attach_input_quantizers
@@ -24,8 +26,10 @@ from bitgrain.pipeline.plan import Plan
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, get_solver
 
-_KEEP_BYTES = 1_000_000_000
-"""Full-precision inputs of one block kept while it is solved; if there are more, they are computed for each stage."""
+_HOLD_BYTES = 1_500_000_000
+"""Activations that the batches may hold while all of them stand in front of a stage; if more, the block is rerun."""
+_STREAMS = 8
+"""Tensors of the hidden size that one stopped run holds beside the widest input."""
 
 
 @dataclass
@@ -89,74 +93,68 @@ class _Block:
 
     def solve(self) -> SolvedBlock:
         full = self.stream.load_block(self.index)
-        block = twin(full)
+        block = twin(full) if self.flow.quantized else full
         schemes = {name: layer.scheme for name, layer in self.layers.items()}
-        attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix)
-        self._settle(full, block)
+        if self.flow.quantized:
+            attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix)
+        calls = [batch.calls[self.index] for batch in self.flow.batches]
+        names = list(dict.fromkeys(self._parameter(weight) for weight in self.weights.values()))
+        stages = find_stages(full, names, (self.flow.full or self.flow.quantized)[0], calls[0]) if names else []
+        reached = [stage for stage in stages if stage.reached] if self.owner.needs_moments else []
+        walk = self._walker(reached, calls, both=bool(self.flow.quantized and self.flow.full))
+        outer = outer_scales(self.layers, self.plan.fused_groups, self._original, self.stream.device)
+        with ExitStack() as stack:
+            quantized = stack.enter_context(walk(block, self.flow.quantized)) if self.flow.quantized else None
+            exact = stack.enter_context(walk(full, self.flow.full)) if self.flow.full else None
+            for place, stage in enumerate(reached):
+                moments = self._moments(stage, place, quantized, exact)
+                self._solve_stage(stage, moments, outer, block)
+                for one in (quantized, exact):
+                    if one is not None:
+                        one.release(place)
+            for stage in stages:
+                if stage not in reached:
+                    self._solve_stage(stage, {}, outer, block)
+            self.flow.quantized = self._outputs(quantized)
+            self.flow.full = self._outputs(exact)
         self.stream.free_block(self.index)
         return self.result
 
-    def _settle(self, full: nn.Module, block: nn.Module) -> None:
-        flow, calls = self.flow, [batch.calls[self.index] for batch in self.flow.batches]
-        names = list(dict.fromkeys(self._parameter(weight) for weight in self.weights.values()))
-        stages = find_stages(full, names, flow.full[0] if flow.full else flow.quantized[0], calls[0]) if names else []
-        seen_full = self._full(full, stages) if flow.full else None
-        outer = outer_scales(self.layers, self.plan.fused_groups, self._original, self.stream.device)
-        for stage in stages:
-            moments: dict[Key, Moments] = {}
-            if stage.reached and self.owner.needs_moments:
-                moments = self._moments(stage, block, calls, seen_full)
-            self._solve_stage(stage, moments, outer, block)
-        if flow.quantized:
-            flow.quantized = self._through(block, flow.quantized)
-        if flow.full:
-            flow.full = self._through(full, flow.full)
+    def _walker(
+        self, stages: Sequence[Stage], calls: Sequence[Call], both: bool
+    ) -> Callable[[nn.Module, Sequence[Tensor]], Walk]:
+        """How the batches go through the block: all at once if there is memory for it."""
+        hidden = (self.flow.full or self.flow.quantized)[0]
+        tokens = sum(one.numel() // one.shape[-1] for one in self.flow.full or self.flow.quantized)
+        widest = max((layer.in_features for layer in self.layers.values()), default=0)
+        held = 4 * tokens * (widest + _STREAMS * hidden.shape[-1]) * (2 if both else 1)
+        if stages and all(stage.shared for stage in stages) and held <= _HOLD_BYTES:
+            return lambda block, inputs: Runs(block, inputs, calls, stages, self.pool.workers)
+        return lambda block, inputs: Reruns(block, inputs, calls, stages, self.pool)
 
-    def _moments(
-        self,
-        stage: Stage,
-        block: nn.Module,
-        calls: Sequence[Call],
-        seen_full: Callable[[int, Stage], Seen] | None,
-    ) -> dict[Key, Moments]:
-        target = self.owner.recipe.target if self.owner.sequential else None
-
-        def quantized(batch: int) -> Seen:
-            hidden = self.flow.quantized[batch]
-            return observe(block, hidden, calls[batch], [stage], target is not None and target.residual > 0)
-
-        def full(batch: int) -> Seen:
-            assert seen_full is not None
-            return seen_full(batch, stage)
-
+    def _moments(self, stage: Stage, place: int, quantized: Walk | None, exact: Walk | None) -> dict[Key, Moments]:
+        count, label = len(self.flow.batches), self.prefix.removesuffix(".")
+        if quantized is None:
+            assert exact is not None
+            now, then = exact, None
+        else:
+            now, then = quantized, exact
         return gather_moments(
             stage,
-            len(calls),
-            quantized if self.owner.sequential else full,
-            full if target is not None else None,
+            count,
+            lambda batch: now.seen(batch, place),
+            None if then is None else lambda batch: then.seen(batch, place),
             self.token_weights,
             self.pool,
-            self.prefix.removesuffix("."),
+            label,
         )
 
-    def _full(self, full: nn.Module, stages: Sequence[Stage]) -> Callable[[int, Stage], Seen]:
-        """Inputs of the full-precision block: computed once and kept where they are few enough."""
-        flow, calls = self.flow, [batch.calls[self.index] for batch in self.flow.batches]
-        kept: dict[int, Seen] = {}
-        bytes_of_batch = 0
-
-        def get(batch: int, stage: Stage) -> Seen:
-            nonlocal bytes_of_batch
-            if batch in kept:
-                return kept[batch].only(stage.names)
-            if bytes_of_batch * len(flow.batches) > _KEEP_BYTES:
-                return observe(full, flow.full[batch], calls[batch], [stage], True)
-            seen = observe(full, flow.full[batch], calls[batch], stages, True)
-            bytes_of_batch = max(bytes_of_batch, nbytes_of(seen.inputs) + nbytes_of(seen.residuals))
-            kept[batch] = seen
-            return seen.only(stage.names)
-
-        return get
+    def _outputs(self, walk: Walk | None) -> list[Tensor]:
+        outputs = [] if walk is None else walk.outputs()
+        for output in outputs:
+            if not bool(torch.isfinite(output.sum()).item()):
+                raise NumericsError(f"{self.prefix.removesuffix('.')}: its output holds NaN or Inf on calibration text")
+        return outputs
 
     def _solve_stage(
         self, stage: Stage, moments: Mapping[Key, Moments], outer: Mapping[str, Tensor], block: nn.Module
@@ -195,15 +193,3 @@ class _Block:
     def _parameter(self, weight: Weight) -> str:
         """The parameter of the block whose inputs tell of this weight."""
         return weight.targets[0].removeprefix(self.prefix)
-
-    def _through(self, block: nn.Module, hidden: Sequence[Tensor]) -> list[Tensor]:
-        calls = [batch.calls[self.index] for batch in self.flow.batches]
-
-        def one(batch: int) -> Tensor:
-            output = call_block(block, hidden[batch], calls[batch])
-            output = output[0] if isinstance(output, tuple) else output
-            if not bool(torch.isfinite(output.sum()).item()):
-                raise NumericsError(f"{self.prefix.removesuffix('.')}: its output holds NaN or Inf on calibration text")
-            return output
-
-        return list(self.pool.map(one, range(len(hidden))))

@@ -2,71 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitgrain.errors import NumericsError
-from bitgrain.models.stream import Call, call_block
 from bitgrain.pipeline.blockwise.batches import Pool
+from bitgrain.pipeline.blockwise.runs import Seen
 from bitgrain.pipeline.blockwise.stages import Stage
-from bitgrain.runtime.watch import Done, Key, Watch, parameters_of
+from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments
-
-
-@dataclass
-class Seen:
-    """What one run of a block on one batch showed: inputs [tokens, in] by matrix, residuals [tokens, out] by name."""
-
-    inputs: dict[Key, Tensor] = field(default_factory=dict)
-    residuals: dict[str, Tensor] = field(default_factory=dict)
-
-    def only(self, names: Sequence[str]) -> Seen:
-        return Seen(
-            {key: x for key, x in self.inputs.items() if key.name in names},
-            {name: x for name, x in self.residuals.items() if name in names},
-        )
-
-
-def observe(block: nn.Module, hidden: Tensor, call: Call, stages: Sequence[Stage], residuals: bool) -> Seen:
-    """Run `block` on a batch until all matrices of `stages` have been used, and keep what they were given.
-
-    Where a stage shares one input, it is kept under its first name only.
-    """
-    names = [name for stage in stages for name in stage.names]
-    follows = {name: stage.names[0] for stage in stages if stage.shared for name in stage.names}
-    writers = {name for stage in stages for name in stage.writers} if residuals else set[str]()
-    endless = any(not stage.shared for stage in stages)
-    parts: dict[Key, list[Tensor]] = defaultdict(list)
-    seen = Seen()
-    waiting = set(names)
-    unsummed = set(writers)
-
-    def product(key: Key, x: Tensor) -> None:
-        if follows.get(key.name, key.name) == key.name:
-            parts[key].append(x.reshape(-1, x.shape[-1]))
-        waiting.discard(key.name)
-        if key.name not in writers:  # what is added to the residual stream must be computed first
-            leave()
-
-    def total(key: Key, other: Tensor) -> None:
-        if key.name in unsummed:
-            unsummed.discard(key.name)
-            seen.residuals[key.name] = other.reshape(-1, other.shape[-1])
-            leave()
-
-    def leave() -> None:
-        if not waiting and not unsummed and not endless:
-            raise Done
-
-    with suppress(Done), Watch(parameters_of(block, names), product, total if writers else None):
-        call_block(block, hidden, call)
-    seen.inputs = {key: torch.cat(x) if len(x) > 1 else x[0] for key, x in parts.items()}
-    return seen
 
 
 @dataclass
@@ -152,8 +99,3 @@ def gather_moments(
                 None if sensitivity is None else sensitivity / n,
             )
     return result
-
-
-def nbytes_of(seen: Mapping[Key, Tensor] | Mapping[str, Tensor]) -> int:
-    """Memory of what was seen; views of one tensor count once."""
-    return sum({x.data_ptr(): x.numel() * x.element_size() for x in seen.values()}.values())

@@ -11,8 +11,9 @@ from torch import Tensor
 from bitgrain.models.stream import StreamedModel
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.block import Flow, SolvedBlock
-from bitgrain.pipeline.blockwise.gather import Seen, gather_moments
+from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.runs import Seen
 from bitgrain.pipeline.blockwise.stages import Stage
 from bitgrain.pipeline.plan import Plan
 from bitgrain.runtime.watch import Done, Key, Watch
@@ -37,7 +38,7 @@ def solve_outside(
         key = Key(weight.memory)
         moments: dict[Key, Moments] = {}
         if weight.role != "embedding" and solver.needs_calibration:
-            stage = Stage((weight.memory,), shared=True, writers=frozenset())
+            stage = Stage((weight.memory,), shared=True)
             hidden = flow.quantized or flow.full
 
             def seen(batch: int, name: str = weight.memory, hidden: list[Tensor] = hidden) -> Seen:

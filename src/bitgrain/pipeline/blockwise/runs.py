@@ -1,0 +1,215 @@
+"""The batches' runs through one block: each stops in front of every stage, until the stage's new weights are in place.
+
+So a block is computed once for each batch, and still every stage sees what the quantized stages before it give. A
+stopped run holds its activations; where they would take too much memory, or where experts make it unknown what a stage
+will see, the block is run anew for each stage (`observe`).
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from bitgrain.models.stream import Call, call_block
+from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
+from bitgrain.pipeline.blockwise.stages import BLOCK_INPUT, Stage
+from bitgrain.runtime.watch import Done, Key, Watch, parameters_of
+
+
+@dataclass
+class Seen:
+    """What one run of a block on one batch showed.
+
+    inputs     [tokens, in] by matrix; where a stage shares one input, under its first name only
+    residuals  [tokens, out] by name: the residual stream that the layer is about to write into
+    """
+
+    inputs: dict[Key, Tensor] = field(default_factory=dict)
+    residuals: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Walk(AbstractContextManager["Walk"]):
+    """All batches on their way through one block, stage after stage."""
+
+    @abstractmethod
+    def seen(self, batch: int, stage: int) -> Seen:
+        """What a batch's run is given at a stage; all earlier stages have been released."""
+
+    @abstractmethod
+    def release(self, stage: int) -> None:
+        """The stage's weights are in place: the runs may go on to the next."""
+
+    @abstractmethod
+    def outputs(self) -> list[Tensor]:
+        """The block's output for each batch; all stages have been released."""
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def observe(block: nn.Module, hidden: Tensor, call: Call, stages: Sequence[Stage]) -> Seen:
+    """Run `block` on a batch until all matrices of `stages` have been used, and keep what they were given."""
+    names = [name for stage in stages for name in stage.names]
+    sources = {name: source for stage in stages for name, source in stage.residual.items()}
+    follows = {name: stage.names[0] for stage in stages if stage.shared for name in stage.names}
+    waiting = set(names)
+    endless = any(not stage.shared for stage in stages)
+    streams = {BLOCK_INPUT: hidden}
+    parts: dict[Key, list[Tensor]] = defaultdict(list)
+    seen = Seen()
+
+    def product(key: Key, x: Tensor) -> None:
+        if key.name not in waiting and key.name not in names:
+            return
+        if follows.get(key.name, key.name) == key.name:
+            parts[key].append(_flat(x))
+        if key.name in sources and sources[key.name] in streams:
+            seen.residuals[key.name] = _flat(streams[sources[key.name]])
+        waiting.discard(key.name)
+        if not waiting and not endless:
+            raise Done
+
+    def total(key: Key, _: Tensor, result: Tensor) -> None:
+        streams[key.name] = result
+
+    watched = list(dict.fromkeys([*names, *(source for source in sources.values() if source)]))
+    with suppress(Done), Watch(parameters_of(block, watched), product, total, summed=set(sources.values())):
+        call_block(block, hidden, call)
+    seen.inputs = {key: torch.cat(x) if len(x) > 1 else x[0] for key, x in parts.items()}
+    return seen
+
+
+class Runs(Walk):
+    """One thread for each batch, `workers` of which compute at a time. A context manager: leaving it ends them all.
+
+    block    with real weights, which the caller changes between `release` of one stage and the next
+    inputs   the hidden states of each batch that enter it; stages: all shared
+    """
+
+    def __init__(
+        self, block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call], stages: Sequence[Stage], workers: int
+    ) -> None:
+        self._block, self._stages = block, stages
+        self._place = {name: i for i, stage in enumerate(stages) for name in stage.names}
+        self._sources = {source for stage in stages for source in stage.residual.values()}
+        self._free = threading.Semaphore(workers)
+        self._changed = threading.Condition()
+        self._released = 0
+        self._ended = False
+        self._seen: dict[tuple[int, int], Seen] = {}
+        self._outputs: dict[int, Tensor | BaseException] = {}
+        self._threads = [
+            threading.Thread(target=self._run, args=(i, hidden, calls[i]), name=f"bitgrain-run-{i}", daemon=True)
+            for i, hidden in enumerate(inputs)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def seen(self, batch: int, stage: int) -> Seen:
+        """Waits until the run stands there. Empty if it never comes by."""
+        with self._changed:
+            self._changed.wait_for(lambda: (batch, stage) in self._seen or batch in self._outputs)
+            outcome = self._outputs.get(batch)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return self._seen.get((batch, stage), Seen())
+
+    def release(self, stage: int) -> None:
+        with self._changed:
+            self._released = stage + 1
+            self._seen = {key: seen for key, seen in self._seen.items() if key[1] > stage}
+            self._changed.notify_all()
+
+    def outputs(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for batch in range(len(self._threads)):
+            with self._changed:
+                self._changed.wait_for(lambda batch=batch: batch in self._outputs)
+                outcome = self._outputs[batch]
+            if isinstance(outcome, BaseException):
+                raise outcome
+            found.append(outcome)
+        return found
+
+    def __exit__(self, exc_type: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, batch: int, hidden: Tensor, call: Call) -> None:
+        streams = {BLOCK_INPUT: hidden}
+
+        def product(key: Key, x: Tensor) -> None:
+            place = self._place[key.name]
+            if place < self._released or (batch, place) in self._seen:
+                return
+            stage = self._stages[place]
+            found = {name: _flat(streams[source]) for name, source in stage.residual.items() if source in streams}
+            self._stop(batch, place, Seen({Key(stage.names[0]): _flat(x)}, found))
+
+        def total(key: Key, _: Tensor, result: Tensor) -> None:
+            streams[key.name] = result
+
+        outcome: Tensor | BaseException
+        self._free.acquire()
+        try:
+            watch = Watch(parameters_of(self._block, list(self._place)), product, total, summed=self._sources)
+            with single_threaded(), torch.no_grad(), watch:
+                output = call_block(self._block, hidden, call)
+            outcome = output[0] if isinstance(output, tuple) else output
+        except Exception as error:  # noqa: BLE001 - raised again in whoever waits for this run
+            outcome = error
+        finally:
+            self._free.release()
+        with self._changed:
+            self._outputs[batch] = outcome
+            self._changed.notify_all()
+
+    def _stop(self, batch: int, place: int, seen: Seen) -> None:
+        with self._changed:
+            self._seen[batch, place] = seen
+            self._changed.notify_all()
+        self._free.release()
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._released > place or self._ended)
+        finally:
+            self._free.acquire()
+        if self._ended:
+            raise Done
+
+
+class Reruns(Walk):
+    """The same in less memory: the block is run anew for each stage of each batch."""
+
+    def __init__(
+        self, block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call], stages: Sequence[Stage], pool: Pool
+    ) -> None:
+        self._block, self._inputs, self._calls, self._stages, self._pool = block, inputs, calls, stages, pool
+
+    def seen(self, batch: int, stage: int) -> Seen:
+        return observe(self._block, self._inputs[batch], self._calls[batch], [self._stages[stage]])
+
+    def release(self, stage: int) -> None:
+        pass
+
+    def outputs(self) -> list[Tensor]:
+        def one(batch: int) -> Tensor:
+            output = call_block(self._block, self._inputs[batch], self._calls[batch])
+            return output[0] if isinstance(output, tuple) else output
+
+        return list(self._pool.map(one, range(len(self._inputs))))
+
+    def __exit__(self, exc_type: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        pass
