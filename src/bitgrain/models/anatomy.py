@@ -76,7 +76,8 @@ class Anatomy:
 
     block_names: paths in memory of the blocks, in order, all stacks. tied: names in memory that share one
     tensor on disk. missing: parameters that no tensor fills. unexpected: tensors that the model
-    does not know. sizes: number of elements of each tensor on disk.
+    does not know. sizes: number of elements of each tensor on disk. memory_of: tensors that fill one parameter
+    or buffer -> its name.
     """
 
     architecture: str
@@ -88,6 +89,7 @@ class Anatomy:
     unexpected: tuple[str, ...]
     block_of: Mapping[str, int | None]
     sizes: Mapping[str, int]
+    memory_of: Mapping[str, str]
 
     @property
     def parameters(self) -> Parameters:
@@ -148,6 +150,7 @@ def read_anatomy(skeleton: nn.Module, stored: Mapping[str, StoredTensor]) -> Ana
         unexpected=tuple(unexpected),
         block_of=block_of,
         sizes={name: prod(stored[name].shape) for name in routes},
+        memory_of={name: route.targets[0] for name, route in routes.items() if len(route.targets) == 1},
     )
 
 

@@ -76,7 +76,7 @@ class StreamedModel:
         self._returns_tuple: dict[type[nn.Module], int] = {}
         _fill_buffers(cast(PreTrainedModel, skeleton), self.device)
         self.load(self._names.get(None, []))
-        self._tie()
+        self.tie()
 
     def names(self, index: int | None) -> list[str]:
         """Names on disk of the tensors of a block; None: of all outside the blocks."""
@@ -194,7 +194,8 @@ class StreamedModel:
             self._returns_tuple[kind] = len(output) if isinstance(output, tuple) else 0
         return self._returns_tuple[kind]
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Parameters that share a tensor on disk become one again, after `put` of one of them."""
         for group in self.anatomy.tied:
             filled = [one for name in group if not (one := self.model.get_parameter(name)).is_meta]
             for name in group if filled else ():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,15 @@ def fingerprint(plan: Plan, device: torch.device) -> dict[str, Any]:
         "recipe": plan.recipe.model_dump(mode="json"),
         "layout": plan.layout.name,
         "device": device.type,
+        "calibration": None if plan.calibration is None else plan.calibration.description["sha256"],
         "source": {"name": plan.source.name, "revision": plan.source.revision, **plan.checkpoint.fingerprint()},
         "config": _sha256((plan.source.path / "config.json").read_bytes()),
         "versions": _versions(),
     }
 
 
-def write_output_files(plan: Plan, job: JobFolder) -> dict[str, Any]:
-    """Everything but the weights; returns the manifest."""
+def write_output_files(plan: Plan, job: JobFolder, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but the weights; returns the manifest. `told`: what else the manifest says of the job."""
     hashes: dict[str, dict[str, Any]] = {}
 
     def put(name: str, data: bytes) -> None:
@@ -55,7 +57,7 @@ def write_output_files(plan: Plan, job: JobFolder) -> dict[str, Any]:
         hashes[shard.file] = {"bytes": shard.nbytes, "sha256": _shard_sha256(job.files, shard)}
     if (index := index_bytes(plan.shards)) is not None:
         hashes[INDEX_FILE] = {"bytes": len(index), "sha256": _sha256(index)}
-    manifest = _manifest(plan, job)
+    manifest = {**_manifest(plan, job), **(told or {})}
     put("README.md", model_card(plan, manifest).encode())
     manifest["files"] = dict(sorted(hashes.items()))
     job.write_bytes(MANIFEST, _json(manifest))

@@ -23,7 +23,7 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import NumericsError
 from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.job import solve_blockwise, solved_unit
-from bitgrain.pipeline.blockwise.work import Work
+from bitgrain.pipeline.blockwise.work import FINISHED, Work
 from bitgrain.pipeline.layers import kept, matrices, outer_scales, record, report, to_cpu
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
@@ -78,7 +78,9 @@ def run_plan(
             raise
         finally:
             progress.finish()
-        manifest = write_output_files(plan, job)
+        passes = Work(job.work) if plan.calibration is not None else None
+        told = passes.record(FINISHED) if passes is not None and passes.has(FINISHED) else None
+        manifest = write_output_files(plan, job, told)
         job.finish()
     return QuantizeResult(out, plan, manifest)
 

@@ -1,8 +1,11 @@
 """Solvers pick the codes of a weight matrix: one file each, looked up by name."""
 
+from bitgrain.solvers import gptq as _gptq
+from bitgrain.solvers import hqq as _hqq
+from bitgrain.solvers import obq as _obq
 from bitgrain.solvers import rtn as _rtn
 from bitgrain.solvers.base import Moments, Solution, Solver, get_solver, register_solver, solver_names
 
 __all__ = ["Moments", "Solution", "Solver", "get_solver", "register_solver", "solver_names"]
 
-_ = _rtn  # imported so that it registers itself
+_ = _gptq, _hqq, _obq, _rtn  # imported so that they register themselves

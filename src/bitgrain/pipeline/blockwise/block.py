@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from bitgrain.errors import NumericsError
 from bitgrain.models.anatomy import Weight
 from bitgrain.models.naming import convert_tensors
-from bitgrain.models.stream import Call, Captured, StreamedModel, twin
+from bitgrain.models.stream import Captured, StreamedModel, twin
 from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer
-from bitgrain.pipeline.blockwise.runs import Reruns, Runs, Walk
+from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.layers import outer_scales
 from bitgrain.pipeline.load import attach_input_quantizers
@@ -101,11 +101,18 @@ class _Block:
         names = list(dict.fromkeys(self._parameter(weight) for weight in self.weights.values()))
         stages = find_stages(full, names, (self.flow.full or self.flow.quantized)[0], calls[0]) if names else []
         reached = [stage for stage in stages if stage.reached] if self.owner.needs_moments else []
-        walk = self._walker(reached, calls, both=bool(self.flow.quantized and self.flow.full))
         outer = outer_scales(self.layers, self.plan.fused_groups, self._original, self.stream.device)
         with ExitStack() as stack:
-            quantized = stack.enter_context(walk(block, self.flow.quantized)) if self.flow.quantized else None
-            exact = stack.enter_context(walk(full, self.flow.full)) if self.flow.full else None
+            quantized = exact = None
+            lean = self._too_much(reached)
+            if self.flow.quantized:
+                again = Reruns(block, self.flow.quantized, calls, reached, self.pool)
+                quantized = stack.enter_context(
+                    again if lean else Runs(block, self.flow.quantized, calls, reached, self.pool.workers)
+                )
+            if self.flow.full:
+                again = Reruns(full, self.flow.full, calls, reached, self.pool)
+                exact = stack.enter_context(again if lean else Kept(full, self.flow.full, calls, reached))
             for place, stage in enumerate(reached):
                 moments = self._moments(stage, place, quantized, exact)
                 self._solve_stage(stage, moments, outer, block)
@@ -120,17 +127,14 @@ class _Block:
         self.stream.free_block(self.index)
         return self.result
 
-    def _walker(
-        self, stages: Sequence[Stage], calls: Sequence[Call], both: bool
-    ) -> Callable[[nn.Module, Sequence[Tensor]], Walk]:
-        """How the batches go through the block: all at once if there is memory for it."""
-        hidden = (self.flow.full or self.flow.quantized)[0]
-        tokens = sum(one.numel() // one.shape[-1] for one in self.flow.full or self.flow.quantized)
+    def _too_much(self, stages: Sequence[Stage]) -> bool:
+        """Whether the activations of all batches inside the block are more than should be held."""
+        inputs = self.flow.full or self.flow.quantized
+        tokens = sum(one.numel() // one.shape[-1] for one in inputs)
         widest = max((layer.in_features for layer in self.layers.values()), default=0)
-        held = 4 * tokens * (widest + _STREAMS * hidden.shape[-1]) * (2 if both else 1)
-        if stages and all(stage.shared for stage in stages) and held <= _HOLD_BYTES:
-            return lambda block, inputs: Runs(block, inputs, calls, stages, self.pool.workers)
-        return lambda block, inputs: Reruns(block, inputs, calls, stages, self.pool)
+        held = 4 * tokens * (widest + _STREAMS * inputs[0].shape[-1])
+        both = 2 if self.flow.full and self.flow.quantized else 1
+        return not stages or not all(stage.shared for stage in stages) or both * held > _HOLD_BYTES
 
     def _moments(self, stage: Stage, place: int, quantized: Walk | None, exact: Walk | None) -> dict[Key, Moments]:
         count, label = len(self.flow.batches), self.prefix.removesuffix(".")
@@ -143,7 +147,7 @@ class _Block:
             stage,
             count,
             lambda batch: now.seen(batch, place),
-            None if then is None else lambda batch: then.seen(batch, place),
+            None if then is None or self.owner.recipe.target is None else lambda batch: then.seen(batch, place),
             self.token_weights,
             self.pool,
             label,

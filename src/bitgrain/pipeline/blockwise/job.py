@@ -13,7 +13,8 @@ from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.block import BlockSolver, Flow, SolvedBlock
 from bitgrain.pipeline.blockwise.layer import UNREACHED, loss_note, record_of, solve_layer
 from bitgrain.pipeline.blockwise.outside import solve_outside
-from bitgrain.pipeline.blockwise.work import OUTSIDE, Work, block_file, hidden_file
+from bitgrain.pipeline.blockwise.whole import tune_whole
+from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
 from bitgrain.pipeline.layers import kept, to_cpu
 from bitgrain.pipeline.load import experts_run_one_by_one
 from bitgrain.pipeline.plan import Plan, Unit
@@ -28,7 +29,7 @@ def solve_blockwise(plan: Plan, work: Work, device: torch.device, progress: Prog
     Killed at any moment, it goes on at the block where it was. Progress is counted in weights. Raises NumericsError
     (NaN, Inf in weights or activations), ModelError (a model that cannot run block by block).
     """
-    if work.has(OUTSIDE):
+    if work.has(FINISHED):
         return
     total = sum(layer.elements for layer in plan.quantized.values())
     progress.start(total, "weights", f"quantize {plan.source.name}")
@@ -47,6 +48,7 @@ def solved_unit(plan: Plan, unit: Unit, work: Work) -> tuple[dict[str, Tensor], 
     block = plan.anatomy.block_of[unit.tensors[0]]
     file = OUTSIDE if block is None else block_file(block)
     solved, records = work.keys(file), work.record(file)["layers"]
+    tuned = work.keys(TUNED) if work.has(TUNED) else set[str]()
     tensors: dict[str, Tensor] = {}
     for name in unit.tensors:
         layer = plan.quantized.get(name)
@@ -56,6 +58,7 @@ def solved_unit(plan: Plan, unit: Unit, work: Work) -> tuple[dict[str, Tensor], 
             tensors.update(work.tensors(file, [name]))
         else:
             tensors[name] = kept(plan.checkpoint, name)
+    tensors.update(work.tensors(TUNED, [name for name in tensors if name in tuned]) if tuned else {})
     return tensors, {name: records[name] for name in unit.tensors if name in records}
 
 
@@ -82,8 +85,16 @@ class _Pass:
                     self.work.save(hidden_file(index + 1), _hidden(flow))
             self._save(block_file(index), solved)
             self.work.remove(hidden_file(index))
-        outside = solve_outside(self.plan, self.stream, flow, self.ids, self.pool, self.progress.advance)
-        self._save(OUTSIDE, outside)
+        if not self.work.has(OUTSIDE):
+            advance = self.progress.advance
+            self._save(OUTSIDE, solve_outside(self.plan, self.stream, flow, self.ids, self.pool, advance))
+        self.progress.finish()
+        assert self.plan.calibration is not None
+        told: dict[str, Any] = {"calibration": self.plan.calibration.description}
+        if self.plan.recipe.tuning.end_to_end is not None:
+            tensors, told["tuning"] = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
+            self.work.save(TUNED, tensors)
+        self.work.save(FINISHED, {}, told)
         self.work.remove(hidden_file(count))
 
     def _start(self, first: int) -> Flow:
@@ -96,7 +107,7 @@ class _Pass:
         flow = Flow(
             batches,
             quantized=list(hidden) if sequential else [],
-            full=list(hidden) if recipe.target is not None or not sequential else [],
+            full=list(hidden) if self._needs_full() else [],
         )
         if first and self.work.has(hidden_file(first)):
             saved = self.work.tensors(hidden_file(first))
@@ -107,6 +118,12 @@ class _Pass:
         if sizes:
             self.progress.advance(sum(sizes), f"{first} blocks were done before")
         return flow
+
+    def _needs_full(self) -> bool:
+        """Whether the full-precision model's activations are followed through the blocks."""
+        recipe = self.plan.recipe
+        learns = recipe.tuning.end_to_end is not None or recipe.tuning.blockwise is not None
+        return learns or recipe.target is not None or recipe.calibration.activations == "full"
 
     def _unreached(self, index: int) -> SolvedBlock:
         """A block that text does not run through, as those of a vision tower: rounded without calibration."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ class Seen:
 
     inputs: dict[Key, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
+
+    def only(self, stage: Stage) -> Seen:
+        """What concerns one stage."""
+        return Seen(
+            {key: x for key, x in self.inputs.items() if key.name in stage.names},
+            {name: x for name, x in self.residuals.items() if name in stage.names},
+        )
 
 
 class Walk(AbstractContextManager["Walk"]):
@@ -56,16 +64,20 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def observe(block: nn.Module, hidden: Tensor, call: Call, stages: Sequence[Stage]) -> Seen:
-    """Run `block` on a batch until all matrices of `stages` have been used, and keep what they were given."""
+def observe(
+    block: nn.Module, hidden: Tensor, call: Call, stages: Sequence[Stage], to_end: bool = False
+) -> tuple[Seen, Tensor | None]:
+    """Run `block` on a batch until all matrices of `stages` have been used: what they were given; with `to_end` also
+    the block's output."""
     names = [name for stage in stages for name in stage.names]
     sources = {name: source for stage in stages for name, source in stage.residual.items()}
     follows = {name: stage.names[0] for stage in stages if stage.shared for name in stage.names}
     waiting = set(names)
-    endless = any(not stage.shared for stage in stages)
+    endless = to_end or any(not stage.shared for stage in stages)
     streams = {BLOCK_INPUT: hidden}
     parts: dict[Key, list[Tensor]] = defaultdict(list)
     seen = Seen()
+    output: Any = None
 
     def product(key: Key, x: Tensor) -> None:
         if key.name not in waiting and key.name not in names:
@@ -83,9 +95,9 @@ def observe(block: nn.Module, hidden: Tensor, call: Call, stages: Sequence[Stage
 
     watched = list(dict.fromkeys([*names, *(source for source in sources.values() if source)]))
     with suppress(Done), Watch(parameters_of(block, watched), product, total, summed=set(sources.values())):
-        call_block(block, hidden, call)
+        output = call_block(block, hidden, call)
     seen.inputs = {key: torch.cat(x) if len(x) > 1 else x[0] for key, x in parts.items()}
-    return seen
+    return seen, output[0] if isinstance(output, tuple) else output
 
 
 class Runs(Walk):
@@ -190,6 +202,41 @@ class Runs(Walk):
             raise Done
 
 
+class Kept(Walk):
+    """For a block that does not change: each batch runs once, and what every stage is given is kept until then."""
+
+    def __init__(
+        self, block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call], stages: Sequence[Stage]
+    ) -> None:
+        self._block, self._inputs, self._calls, self._stages = block, inputs, calls, stages
+        self._seen: dict[int, dict[int, Seen]] = {}
+        self._outputs: dict[int, Tensor] = {}
+
+    def seen(self, batch: int, stage: int) -> Seen:
+        if batch not in self._outputs:
+            self._run(batch)
+        return self._seen[batch][stage]
+
+    def release(self, stage: int) -> None:
+        for seen in self._seen.values():
+            seen.pop(stage, None)
+
+    def outputs(self) -> list[Tensor]:
+        for batch in range(len(self._inputs)):
+            if batch not in self._outputs:
+                self._run(batch)
+        return [self._outputs[batch] for batch in range(len(self._inputs))]
+
+    def _run(self, batch: int) -> None:
+        seen, output = observe(self._block, self._inputs[batch], self._calls[batch], self._stages, to_end=True)
+        assert output is not None
+        self._seen[batch] = {i: seen.only(stage) for i, stage in enumerate(self._stages)}
+        self._outputs[batch] = output
+
+    def __exit__(self, exc_type: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        self._seen.clear()
+
+
 class Reruns(Walk):
     """The same in less memory: the block is run anew for each stage of each batch."""
 
@@ -199,7 +246,7 @@ class Reruns(Walk):
         self._block, self._inputs, self._calls, self._stages, self._pool = block, inputs, calls, stages, pool
 
     def seen(self, batch: int, stage: int) -> Seen:
-        return observe(self._block, self._inputs[batch], self._calls[batch], [self._stages[stage]])
+        return observe(self._block, self._inputs[batch], self._calls[batch], [self._stages[stage]])[0]
 
     def release(self, stage: int) -> None:
         pass

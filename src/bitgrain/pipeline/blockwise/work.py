@@ -72,3 +72,7 @@ def hidden_file(index: int) -> str:
 
 OUTSIDE = "outside"
 """The file of what lies outside the blocks."""
+TUNED = "tuned"
+"""The file of what the tuning of the whole model changed: its tensors stand above those of the other files."""
+FINISHED = "finished"
+"""The last file: nothing is left to solve."""

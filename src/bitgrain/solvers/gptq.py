@@ -1,0 +1,243 @@
+"""GPTQ: column after column is rounded, and what each rounding did to the outputs is undone in the columns to come.
+
+Frantar et al., arXiv 2210.17323, algorithm 1. With U^T U = H^-1, U upper triangular, rounding column i with the error
+e = (w_i - q_i) / U_ii moves the later columns by -e U_i,j; the sum of e^2 over all columns is the row's objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitgrain.errors import SchemeError
+from bitgrain.numerics import Granularity, QTensor, QuantSpec
+from bitgrain.numerics.quantize import check_finite
+from bitgrain.numerics.ranges import Range, get_range
+from bitgrain.solvers.base import Moments, Solution, register_solver
+from bitgrain.solvers.linalg import check_hessian, inverse_factor
+from bitgrain.solvers.refine import refine
+from bitgrain.solvers.rtn import RoundToNearest
+from bitgrain.solvers.steps import Lanes, Steps, Storage, fit
+
+_LANES = 4096  # rows (times candidates) that are worked on together; fixed, so results never depend on the machine
+_ORDERS = ("act", "group", "none")
+
+
+@register_solver("gptq")
+@dataclass(frozen=True)
+class GPTQ:
+    """Error feedback through the inverse Hessian, for every format, granularity and storage of scales.
+
+    damping        added to the diagonal of H, relative to its mean
+    order          "act": columns by falling diagonal of H, scales chosen from the original weights; "group": groups by
+                   the mean of that diagonal and columns by it inside their group, scales fitted on the updated weights
+                   of each group; "none": columns as they are, scales fitted likewise. None needs a g_idx at run time.
+    block          columns that are updated together, for speed alone
+    candidates     how ranges are chosen: "spec" is the spec's own range, others are names of ranges, "*0.92" scales the
+                   limits. With several, each row (each row of tiles) keeps the one under which its own loss is lowest.
+    sweeps         of coordinate descent afterwards, see `refine`
+    scale_updates  whether these also fit scales and zero points anew
+    """
+
+    damping: float = 0.01
+    order: str = "act"
+    block: int = 64
+    candidates: tuple[str, ...] = ("spec",)
+    sweeps: int = 0
+    scale_updates: bool = True
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.order not in _ORDERS:
+            raise SchemeError(f"gptq: order is one of {', '.join(_ORDERS)}, not {self.order!r}")
+        if not (0 <= self.damping <= 1 and self.block >= 1 and self.sweeps >= 0 and self.candidates):
+            raise SchemeError(f"gptq: 0 <= damping <= 1, block >= 1, sweeps >= 0 and candidates are needed, not {self}")
+        for text in self.candidates:
+            parse_candidate(text, None)
+
+    def solve(
+        self,
+        weight: Tensor,
+        spec: QuantSpec,
+        moments: Moments | None = None,
+        *,
+        outer_scale: Tensor | None = None,
+        name: str = "weight",
+    ) -> Solution:
+        """See `Solver.solve`. Without tokens the weights are rounded to nearest, and a note says so."""
+        if moments is None:
+            raise SchemeError(f"{name}: gptq needs the second moments of the layer's inputs; calibrate first")
+        if moments.tokens == 0:
+            found = RoundToNearest().solve(weight, spec, None, outer_scale=outer_scale, name=name)
+            return Solution(found.q, "rtn", notes=("calibration sent it no tokens: rounded to nearest",))
+        x = weight.to(torch.float32)
+        check_finite(x, name)
+        check_hessian(moments.hessian, x.shape[1], name)
+        order = column_order(moments.importance, spec.granularity, self.order)
+        upper, damped = inverse_factor(moments.hessian, self.damping, order=order, name=name)
+        choices = [parse_candidate(text, spec.range) for text in self.candidates]
+        static = self.order == "act" or spec.granularity.cols is None
+        search = _Search(x, spec, moments.importance, order, upper.t().contiguous(), choices, static, self.block, name)
+        q = search.run(outer_scale)
+        if self.sweeps:
+            matrix = damped.matrix.to(torch.float32)
+            q = refine(x, q, matrix, sweeps=self.sweeps, scales=self.scale_updates, name=name)
+        return Solution(q, "gptq", {"damping": damped.damping}, damped.notes)
+
+
+def parse_candidate(text: str, own: Range | None) -> tuple[Range, float]:
+    """ "minmax*0.92" -> (the range, 0.92); "spec" is `own`. Raises SchemeError."""
+    name, star, number = text.partition("*")
+    try:
+        factor = float(number) if star else 1.0
+    except ValueError:
+        factor = 0.0
+    if factor <= 0:
+        raise SchemeError(f"gptq: a candidate is a range or range*factor, for instance minmax*0.92, not {text!r}")
+    name = name.strip()
+    return (own or get_range("minmax") if name == "spec" else get_range(name)), factor
+
+
+def column_order(importance: Tensor, granularity: Granularity, order: str) -> Tensor:
+    """The order in which columns are rounded, int64 [in]; see `GPTQ`. Equal ones stay in their order."""
+    n = importance.shape[0]
+    if order == "none":
+        return torch.arange(n, device=importance.device)
+    columns = torch.argsort(importance, descending=True, stable=True)
+    width = granularity.cols or n
+    if order == "act" or width >= n:
+        return columns
+    tile = torch.arange(n, device=importance.device) // width
+    means = torch.stack([part.mean() for part in importance.double().split(width)])
+    rank = torch.empty_like(tile[: means.shape[0]])
+    rank[torch.argsort(means, descending=True, stable=True)] = torch.arange(means.shape[0], device=rank.device)
+    return columns[torch.argsort(rank[tile[columns]], stable=True)]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One matrix on its way. Columns are kept as contiguous vectors over the rows of all candidates ("lanes")."""
+
+    weight: Tensor  # float32 [out, in]
+    spec: QuantSpec
+    importance: Tensor  # [in]
+    order: Tensor  # [in]
+    factor: Tensor  # U^T, float32 [in, in], in the order
+    choices: list[tuple[Range, float]]
+    static: bool
+    block: int
+    name: str
+
+    def run(self, outer_scale: Tensor | None) -> QTensor:
+        """Codes, scales and zero points."""
+        rows = self.weight.shape[0]
+        chosen = [self._fit(self.weight, self.importance, c) for c in range(len(self.choices))]
+        storage = Storage.choose(self.spec, chosen[0][0], outer_scale, self.name)
+        steps = [storage.round(*ideal) for ideal in chosen]
+        tile_rows = self.spec.granularity.tile((rows, 1))[0]
+        lanes = max(1, _LANES // (len(self.choices) * tile_rows)) * tile_rows
+        step = rows if self.spec.granularity.rows is None else lanes
+        parts = [self._rows(i, min(i + step, rows), steps, storage) for i in range(0, rows, step)]
+        numbers = torch.cat([part[0] for part in parts])
+        scale = torch.cat([part[1].scale for part in parts])
+        zeros = [part[1].zero for part in parts if part[1].zero is not None]
+        packed = storage.pack(Steps(scale, torch.cat(zeros) if zeros else None))
+        codes = torch.empty(numbers.shape, dtype=self.spec.format.code_dtype, device=numbers.device)
+        codes[:, self.order] = self.spec.format.encode(numbers)
+        return QTensor(codes, *packed, self.spec)
+
+    def _fit(self, weight: Tensor, importance: Tensor, candidate: int) -> tuple[Tensor, Tensor | None]:
+        return fit(weight, self.spec, self.choices[candidate][0], importance, self.choices[candidate][1])
+
+    def _rows(self, start: int, stop: int, steps: list[Steps], storage: Storage) -> tuple[Tensor, Steps]:
+        """The best candidate's numbers [rows, in], in the order, and steps, for rows that begin and end with a tile."""
+        spec, count, rows = self.spec, len(self.choices), stop - start
+        tile_rows, width = spec.granularity.tile(tuple(self.weight.shape))
+        bands = slice(start // tile_rows, -(-stop // tile_rows))
+        steps = [Steps(s.scale[bands].clone(), None if s.zero is None else s.zero[bands].clone()) for s in steps]
+        lanes = Lanes(spec, steps[0].scale.shape[1], rows * count, self.weight.device)
+        for c in range(count):
+            lanes.put(steps[c], tile_rows, rows, c * rows)
+        columns = self.weight[start:stop, self.order].t().repeat(1, count)
+
+        def fit_tile(k: int, first: int, last: int) -> None:
+            """New scales for the tile column k, whose updated weights are columns[first:last]."""
+            importance = self.importance[self.order[first:last]]
+            for c, of_candidate in enumerate(steps):
+                updated = columns[first:last, c * rows : (c + 1) * rows].t().contiguous()
+                fitted = storage.round(*self._fit(updated, importance, c), bands, slice(k, k + 1))
+                lanes.put(fitted, tile_rows, rows, c * rows, k)
+                of_candidate.scale[:, k : k + 1] = fitted.scale
+                if of_candidate.zero is not None and fitted.zero is not None:
+                    of_candidate.zero[:, k : k + 1] = fitted.zero
+
+        tiles: list[int] = (self.order // width).tolist()
+        numbers, loss = descend(columns, self.factor, tiles, lanes, self.block, None if self.static else fit_tile)
+        if count == 1:
+            return numbers.t(), steps[0]
+        losses = F.pad(loss.view(count, rows), (0, steps[0].scale.shape[0] * tile_rows - rows))
+        best = losses.view(count, -1, tile_rows).sum(dim=-1).argmin(dim=0)
+        by_row = best.repeat_interleave(tile_rows)[:rows]
+        numbers = numbers.view(-1, count, rows).gather(1, by_row.expand(numbers.shape[0], 1, rows)).squeeze(1)
+        zeros = [s.zero for s in steps if s.zero is not None]
+        picked = Steps(_pick([s.scale for s in steps], best), _pick(zeros, best) if zeros else None)
+        return numbers.t(), picked
+
+
+def _pick(tables: list[Tensor], best: Tensor) -> Tensor:
+    """Row i of the table best[i]."""
+    return torch.stack(tables, dim=1)[torch.arange(best.shape[0], device=best.device), best]
+
+
+def descend(
+    columns: Tensor,
+    factor: Tensor,
+    tiles: list[int],
+    lanes: Lanes,
+    block: int,
+    fit_tile: Callable[[int, int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loop over the columns. Gives their numbers, float32 [in, rows], and the loss of each row, float64 [rows].
+
+    columns   float32 [in, rows]: the weights, in order; overwritten by the errors e
+    factor    U^T, float32 [in, in]
+    tiles     for each column the tile column whose scales are its own
+    fit_tile  called before the first column of each run of equal `tiles`, with the updated weights in place
+
+    An update is made as late as possible: columns are brought up to date when their turn comes, a tile and a block at a
+    time by matrix products, then one by one.
+    """
+    n = columns.shape[0]
+    numbers = torch.empty_like(columns)
+    loss = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
+    diagonal: list[float] = factor.diagonal().tolist()
+    for first, last in [(0, n)] if fit_tile is None else _runs(tiles):
+        if first:
+            columns[first:last].addmm_(factor[first:last, :first], columns[:first], alpha=-1.0)
+        if fit_tile is not None:
+            fit_tile(tiles[first], first, last)
+        for start in range(first, last, block):
+            stop = min(start + block, last)
+            if start > first:
+                columns[start:stop].addmm_(factor[start:stop, first:start], columns[first:start], alpha=-1.0)
+            for i in range(start, stop):
+                column = columns[i]
+                if i > start:
+                    column.addmv_(columns[start:i].t(), factor[i, start:i], alpha=-1.0)
+                torch.sub(column, lanes.values(lanes.round_into(numbers[i], column, tiles[i]), tiles[i]), out=column)
+                column.div_(diagonal[i])
+            loss += columns[start:stop].square().sum(dim=0, dtype=torch.float64)
+    return numbers, loss
+
+
+def _runs(tiles: list[int]) -> Iterator[tuple[int, int]]:
+    first = 0
+    for i in range(1, len(tiles) + 1):
+        if i == len(tiles) or tiles[i] != tiles[first]:
+            yield first, i
+            first = i

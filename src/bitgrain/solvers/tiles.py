@@ -1,0 +1,82 @@
+"""What solvers that only choose scales and zero points share: the tiles of a weight, and their codes in the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitgrain.numerics import QTensor, QuantSpec, quantize
+from bitgrain.numerics.affine import store_zero
+from bitgrain.numerics.formats import Format
+from bitgrain.numerics.granularity import to_tiles
+from bitgrain.numerics.qtensor import scale_values
+from bitgrain.numerics.quantize import check_finite, store_scale
+from bitgrain.numerics.ranges.search import real_elements
+from bitgrain.numerics.sums import row_sums
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A weight [out, in] in tiles, and the ideal scales and zero points it starts from.
+
+    weight  float32 [out, in]
+    x       float32 [t, n]: its tiles, 0 beyond the edge
+    counts  how much each element counts, [t, n], 0 beyond the edge; None: all the same
+    scale   float32 [t]: ideal, 0 for an all-zero tile; zero: likewise, None if symmetric
+    """
+
+    weight: Tensor
+    spec: QuantSpec
+    x: Tensor
+    counts: Tensor | None
+    scale: Tensor
+    zero: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor, spec: QuantSpec, importance: Tensor | None, name: str) -> Tiles:
+        """`weight` as its spec's own range would have it; `importance` [in]. Raises NumericsError for NaN and Inf."""
+        x = weight.to(torch.float32)
+        check_finite(x, name)
+        weights = None
+        if importance is not None:
+            weights = to_tiles(importance.to(torch.float32).expand(x.shape), spec.granularity)
+        scale, zero = spec.range.scale(to_tiles(x, spec.granularity, spec.range.fill), spec, weights)
+        tiles, counts = real_elements(to_tiles(x, spec.granularity, math.nan), weights)
+        flat = tiles.reshape(-1, tiles.shape[-1])
+        return Tiles(
+            x,
+            spec,
+            flat,
+            None if counts is None else counts.reshape(flat.shape),
+            scale.reshape(-1),
+            None if zero is None else zero.reshape(-1),
+        )
+
+    def pack_better(
+        self, scale: Tensor, zero: Tensor | None, norm: float, outer_scale: Tensor | None, name: str
+    ) -> QTensor:
+        """`pack` with these ideal scales and zero points [t], of which each is known to be no worse in plain storage.
+
+        Nested scales are rounded together: if sum counts * |error| ** norm is higher in the end, the start is packed.
+        """
+        found = replace(self, scale=scale, zero=zero).pack(outer_scale, name)
+        if isinstance(self.spec.scale, Format):
+            return found
+        start = self.pack(outer_scale, name)
+        return found if self._loss(found, norm) < self._loss(start, norm) else start
+
+    def _loss(self, q: QTensor, norm: float) -> float:
+        error = to_tiles(self.weight - q.dequantize(), self.spec.granularity).reshape(self.x.shape).abs_().pow_(norm)
+        return float(row_sums(error if self.counts is None else error.mul_(self.counts)).sum().item())
+
+    def pack(self, outer_scale: Tensor | None, name: str) -> QTensor:
+        """Scales and zero points stored, and each weight's nearest code. Raises NumericsError: a scale overflows."""
+        grid = self.spec.granularity.tiles(tuple(self.weight.shape))
+        ideal = self.scale.view(grid)
+        scale = store_scale(ideal, self.spec, name, outer_scale)
+        zero = None if self.zero is None else self.zero.view(grid)
+        stored = store_zero(zero, ideal, scale_values(scale), self.spec)
+        return quantize(self.weight, self.spec, scale=scale, zero=stored, name=name)
