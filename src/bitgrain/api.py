@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_mod
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
 from bitgrain.pipeline.load import load
+from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
 from bitgrain.pipeline.verify import Check, verify
-from bitgrain.progress import Progress
+from bitgrain.progress import Progress, make_progress
 from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
 from bitgrain.runtime.device import resolve_device
 
@@ -62,20 +63,42 @@ def plan(
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    keep: Sequence[str] = (),
+    bits: float | None = None,
+    engine: str = "compressed-tensors",
     revision: str | None = None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int | None = None,
+    device: str = "auto",
+    cache: Path | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
-    """What `quantize` would do, before a weight is touched: see `bitgrain.pipeline.plan.Plan`."""
-    return make_plan(
-        model,
-        read_recipe(scheme, recipe, on_indivisible, solver, calibration),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        max_shard_bytes=max_shard_bytes,
-        workers=workers,
-    )
+    """What `quantize` would do, before a weight is written: see `bitgrain.pipeline.plan.Plan`.
+
+    calibration  the text that solvers may learn from, or keys of `recipes.Calibration`
+    keep         layers to be left in full precision, as `match` in a recipe's rules
+    bits         stored bits a weight on average, allocated by sensitivity, which is measured now (`pipeline.mixed`);
+                 `scheme` then only says how activations are quantized; engine: whose formats may be chosen
+    """
+    if bits is not None and scheme is None and not isinstance(recipe, Recipe):
+        scheme = "W8A16"
+    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration)
+    if keep:
+        rules = [*chosen.rules, *({"match": name, "keep": True} for name in keep)]
+        chosen = make_recipe(**{**chosen.model_dump(), "rules": rules})
+    settings: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "max_shard_bytes": max_shard_bytes,
+        "workers": workers,
+    }
+    notes: tuple[str, ...] = ()
+    if bits is not None:
+        quiet = progress or make_progress("quiet")
+        mix = allocate_bits(model, chosen, bits, engine=engine, device=device, cache=cache, progress=quiet, **settings)
+        chosen, notes = mix.recipe, mix.notes
+    return make_plan(model, chosen, notes=notes, **settings)
 
 
 def quantize(
@@ -90,11 +113,20 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, calibration, revision, trust_remote_code, max_shard_bytes,
-              workers
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, keep, bits, engine, revision,
+              trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
-    return run_plan(plan(model, scheme, **settings), out, device=device, restart=restart, progress=progress)
+    cache = bits_cache(out)
+    made = plan(model, scheme, device=device, cache=cache, progress=progress, **settings)
+    result = run_plan(made, out, device=device, restart=restart, progress=progress)
+    cache.unlink(missing_ok=True)
+    return result
+
+
+def bits_cache(out: str | Path) -> Path:
+    """Where a job that allocates bits keeps what it measured until OUT is there."""
+    return Path(out).with_name(Path(out).name + ".sensitivity.json")
 
 
 def evaluate(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from bitgrain.pipeline.plan import Plan
+    from bitgrain.progress import Progress
 
 INDIVISIBLE = ("error", "pad", "channel", "skip")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,6 +32,17 @@ def parse_count(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def parse_bits(text: str) -> float:
+    """A number above 0 and at most 16."""
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = 0.0
+    if not 0 < bits <= 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits between 0 and 16")
+    return bits
 
 
 def add_model(parser: argparse.ArgumentParser, what: str = "MODEL") -> None:
@@ -74,6 +87,13 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=parse_count, metavar="N", help="calibration windows; default 128")
     parser.add_argument("--seqlen", type=parse_count, metavar="L", help="tokens in a calibration window; default 512")
     parser.add_argument(
+        "--bits", type=parse_bits, metavar="B", help="average bits a weight, for instance 3.5, allocated by sensitivity"
+    )
+    parser.add_argument(
+        "--engine", metavar="E", help="with --bits: whose formats may be chosen (compressed-tensors, vllm, ...)"
+    )
+    parser.add_argument("--keep", action="append", metavar="NAME", help="a layer to leave as it is; may be repeated")
+    parser.add_argument(
         "--on-indivisible",
         choices=INDIVISIBLE,
         help="layers that groups do not divide: stop (default), pad, use one scale a channel, or keep them as they are",
@@ -91,13 +111,18 @@ def add_job(parser: argparse.ArgumentParser) -> None:
 
 def _complain(args: argparse.Namespace) -> str | None:
     """What argparse cannot say: that one of two is needed."""
-    if args.scheme is None and args.recipe is None:
-        return "say what to do: --scheme S (`bitgrain schemes` lists them) or --recipe FILE"
+    if args.scheme is None and args.recipe is None and args.bits is None:
+        return "say what to do: --scheme S (`bitgrain schemes` lists them), --bits B or --recipe FILE"
+    if args.engine is not None and args.bits is None:
+        return "--engine limits what --bits may choose; without --bits it has no meaning"
     return None
 
 
-def plan_from(args: argparse.Namespace) -> Plan:
-    """The plan of what `add_job` read. Raises BitgrainError."""
+def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache: Path | None = None) -> Plan:
+    """The plan of what `add_job` read. Raises BitgrainError.
+
+    progress, cache  for `--bits`, which measures the layers first
+    """
     from bitgrain import api
 
     settings: dict[str, Any] = {} if args.max_shard_size is None else {"max_shard_bytes": args.max_shard_size}
@@ -110,6 +135,12 @@ def plan_from(args: argparse.Namespace) -> Plan:
         on_indivisible=args.on_indivisible,
         solver=args.solver,
         calibration=calibration or None,
+        keep=args.keep or (),
+        bits=args.bits,
+        engine=args.engine or "compressed-tensors",
+        device=getattr(args, "device", "auto"),
+        progress=progress,
+        cache=cache,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         workers=args.workers,

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.json or args.quiet:
         hide_download_bars()
+    from bitgrain.api import bits_cache
     from bitgrain.checkpoints.job_folder import check_parent, partial_folder
     from bitgrain.pipeline.quantize import run_plan
     from bitgrain.progress import make_progress
@@ -39,14 +40,15 @@ def run(args: argparse.Namespace) -> int:
     partial = partial_folder(out)
     if out.exists() and not partial.exists():  # said now, not after a download
         raise OutputError(f"{args.out}: exists already, and is never overwritten. Remove it, or choose another name.")
-    plan = plan_from(args)
+    progress = make_progress("json" if args.json else "quiet" if args.quiet else "rich")
+    cache = bits_cache(out)
+    plan = plan_from(args, progress, cache)
     silent = args.json or args.quiet
     if not silent:
         render_short_plan(plan, make_console())
     if plan.problems:
         print_error("this cannot be done as asked:\n  " + "\n  ".join(problem_lines(plan)))
         return 1
-    progress = make_progress("json" if args.json else "quiet" if args.quiet else "rich")
     began = time.monotonic()
     try:
         result = run_plan(plan, out, device=args.device, restart=args.restart, progress=progress)
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         kept = f"what is done is in {partial.name}; " if partial.exists() else ""
         print(f"stopped: {kept}the same command goes on from here", file=sys.stderr)
         return 130
+    cache.unlink(missing_ok=True)
     seconds = time.monotonic() - began
     if args.json:
         print_json(result_to_json(result, seconds))

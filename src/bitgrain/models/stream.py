@@ -69,7 +69,7 @@ class StreamedModel:
         self.anatomy = anatomy
         self.device = torch.device(device)
         self.dtype = dtype
-        self._read = read
+        self.read = read
         self._names: dict[int | None, list[str]] = {}
         for name in (*(weight.tensor for weight in anatomy.weights), *anatomy.others):
             self._names.setdefault(anatomy.block_of[name], []).append(name)
@@ -87,7 +87,7 @@ class StreamedModel:
 
     def load(self, names: Iterable[str]) -> None:
         """Read these tensors and put them into the model. Tensors that are joined in memory must come together."""
-        self.put({name: self._read(name) for name in names})
+        self.put({name: self.read(name) for name in names})
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill parameters and buffers from tensors under their names on disk."""
@@ -133,21 +133,21 @@ class StreamedModel:
             raise ModelError(f"{self.anatomy.architecture} runs none of its blocks on text, so it cannot be calibrated")
         return captured[0]
 
-    def tail(self, ids: Tensor, hidden: Tensor) -> Any:
-        """What the model makes of `hidden`, the output of its last block: its output object."""
+    def tail(self, ids: Tensor, hidden: Tensor, grad: bool = False) -> Any:
+        """What the model makes of `hidden`, the output of its last block: its output object; `grad`: differentiable."""
         reached = max(self.reached)
 
         def replace(index: int, given: Tensor, call: Call) -> Tensor:
             return hidden if index == reached else given
 
-        return self._run(ids, replace)
+        return self._run(ids, replace, grad)
 
     def run(self, index: int, hidden: Tensor, call: Call, block: nn.Module | None = None) -> Tensor:
         """The output of block `index` (or of `block` in its place) [batch, tokens, hidden]."""
         module = self.block(index) if block is None else block
         return _tensor_of(call_block(module, hidden, call))
 
-    def _run(self, ids: Tensor, listen: Callable[[int, Tensor, Call], Tensor]) -> Any:
+    def _run(self, ids: Tensor, listen: Callable[[int, Tensor, Call], Tensor], grad: bool = False) -> Any:
         self.reached: set[int] = getattr(self, "reached", set())
         names = self.anatomy.block_names
 
@@ -170,7 +170,7 @@ class StreamedModel:
         for index, block in enumerate(blocks):
             block.forward = passing(index)  # type: ignore[method-assign]
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 return self.model(input_ids=ids.to(self.device), **_without_cache(self.model))
         except _Stop:
             return None

@@ -67,7 +67,8 @@ def outer_scales(
 def to_cpu(q: QTensor) -> QTensor:
     """The same on the CPU."""
     scale = to_cpu(q.scale) if isinstance(q.scale, QTensor) else q.scale.cpu()
-    return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec)
+    outliers = None if q.outliers is None else q.outliers.to("cpu")
+    return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec, outliers)
 
 
 def report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def _row_pieces(matrix: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:
         stop = min(start + step, rows)
         tiles = slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
         zero = None if q.zero is None else q.zero[tiles]
-        yield matrix[start:stop], QTensor(q.codes[start:stop], scale[tiles], zero, q.spec)
+        outliers = None if q.outliers is None else q.outliers.rows(start, stop)
+        yield matrix[start:stop], QTensor(q.codes[start:stop], scale[tiles], zero, q.spec, outliers)
 
 
 def record(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:

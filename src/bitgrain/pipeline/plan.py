@@ -183,8 +183,12 @@ def make_plan(
     trust_remote_code: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int | None = None,
+    calibrate: bool = False,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Plan `recipe` on `model` (a folder or a hub name).
+
+    calibrate  read calibration text even if nothing in the recipe needs it; notes: what else the plan should tell
 
     Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
     that cannot be read, RecipeError for a rule that matches nothing.
@@ -198,7 +202,11 @@ def make_plan(
     anatomy = read_anatomy(skeleton, checkpoint.entries)
     schemes = recipe.assign(anatomy.weights)
     calibration = None
-    if recipe.needs_calibration or any(scheme is not None and scheme.needs_calibration for scheme in schemes):
+    if (
+        calibrate
+        or recipe.needs_calibration
+        or any(scheme is not None and scheme.needs_calibration for scheme in schemes)
+    ):
         calibration = _read_calibration(recipe, source, config, trust_remote_code)
     problems: list[str] = []
     if anatomy.missing:
@@ -231,7 +239,7 @@ def make_plan(
         engines=tuple(judge(list(quantized.values()), _fused(layers), layout.name)),
         workers=torch.get_num_threads() if workers is None else workers,
         problems=tuple(dict.fromkeys(problems)),
-        notes=(*_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
+        notes=(*notes, *_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
         trust_remote_code=trust_remote_code,
         calibration=calibration,
     )

@@ -1,0 +1,1 @@
+"""Search: which layer gets which bits, so that the whole is best at a given size."""
