@@ -17,9 +17,7 @@ _EQUAL = 1e-5
 """Columns of one head differ by rounding only."""
 
 
-def find_heads(
-    block: nn.Module, pair: Pair, seen: Trace, again: Callable[[], Trace], same: Callable[[], bool]
-) -> Pair:
+def find_heads(block: nn.Module, pair: Pair, seen: Trace, again: Callable[[], Trace], same: Callable[[], bool]) -> Pair:
     """The pair with `head` and `mixes` filled in, proved; as it is where there is nothing to mix.
 
     again  runs the block with the weights that it has now; same: whether its output is what it was

@@ -98,16 +98,24 @@ def convert_tensors(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
     return found
 
 
-def revert_tensors(skeleton: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def revert_tensors(
+    skeleton: nn.Module, tensors: Mapping[str, torch.Tensor], names: Iterable[str]
+) -> dict[str, torch.Tensor]:
     """The inverse of `convert_tensors`: parameters and buffers by their names in memory -> tensors by those on disk.
 
-    Whether it is the inverse is the caller's to check: transformers does not promise it for every architecture.
+    names  on disk, of the tensors that are wanted. What is only renamed comes back exactly; whether the rest does is
+           the caller's to check, transformers does not promise it for every architecture.
     """
+    rules = _Rules(skeleton)
+    plain, _ = rules.sort(names)
+    found = {name: tensors[target] for name, target in plain.items() if target in tensors}
+    renamed = set(plain.values())
+    converted = {target: tensor for target, tensor in tensors.items() if target not in renamed}
     model = cast(Any, skeleton)
     before = getattr(model, "_weight_conversions", None)
-    model._weight_conversions = get_model_conversion_mapping(model)
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     try:
-        return revert_weight_conversion(model, dict(tensors))
+        return found | (revert_weight_conversion(model, converted) if converted else {})
     finally:
         model._weight_conversions = before
 

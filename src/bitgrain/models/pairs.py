@@ -21,7 +21,7 @@ from bitgrain.models.structure import Matrix, find_matrices
 from bitgrain.models.trace import NormCall, Trace, below, norm_paths, trace
 from bitgrain.transforms.base import Pair
 from bitgrain.transforms.proof import TOLERANCE, difference, routes
-from bitgrain.transforms.rescale import names_of, reader_of, rescale, restoring, to_columns, writer_rows
+from bitgrain.transforms.rescale import bias_of, names_of, rescale, restoring, to_columns
 
 Run = Callable[[], Tensor]
 
@@ -248,11 +248,11 @@ def gain_of(norm: nn.Module, call: NormCall) -> tuple[str, float, str] | None:
             for value in (0.0, 1.0):
                 for name in names:
                     norm.get_parameter(name).data.fill_(value if name == gain else 0.0)
-                outputs.append(norm(call.x))
+                outputs.append(call.again())
             at_zero, at_one = outputs
             if bias:  # gain 1, bias 1
                 norm.get_parameter(bias).data.fill_(1.0)
-                if difference(at_one + 1.0, norm(call.x)) > TOLERANCE:
+                if difference(at_one + 1.0, call.again()) > TOLERANCE:
                     continue
             if not bool(at_one.any()):
                 continue
@@ -261,18 +261,6 @@ def gain_of(norm: nn.Module, call: NormCall) -> tuple[str, float, str] | None:
             if difference(2 * at_zero, at_one) <= TOLERANCE:
                 return gain, 1.0, bias
     return None
-
-
-def bias_of(module: nn.Module, weight: str) -> str:
-    """The name of the bias that is added to the product with a matrix: [out], or [experts, out] for stacks."""
-    owner, _, leaf = weight.rpartition(".")
-    parameter = module.get_parameter(weight)
-    part = module.get_submodule(owner)
-    for name, other in part.named_parameters(recurse=False):
-        stacked = parameter.ndim == 3 and name.startswith(leaf) and other.ndim == 2 and len(other) == len(parameter)
-        if (name == "bias" and leaf == "weight") or (stacked and "bias" in name):
-            return f"{owner}.{name}" if owner else name
-    return ""
 
 
 _LIKELY = re.compile(r"(^|[._])v(_|alue)|up|w3\b|wi_1|fc_?1|fc_in|c_fc|qkv|query_key_value|c_attn|kv_b|h_to_4h", re.I)
@@ -327,6 +315,3 @@ def _moved(pair: Pair, prefix: str) -> Pair:
         bias=prefix + pair.bias if pair.bias else "",
         transposed=frozenset(prefix + name for name in pair.transposed),
     )
-
-
-__all__ = ["bias_of", "find_pairs", "gain_of", "reader_of", "writer_rows"]

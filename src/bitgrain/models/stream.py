@@ -21,6 +21,10 @@ from bitgrain.errors import ModelError
 from bitgrain.models.anatomy import Anatomy
 from bitgrain.models.naming import convert_tensors
 
+_NOT_BY_BLOCK = "cannot be calibrated block by block; use a solver that needs no calibration"
+_PROBE = 8
+"""Tokens with which a model is tried."""
+
 Read = Callable[[str], Tensor]
 """Gives the tensor of a name on disk."""
 
@@ -65,6 +69,11 @@ class StreamedModel:
     ) -> None:
         if not anatomy.block_names:
             raise ModelError(f"{anatomy.architecture} has no repeated blocks: it cannot be calibrated block by block")
+        stacks = {name.rpartition(".")[0] for name in anatomy.block_names}
+        if len(stacks) > 1 and getattr(skeleton.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{anatomy.architecture} is an encoder and a decoder: a model of several stacks {_NOT_BY_BLOCK}"
+            )
         self.model = skeleton
         self.anatomy = anatomy
         self.device = torch.device(device)
@@ -73,10 +82,11 @@ class StreamedModel:
         self._names: dict[int | None, list[str]] = {}
         for name in (*(weight.tensor for weight in anatomy.weights), *anatomy.others):
             self._names.setdefault(anatomy.block_of[name], []).append(name)
-        self._returns_tuple: dict[type[nn.Module], int] = {}
+        self.reached: set[int] = set()
+        self._extras: dict[type[nn.Module], tuple[Any, ...] | None] = {}
         _fill_buffers(cast(PreTrainedModel, skeleton), self.device)
+        self._tied = {name: [one for one in group if one != name] for group in anatomy.tied for name in group}
         self.load(self._names.get(None, []))
-        self.tie()
 
     def names(self, index: int | None) -> list[str]:
         """Names on disk of the tensors of a block; None: of all outside the blocks."""
@@ -90,14 +100,20 @@ class StreamedModel:
         self.put({name: self.read(name) for name in names})
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill parameters and buffers from tensors under their names on disk."""
+        """Fill parameters and buffers from tensors under their names on disk; what is tied to them stays so."""
         for name, tensor in convert_tensors(self.model, tensors).items():
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             tensor = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None).contiguous()
-            tensor = tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+            # aligned, for the same bits however it was read; alone in its memory, for `Watch` tells weights by it
+            if tensor.data_ptr() % 64 or tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor = tensor.clone()
             is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+            put = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+            setattr(module, leaf, put)
+            for other in self._tied.get(name, ()):
+                owner, _, leaf = other.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, put)
 
     def load_block(self, index: int) -> nn.Module:
         """The block with its weights; `free_block` lets go of them."""
@@ -110,10 +126,15 @@ class StreamedModel:
                 setattr(module, leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
     def capture(self, ids: Tensor) -> Captured:
-        """What the blocks are given for token ids [batch, tokens]. Raises ModelError where several stacks follow
-        each other, as in an encoder-decoder."""
+        """What the blocks are given for token ids [batch, tokens].
+
+        Raises ModelError where several stacks follow each other, a block is run twice, or blocks hand each other more
+        than hidden states.
+        """
+        if not self.reached:
+            self._probe(ids[:1, :_PROBE])
         captured: list[Captured] = []
-        last = len(self.anatomy.block_names) - 1
+        last = max(self.reached)
 
         def note(index: int, hidden: Tensor, call: Call) -> Tensor:
             if not captured:
@@ -121,7 +142,7 @@ class StreamedModel:
             elif hidden.data_ptr() != captured[0].hidden.data_ptr():
                 raise ModelError(
                     f"{self.anatomy.block_names[index]} is not given the output of the block before it: a model of "
-                    "several stacks cannot be calibrated block by block; use a solver that needs no calibration"
+                    f"several stacks {_NOT_BY_BLOCK}"
                 )
             captured[0].calls[index] = call
             if index == last:
@@ -129,9 +150,29 @@ class StreamedModel:
             return hidden
 
         self._run(ids, note)
-        if not captured:
-            raise ModelError(f"{self.anatomy.architecture} runs none of its blocks on text, so it cannot be calibrated")
         return captured[0]
+
+    def _probe(self, ids: Tensor) -> None:
+        """Learn from a few tokens which blocks text reaches, and whether they can be run one by one."""
+        names, reached = self.anatomy.block_names, set[int]()
+
+        def note(index: int, hidden: Tensor, call: Call) -> Tensor:
+            if index in reached:
+                raise ModelError(f"{names[index]} is run more than once: a model that shares blocks {_NOT_BY_BLOCK}")
+            given = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+            if any(value is extra for extras in self._extras.values() for extra in extras or () for value in given):
+                raise ModelError(
+                    f"{names[index]} is given more than hidden states by the block before it: such a model "
+                    f"{_NOT_BY_BLOCK}"
+                )
+            reached.add(index)
+            return hidden
+
+        self._run(ids, note)
+        if not reached:
+            raise ModelError(f"{self.anatomy.architecture} runs none of its blocks on text, so it cannot be calibrated")
+        self.reached = reached
+        self._extras = {kind: extras and (None,) * len(extras) for kind, extras in self._extras.items()}
 
     def tail(self, ids: Tensor, hidden: Tensor, grad: bool = False) -> Any:
         """What the model makes of `hidden`, the output of its last block: its output object; `grad`: differentiable."""
@@ -142,13 +183,16 @@ class StreamedModel:
 
         return self._run(ids, replace, grad)
 
+    def around(self, ids: Tensor) -> Any:
+        """The model's output for token ids if each block handed on its input: what lies outside the blocks, alone."""
+        return self._run(ids, lambda _, hidden, __: hidden)
+
     def run(self, index: int, hidden: Tensor, call: Call, block: nn.Module | None = None) -> Tensor:
         """The output of block `index` (or of `block` in its place) [batch, tokens, hidden]."""
         module = self.block(index) if block is None else block
         return _tensor_of(call_block(module, hidden, call))
 
     def _run(self, ids: Tensor, listen: Callable[[int, Tensor, Call], Tensor], grad: bool = False) -> Any:
-        self.reached: set[int] = getattr(self, "reached", set())
         names = self.anatomy.block_names
 
         def passing(index: int) -> Callable[..., Any]:
@@ -156,13 +200,12 @@ class StreamedModel:
             parameters = list(inspect.signature(module.forward).parameters)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                self.reached.add(index)
                 by_name = None if args else parameters[0]
                 hidden = args[0] if args else kwargs.pop(parameters[0])
                 call = Call(args[1:], kwargs, by_name)
-                width = self._width(index, hidden, call)
+                extras = self._returned(index, hidden, call)
                 result = listen(index, hidden, call)
-                return result if width == 0 else (result, *[None] * (width - 1))
+                return result if extras is None else (result, *extras)
 
             return forward
 
@@ -178,11 +221,11 @@ class StreamedModel:
             for block in blocks:
                 del block.forward
 
-    def _width(self, index: int, hidden: Tensor, call: Call) -> int:
-        """0 if blocks of this class return a tensor, else the length of the tuple: known from running one."""
+    def _returned(self, index: int, hidden: Tensor, call: Call) -> tuple[Any, ...] | None:
+        """None if blocks of this class return a tensor, else what stands behind it in a tuple: from running one."""
         block = self.block(index)
         kind = type(block)
-        if kind not in self._returns_tuple:
+        if kind not in self._extras:
             forward = block.forward
             del block.forward
             try:
@@ -191,16 +234,8 @@ class StreamedModel:
             finally:
                 block.forward = forward  # type: ignore[method-assign]
                 self.free_block(index)
-            self._returns_tuple[kind] = len(output) if isinstance(output, tuple) else 0
-        return self._returns_tuple[kind]
-
-    def tie(self) -> None:
-        """Parameters that share a tensor on disk become one again, after `put` of one of them."""
-        for group in self.anatomy.tied:
-            filled = [one for name in group if not (one := self.model.get_parameter(name)).is_meta]
-            for name in group if filled else ():
-                owner, _, leaf = name.rpartition(".")
-                setattr(self.model.get_submodule(owner), leaf, filled[0])
+            self._extras[kind] = output[1:] if isinstance(output, tuple) else None
+        return self._extras[kind]
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: Call) -> Any:
@@ -250,10 +285,14 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) get their values as transformers gives them."""
-    for module in model.modules():
+    """Buffers that no checkpoint holds (rotary frequencies) get their values as transformers gives them: from the
+    innermost model that they are a part of."""
+    owners: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules():
+        owner = module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
+        owners[path] = owner
         missing = [(leaf, buffer) for leaf, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for leaf, buffer in missing:
             setattr(module, leaf, torch.empty_like(buffer, device=device))
         if missing:
-            model._init_weights(module)  # pyright: ignore[reportPrivateUsage]
+            owner._init_weights(module)  # pyright: ignore[reportPrivateUsage]

@@ -14,11 +14,12 @@ from bitgrain.runtime.watch import Key, Watch, parameters_of
 
 @dataclass(frozen=True)
 class NormCall:
-    """A norm with a gain, as it was called: input and output [tokens.., width]."""
+    """A norm with a gain, as it was called: input and output [tokens.., width]; `again` calls it likewise."""
 
     path: str
     x: Tensor
     y: Tensor
+    again: Callable[[], Tensor]
 
 
 @dataclass
@@ -58,10 +59,10 @@ def trace(module: nn.Module, run: Callable[[], Tensor], matrices: Iterable[str],
         found.products.append((key, x))
 
     def note(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+        def hook(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
             x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if x is not None and isinstance(y, Tensor) and x.shape == y.shape:
-                found.norms.append(NormCall(path, x, y))
+                found.norms.append(NormCall(path, x, y, lambda: norm(*args, **kwargs)))
 
         return hook
 

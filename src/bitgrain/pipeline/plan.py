@@ -43,7 +43,7 @@ _WORKER_BYTES = 24_000_000
 """One worker's pieces of a matrix, widened to float32 and float64, and what its allocator keeps."""
 _TILE_BYTES = 80
 """For each element of one row of tiles, the least that is rounded at once."""
-_PACKING_BYTES = {"compressed-tensors": 2, "bitgrain": 10}
+_PACKING_BYTES = {"compressed-tensors": 2, "bitgrain": 2}
 """For each element of one matrix while its codes are packed."""
 
 

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from bitgrain.errors import NumericsError
 from bitgrain.models.anatomy import Weight
 from bitgrain.models.naming import convert_tensors
-from bitgrain.models.stream import Captured, StreamedModel, twin
+from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, twin
 from bitgrain.numerics import QTensor
-from bitgrain.pipeline.blockwise.batches import Pool
+from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.rewrite import Rewriter
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
+from bitgrain.pipeline.blockwise.static import Chosen, choose_inputs, require_reached, static_layers
 from bitgrain.pipeline.layers import outer_scales
-from bitgrain.pipeline.load import attach_input_quantizers
+from bitgrain.pipeline.load import attach_input_quantizers, input_quantizer_for
 from bitgrain.pipeline.plan import Plan
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, get_solver
@@ -37,20 +39,25 @@ class Flow:
     """The calibration batches on their way through the model: hidden states entering the next block.
 
     quantized  as the blocks quantized so far leave them; full: as those of the full-precision model do
+    probe      a few tokens in full precision, on which transforms are proved; None: there are no transforms
     """
 
     batches: list[Captured]
     quantized: list[Tensor]
     full: list[Tensor]
+    probe: Captured | None = None
 
 
 @dataclass
 class SolvedBlock:
-    """What became of a block: QTensors by original tensor name, tensors that a transform changed, records."""
+    """What became of a block: QTensors and static inputs by original tensor name, tensors that a transform changed,
+    records."""
 
     parts: dict[str, list[QTensor]] = field(default_factory=dict)
+    inputs: dict[str, Chosen] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transforms: list[dict[str, Any]] = field(default_factory=list)
 
 
 class BlockSolver:
@@ -60,6 +67,7 @@ class BlockSolver:
         self, plan: Plan, stream: StreamedModel, pool: Pool, advance: Callable[[int, str], None] | None = None
     ) -> None:
         self.plan, self.stream, self.pool = plan, stream, pool
+        self.rewriter = Rewriter(plan, stream, pool)
         self.recipe = plan.recipe
         self.solver = get_solver(self.recipe.solver)
         self.sequential = self.recipe.calibration.activations == "quantized"
@@ -88,19 +96,22 @@ class _Block:
         for weight in here:
             for target in weight.targets:
                 self.joined.setdefault(target, []).append(weight)
+        self.joined_of = {weight.tensor: weight.targets for weight in here}
         self.dense: dict[str, Tensor] = {}
         self.result = SolvedBlock()
 
     def solve(self) -> SolvedBlock:
         full = self.stream.load_block(self.index)
+        calls = [batch.calls[self.index] for batch in self.flow.batches]
+        self._transform(full, calls)
         block = twin(full) if self.flow.quantized else full
-        schemes = {name: layer.scheme for name, layer in self.layers.items()}
+        schemes = {name: layer.scheme for name, layer in self.layers.items() if layer.static_input is None}
         if self.flow.quantized:
             attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix)
-        calls = [batch.calls[self.index] for batch in self.flow.batches]
         names = list(dict.fromkeys(self._parameter(weight) for weight in self.weights.values()))
         stages = find_stages(full, names, (self.flow.full or self.flow.quantized)[0], calls[0]) if names else []
-        reached = [stage for stage in stages if stage.reached] if self.owner.needs_moments else []
+        require_reached([name for stage in stages if not stage.reached for name in self._static(stage)])
+        reached = [stage for stage in stages if stage.reached and (self.owner.needs_moments or self._static(stage))]
         outer = outer_scales(self.layers, self.plan.fused_groups, self._original, self.stream.device)
         with ExitStack() as stack:
             quantized = exact = None
@@ -114,7 +125,8 @@ class _Block:
                 again = Reruns(full, self.flow.full, calls, reached, self.pool)
                 exact = stack.enter_context(again if lean else Kept(full, self.flow.full, calls, reached))
             for place, stage in enumerate(reached):
-                moments = self._moments(stage, place, quantized, exact)
+                self._choose_inputs(stage, place, quantized or exact, block)
+                moments = self._moments(stage, place, quantized, exact) if self.owner.needs_moments else {}
                 self._solve_stage(stage, moments, outer, block)
                 for one in (quantized, exact):
                     if one is not None:
@@ -127,6 +139,32 @@ class _Block:
         self.stream.free_block(self.index)
         return self.result
 
+    def _transform(self, full: nn.Module, calls: Sequence[Call]) -> None:
+        probe = self.flow.probe
+        if probe is None:
+            return
+        call = probe.calls[self.index]
+        self.result.changed, self.result.transforms = self.owner.rewriter.block(
+            self.index, full, self.flow.full, calls, probe.hidden, call
+        )
+        for name, tensor in self.result.changed.items():  # what is kept is written in the checkpoint's own dtype
+            if name not in self.layers:
+                self.result.changed[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)
+        self.stream.put({**self.result.changed, **self._beside(self.result.changed)})
+        with torch.no_grad(), single_threaded():
+            output = call_block(full, probe.hidden, call)
+        probe.hidden = output[0] if isinstance(output, tuple) else output
+
+    def _beside(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that are joined in memory with changed ones."""
+        targets = {target for name, of in self.joined_of.items() if name in changed for target in of}
+        return {
+            weight.tensor: self.plan.checkpoint.read(weight.tensor)
+            for target in targets
+            for weight in self.joined[target]
+            if weight.tensor not in changed
+        }
+
     def _too_much(self, stages: Sequence[Stage]) -> bool:
         """Whether the activations of all batches inside the block are more than should be held."""
         inputs = self.flow.full or self.flow.quantized
@@ -135,6 +173,34 @@ class _Block:
         held = 4 * tokens * (widest + _STREAMS * inputs[0].shape[-1])
         both = 2 if self.flow.full and self.flow.quantized else 1
         return not stages or not all(stage.shared for stage in stages) or both * held > _HOLD_BYTES
+
+    def _static(self, stage: Stage) -> list[str]:
+        names = [name for name, weight in self.weights.items() if self._parameter(weight) in stage.names]
+        return static_layers(self.layers, names)
+
+    def _choose_inputs(self, stage: Stage, place: int, walk: Walk | None, block: nn.Module) -> None:
+        """Choose the static scales of a stage's inputs; the quantized block rounds by them from here on."""
+        assert walk is not None
+        parameters = {name: self._parameter(weight) for name, weight in self.weights.items()}
+        windows = [len(hidden) for hidden in self.flow.quantized or self.flow.full]
+        chosen = choose_inputs(
+            *(stage, self.layers, parameters, lambda batch: walk.seen(batch, place), windows),
+            *(self._original, self.pool, self.prefix.removesuffix(".")),
+        )
+        self.result.inputs.update(chosen)
+        if not chosen or not self.flow.quantized:
+            return
+        targets = {target for name in chosen for target in self.joined_of[name]}
+        together = {weight.tensor for target in targets for weight in self.joined[target]}
+        schemes = {name: layer.scheme for name, layer in self.layers.items() if name in together}
+        static = {name: [one.static] for name, one in chosen.items()}
+        attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix, static=static)
+        rounding = {
+            parameters[name]: input_quantizer_for(spec, static=static[name])
+            for name in chosen
+            if (spec := self.layers[name].static_input) is not None
+        }
+        walk.round_inputs(rounding)
 
     def _moments(self, stage: Stage, place: int, quantized: Walk | None, exact: Walk | None) -> dict[Key, Moments]:
         count, label = len(self.flow.batches), self.prefix.removesuffix(".")
@@ -176,7 +242,8 @@ class _Block:
         for name, (solutions, record) in zip(names, self.pool.map(one, names), strict=True):
             layer = self.layers[name]
             self.result.parts[name] = [solution.q for solution in solutions]
-            self.result.records[name] = record
+            told = self.result.inputs[name].record if name in self.result.inputs else {}
+            self.result.records[name] = {**record, **told}
             self.dense[name] = dense_of(layer, solutions)
             self.owner.advance(layer.elements, loss_note(layer.module, solutions))
         self._put(block, names)

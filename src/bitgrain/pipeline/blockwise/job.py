@@ -13,6 +13,8 @@ from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.block import BlockSolver, Flow, SolvedBlock
 from bitgrain.pipeline.blockwise.layer import UNREACHED, loss_note, record_of, solve_layer
 from bitgrain.pipeline.blockwise.outside import solve_outside
+from bitgrain.pipeline.blockwise.rewrite import PROBE
+from bitgrain.pipeline.blockwise.static import require_reached, static_layers, stored_inputs
 from bitgrain.pipeline.blockwise.whole import tune_whole
 from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
 from bitgrain.pipeline.layers import kept, to_cpu
@@ -72,9 +74,13 @@ class _Pass:
 
     def run(self) -> None:
         count = len(self.stream.anatomy.block_names)
+        solver = BlockSolver(self.plan, self.stream, self.pool, self.progress.advance)
+        outside, told_outside = solver.rewriter.outside()
         first = next((i for i in range(count) if not self.work.has(block_file(i))), count)
         flow = self._start(first)
-        solver = BlockSolver(self.plan, self.stream, self.pool, self.progress.advance)
+        beyond = set(range(count)) - flow.batches[0].calls.keys()
+        weights = [weight for weight in self.stream.anatomy.weights if weight.tensor in self.plan.quantized]
+        require_reached(static_layers(self.plan.quantized, [one.tensor for one in weights if one.block in beyond]))
         for index in range(first, count):
             if index in flow.batches[0].calls:
                 solved = solver.solve(index, flow)
@@ -87,10 +93,15 @@ class _Pass:
             self.work.remove(hidden_file(index))
         if not self.work.has(OUTSIDE):
             advance = self.progress.advance
-            self._save(OUTSIDE, solve_outside(self.plan, self.stream, flow, self.ids, self.pool, advance))
+            solved = solve_outside(self.plan, self.stream, flow, self.ids, self.pool, advance, outside)
+            solved.transforms = told_outside
+            self._save(OUTSIDE, solved)
         self.progress.finish()
         assert self.plan.calibration is not None
         told: dict[str, Any] = {"calibration": self.plan.calibration.description}
+        if self.plan.recipe.transforms:
+            files = [OUTSIDE, *(block_file(i) for i in range(count))]
+            told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
         if self.plan.recipe.tuning.end_to_end is not None:
             tensors, told["tuning"] = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
             self.work.save(TUNED, tensors)
@@ -109,10 +120,15 @@ class _Pass:
             quantized=list(hidden) if sequential else [],
             full=list(hidden) if self._needs_full() else [],
         )
+        if recipe.transforms:
+            assert self.plan.calibration is not None
+            flow.probe = self.stream.capture(self.plan.calibration.ids[: PROBE[0], : PROBE[1]])
         if first and self.work.has(hidden_file(first)):
             saved = self.work.tensors(hidden_file(first))
             for name, mine in (("quantized", flow.quantized), ("full", flow.full)):
                 mine[:] = [saved[f"{name}.{i}"].to(self.stream.device) for i in range(len(mine))]
+            if flow.probe is not None:
+                flow.probe.hidden = saved["probe"].to(self.stream.device)
         done = [weight for weight in self.stream.anatomy.weights if weight.block is not None and weight.block < first]
         sizes = [self.plan.quantized[weight.tensor].elements for weight in done if weight.tensor in self.plan.quantized]
         if sizes:
@@ -123,7 +139,9 @@ class _Pass:
         """Whether the full-precision model's activations are followed through the blocks."""
         recipe = self.plan.recipe
         learns = recipe.tuning.end_to_end is not None or recipe.tuning.blockwise is not None
-        return learns or recipe.target is not None or recipe.calibration.activations == "full"
+        return (
+            bool(learns or recipe.transforms) or recipe.target is not None or recipe.calibration.activations == "full"
+        )
 
     def _unreached(self, index: int) -> SolvedBlock:
         """A block that text does not run through, as those of a vision tower: rounded without calibration."""
@@ -146,13 +164,16 @@ class _Pass:
     def _save(self, file: str, solved: SolvedBlock) -> None:
         tensors: dict[str, Tensor] = {}
         for name, parts in solved.parts.items():
-            tensors.update(self.plan.layout.encode(self.plan.quantized[name], [to_cpu(q) for q in parts]))
+            layer = self.plan.quantized[name]
+            inputs = stored_inputs(layer, solved.inputs)
+            tensors.update(self.plan.layout.encode(layer, [to_cpu(q) for q in parts], inputs))
         for name, tensor in solved.changed.items():
             if name not in solved.parts:
                 tensors[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)
-        self.work.save(file, tensors, {"layers": solved.records})
+        self.work.save(file, tensors, {"layers": solved.records, "transforms": solved.transforms})
 
 
 def _hidden(flow: Flow) -> dict[str, Tensor]:
     found = {f"quantized.{i}": tensor for i, tensor in enumerate(flow.quantized)}
-    return {**found, **{f"full.{i}": tensor for i, tensor in enumerate(flow.full)}}
+    found |= {f"full.{i}": tensor for i, tensor in enumerate(flow.full)}
+    return found if flow.probe is None else {**found, "probe": flow.probe.hidden}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -15,7 +15,10 @@ from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import loss_note, record_of, solve_layer
 from bitgrain.pipeline.blockwise.runs import Seen
 from bitgrain.pipeline.blockwise.stages import Stage
+from bitgrain.pipeline.blockwise.static import choose_inputs
+from bitgrain.pipeline.load import input_quantizer_for
 from bitgrain.pipeline.plan import Plan
+from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.runtime.watch import Done, Key, Watch
 from bitgrain.solvers import Moments, get_solver
 
@@ -27,22 +30,31 @@ def solve_outside(
     ids: Sequence[Tensor],
     pool: Pool,
     advance: Callable[[int, str], None],
+    changed: Mapping[str, Tensor],
 ) -> SolvedBlock:
-    """The quantized layers outside the blocks; `flow` is behind the last block."""
-    result = SolvedBlock()
+    """The quantized layers outside the blocks; `flow` is behind the last block; `changed`: what transforms made."""
+    result = SolvedBlock(changed=dict(changed))
     solver, target = get_solver(plan.recipe.solver), plan.recipe.target
     for weight in stream.anatomy.weights:
         layer = plan.quantized.get(weight.tensor)
         if weight.block is not None or layer is None:
             continue
         key = Key(weight.memory)
+        original = changed[weight.tensor] if weight.tensor in changed else plan.checkpoint.read(weight.tensor)
         moments: dict[Key, Moments] = {}
-        if weight.role != "embedding" and solver.needs_calibration:
+        if weight.role != "embedding" and (solver.needs_calibration or layer.static_input is not None):
             stage = Stage((weight.memory,), shared=True)
             hidden = flow.quantized or flow.full
+            rounding: list[InputQuantizer] = []
 
-            def seen(batch: int, name: str = weight.memory, hidden: list[Tensor] = hidden) -> Seen:
-                return _inputs(stream, name, ids[batch], hidden[batch])
+            def seen(
+                batch: int,
+                name: str = weight.memory,
+                hidden: list[Tensor] = hidden,
+                rounding: list[InputQuantizer] = rounding,
+            ) -> Seen:
+                found = _inputs(stream, name, ids[batch], hidden[batch])
+                return Seen({key: rounding[0](x) for key, x in found.inputs.items()}) if rounding else found
 
             def full(batch: int, name: str = weight.memory) -> Seen:
                 return _inputs(stream, name, ids[batch], flow.full[batch])
@@ -50,9 +62,19 @@ def solve_outside(
             compare = target is not None and flow.quantized and flow.full
             # one at a time: the blocks step aside while the model's own forward runs
             with Pool(1) as alone:
-                moments = gather_moments(stage, len(ids), seen, full if compare else None, None, alone, "the model")
+                if layer.static_input is not None:
+                    layers, windows = {weight.tensor: layer}, [len(one) for one in ids]
+                    known = choose_inputs(
+                        *(stage, layers, {weight.tensor: weight.memory}, seen, windows),
+                        *(lambda _, original=original: original, alone, "the model"),
+                    )
+                    result.inputs.update(known)
+                if flow.quantized and (spec := layer.scheme.input) is not None:
+                    static = [result.inputs[weight.tensor].static] if layer.static_input is not None else []
+                    rounding.append(input_quantizer_for(spec, static=static))
+                if solver.needs_calibration:
+                    moments = gather_moments(stage, len(ids), seen, full if compare else None, None, alone, "the model")
         keys = [key] * layer.experts
-        original = plan.checkpoint.read(weight.tensor)
         chosen = get_solver("rtn") if weight.role == "embedding" else solver
         solutions = next(
             pool.map(
@@ -61,7 +83,8 @@ def solve_outside(
             )
         )
         result.parts[weight.tensor] = [solution.q for solution in solutions]
-        result.records[weight.tensor] = record_of(layer, original, solutions)
+        told = result.inputs[weight.tensor].record if weight.tensor in result.inputs else {}
+        result.records[weight.tensor] = {**record_of(layer, original, solutions), **told}
         advance(layer.elements, loss_note(layer.module, solutions))
     return result
 

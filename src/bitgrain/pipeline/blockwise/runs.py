@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -50,6 +50,10 @@ class Walk(AbstractContextManager["Walk"]):
     @abstractmethod
     def seen(self, batch: int, stage: int) -> Seen:
         """What a batch's run is given at a stage; all earlier stages have been released."""
+
+    def round_inputs(self, rounding: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        """The block now rounds the inputs of these matrices, in front of which the runs stand. New runs are so by
+        themselves."""
 
     @abstractmethod
     def release(self, stage: int) -> None:
@@ -118,6 +122,7 @@ class Runs(Walk):
         self._released = 0
         self._ended = False
         self._seen: dict[tuple[int, int], Seen] = {}
+        self._rounding: dict[str, Callable[[Tensor], Tensor]] = {}
         self._outputs: dict[int, Tensor | BaseException] = {}
         self._threads = [
             threading.Thread(target=self._run, args=(i, hidden, calls[i]), name=f"bitgrain-run-{i}", daemon=True)
@@ -133,7 +138,14 @@ class Runs(Walk):
             outcome = self._outputs.get(batch)
             if isinstance(outcome, BaseException):
                 raise outcome
-            return self._seen.get((batch, stage), Seen())
+            seen = self._seen.get((batch, stage), Seen())
+        rounding = self._rounding.get(self._stages[stage].names[0])
+        if rounding is None:
+            return seen
+        return Seen({key: rounding(x) for key, x in seen.inputs.items()}, seen.residuals)
+
+    def round_inputs(self, rounding: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        self._rounding.update(rounding)
 
     def release(self, stage: int) -> None:
         with self._changed:
@@ -162,13 +174,15 @@ class Runs(Walk):
     def _run(self, batch: int, hidden: Tensor, call: Call) -> None:
         streams = {BLOCK_INPUT: hidden}
 
-        def product(key: Key, x: Tensor) -> None:
+        def product(key: Key, x: Tensor) -> Tensor | None:
             place = self._place[key.name]
             if place < self._released or (batch, place) in self._seen:
-                return
+                return None
             stage = self._stages[place]
             found = {name: _flat(streams[source]) for name, source in stage.residual.items() if source in streams}
             self._stop(batch, place, Seen({Key(stage.names[0]): _flat(x)}, found))
+            rounding = self._rounding.get(key.name)
+            return None if rounding is None else rounding(x)
 
         def total(key: Key, _: Tensor, result: Tensor) -> None:
             streams[key.name] = result

@@ -62,13 +62,13 @@ def find_stages(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Ca
         call_block(block, hidden, call)
     # an expert of a list of modules that this batch did not choose goes where its like are
     for name in names:
-        like = next((other for other in known if _leaf(other) == _leaf(name)), None)
+        like = next((other for other in known if leaf_of(other) == leaf_of(name)), None)
         if name not in known and like is not None:
             members[known[like]].append(name)
     stages = [
         Stage(
             tuple(group),
-            shared=not experts.intersection(group) and len({_leaf(name) for name in group}) == len(group),
+            shared=not experts.intersection(group) and len({leaf_of(name) for name in group}) == len(group),
             residual={name: residual[name] for name in group if name in residual},
         )
         for group in members
@@ -82,6 +82,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
 
-def _leaf(name: str) -> str:
+def leaf_of(name: str) -> str:
     """ "down_proj" of "mlp.experts.3.down_proj.weight"."""
     return name.removesuffix(".weight").rpartition(".")[2]

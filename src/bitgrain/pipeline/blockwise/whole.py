@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bitgrain.errors import ModelError
 from bitgrain.models.naming import convert_tensors
 from bitgrain.models.stream import StreamedModel
 from bitgrain.numerics import QTensor
+from bitgrain.numerics.observers import StaticInput
 from bitgrain.pipeline.blockwise.batches import single_threaded
 from bitgrain.pipeline.blockwise.work import OUTSIDE, Work, block_file
 from bitgrain.pipeline.layers import to_cpu
@@ -46,7 +48,7 @@ def tune_whole(
     settings = settings_of(plan)
     ids = plan.calibration.ids.split(WINDOWS)
     reference = _Reference(stream, list(ids), torch.cat(list(full)).split(WINDOWS))
-    start, extras = _load(plan, work, stream)
+    start, extras, inputs = _load(plan, work, stream)
     parameters = {name: _memory_name(plan, name) for name in extras}
     shapes = {name: plan.quantized[name.partition("#")[0]] for name in start}
 
@@ -73,7 +75,7 @@ def tune_whole(
     for name, layer in plan.quantized.items():
         if f"{name}#0" in found.qtensors:
             parts = [to_cpu(found.qtensors[f"{name}#{i}"]) for i in range(layer.experts)]
-            tensors.update(plan.layout.encode(layer, parts))
+            tensors.update(plan.layout.encode(layer, parts, inputs.get(name, ())))
     for name, gain in found.extras.items():
         tensors[name] = gain.to("cpu", plan.checkpoint.entries[name].dtype)
     record = {"kl_before": found.first_loss, "kl_after": found.best_loss, "steps": found.steps}
@@ -104,9 +106,13 @@ class _Reference:
         return total / (logits.numel() // vocabulary)
 
 
-def _load(plan: Plan, work: Work, stream: StreamedModel) -> tuple[dict[str, QTensor], dict[str, Tensor]]:
-    """Fill the model with everything as solved so far; the QTensors ("name#i" for matrix i), and the norms' gains."""
+def _load(
+    plan: Plan, work: Work, stream: StreamedModel
+) -> tuple[dict[str, QTensor], dict[str, Tensor], dict[str, list[StaticInput]]]:
+    """Fill the model with everything as solved so far; the QTensors ("name#i" for matrix i), the norms' gains, and the
+    static scales of inputs."""
     start: dict[str, QTensor] = {}
+    inputs: dict[str, list[StaticInput]] = {}
     extras: dict[str, Tensor] = {}
     for index in (*range(len(stream.anatomy.block_names)), None):
         file = OUTSIDE if index is None else block_file(index)
@@ -117,9 +123,14 @@ def _load(plan: Plan, work: Work, stream: StreamedModel) -> tuple[dict[str, QTen
             if layer is None:
                 dense[name] = work.tensors(file, [name])[name] if name in held else plan.checkpoint.read(name)
                 continue
-            parts = plan.layout.decode(layer, lambda key, file=file: work.tensors(file, [key])[key])
+            read = partial(_read, work, file)
+            parts = plan.layout.decode(layer, read)
+            if layer.static_input is not None:
+                inputs[name] = plan.layout.decode_inputs(layer, read)
             for i, part in enumerate(parts):
                 start[f"{name}#{i}"] = _to(part, stream.device)
+            if index is None:  # the reference predicts with the head in full precision; the loss replaces it
+                continue
             full = [part.dequantize(layer.dtype) for part in parts]
             full = [part.T.contiguous() if layer.transposed else part for part in full]
             dense[name] = torch.stack(full) if layer.experts > 1 else full[0]
@@ -127,9 +138,13 @@ def _load(plan: Plan, work: Work, stream: StreamedModel) -> tuple[dict[str, QTen
         for name, tensor in dense.items():
             if name not in plan.quantized and _is_gain(plan, stream, name):
                 extras[name] = tensor.to(stream.device, torch.float32)
-    stream.tie()
-    attach_input_quantizers(stream.model, plan.anatomy, {name: x.scheme for name, x in plan.quantized.items()})
-    return start, extras
+    schemes = {name: layer.scheme for name, layer in plan.quantized.items()}
+    attach_input_quantizers(stream.model, plan.anatomy, schemes, static=inputs)
+    return start, extras, inputs
+
+
+def _read(work: Work, file: str, key: str) -> Tensor:
+    return work.tensors(file, [key])[key]
 
 
 def _joined(plan: Plan, stream: StreamedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,209 @@
+"""The recipe's transforms, applied to one block at a time, and what they changed, under its names on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitgrain.errors import ModelError
+from bitgrain.models.naming import revert_tensors
+from bitgrain.models.pairs import find_pairs
+from bitgrain.models.residual import find_outside, find_stream
+from bitgrain.models.stream import Call, StreamedModel, call_block
+from bitgrain.numerics import QuantSpec
+from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
+from bitgrain.pipeline.blockwise.runs import observe
+from bitgrain.pipeline.blockwise.stages import Stage, find_stages
+from bitgrain.pipeline.plan import Plan
+from bitgrain.transforms import get_transform
+from bitgrain.transforms.base import BlockView, OutsideView
+
+PROBE = (4, 32)
+"""Windows, and tokens of each, on which pairs are discovered and proved."""
+
+
+class Rewriter:
+    """The transforms of a plan. Without any, nothing is touched."""
+
+    def __init__(self, plan: Plan, stream: StreamedModel, pool: Pool) -> None:
+        self.plan, self.stream, self.pool = plan, stream, pool
+        self.transforms = [get_transform(choice) for choice in plan.recipe.transforms]
+        assert plan.calibration is not None
+        self.probe = plan.calibration.ids[: PROBE[0], : PROBE[1]]
+
+    def outside(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Rewrite what lies outside the blocks: changed tensors, and one record for each transform that did.
+
+        Raises ModelError, NumericsError where a transform does not hold for this model.
+        """
+        wanted = [transform for transform in self.transforms if transform.whole_model]
+        if not wanted:
+            return {}, []
+
+        def run() -> Tensor:
+            output: Any = self.stream.around(self.probe)
+            return output.logits if getattr(output, "logits", None) is not None else output[0]
+
+        names = self.plan.anatomy.block_names
+        before = self._exported(None, self.stream.model)
+        told: list[dict[str, Any]] = []
+        with single_threaded(), torch.no_grad():
+            for transform in wanted:
+                view = OutsideView(self.stream.model, find_outside(self.stream.model, run, names), run)
+                told.append(transform.apply_outside(view))
+        after = self._exported(None, self.stream.model)
+        return {name: tensor for name, tensor in after.items() if not torch.equal(tensor, before[name])}, told
+
+    def block(
+        self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call], hidden: Tensor, call: Call
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Rewrite one block in place: changed tensors under their names on disk, and a record for each transform.
+
+        full, calls   the calibration batches that enter it; hidden, call: the probe
+        """
+        if not self.transforms:
+            return {}, []
+        before = self._exported(index, block)
+        for name, tensor in before.items():
+            if not torch.equal(tensor, self.plan.checkpoint.read(name).to(tensor)):
+                raise ModelError(f"{name} cannot be written back as transformers reads it: use no transforms here")
+        told: list[dict[str, Any]] = []
+
+        def probe() -> Tensor:
+            return _output(block, hidden, call)
+
+        def run(batch: int) -> Tensor:
+            return _output(block, full[batch], calls[batch])
+
+        with single_threaded(), torch.no_grad():
+            for transform in self.transforms:
+                pairs = find_pairs(block, probe)
+                inputs = _Measured(lambda: self._sizes(index, block, full, calls))
+                view = BlockView(
+                    module=block,
+                    path=self.plan.anatomy.block_names[index],
+                    pairs=pairs,
+                    run=run,
+                    samples=len(full),
+                    stream=find_stream(block, probe, pairs) if transform.whole_model else None,
+                    specs=self._specs(index),
+                    absmax=_Half(inputs, 0),
+                    mean_abs=_Half(inputs, 1),
+                )
+                told.append(transform.apply(view))
+        after = self._exported(index, block)
+        return {name: tensor for name, tensor in after.items() if not torch.equal(tensor, before[name])}, told
+
+    def _exported(self, index: int | None, module: nn.Module) -> dict[str, Tensor]:
+        """Copies of the float tensors of a block (None: outside the blocks) under their names on disk."""
+        prefix = "" if index is None else self.plan.anatomy.block_names[index] + "."
+        tensors = {
+            prefix + name: parameter.detach() for name, parameter in module.named_parameters() if not parameter.is_meta
+        }
+        reverted = revert_tensors(self.stream.model, tensors, self.stream.names(index))
+        wanted = [
+            name for name in self.stream.names(index) if self.plan.checkpoint.entries[name].dtype.is_floating_point
+        ]
+        missing = [name for name in wanted if name not in reverted and name not in self._buffers()]
+        if missing:
+            raise ModelError(f"{missing[0]} cannot be written back as transformers reads it: use no transforms here")
+        return {name: reverted[name].clone() for name in wanted if name in reverted}
+
+    def _buffers(self) -> set[str]:
+        memory = {name for name, _ in self.stream.model.named_buffers()}
+        return {name for name, target in self.plan.anatomy.memory_of.items() if target in memory}
+
+    def _specs(self, index: int) -> dict[str, tuple[QuantSpec, QuantSpec | None]]:
+        prefix = self.plan.anatomy.block_names[index] + "."
+        return {
+            target.removeprefix(prefix): (layer.scheme.weight, layer.scheme.input)
+            for weight in self.plan.anatomy.weights
+            if weight.block == index and (layer := self.plan.quantized.get(weight.tensor)) is not None
+            for target in weight.targets
+        }
+
+    def _sizes(
+        self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each matrix, largest and mean |x| of its input channels; stacks have a row for each expert."""
+        prefix = self.plan.anatomy.block_names[index] + "."
+        weights = [weight for weight in self.plan.anatomy.weights if weight.block == index and weight.role != "conv"]
+        names = list(dict.fromkeys(target.removeprefix(prefix) for weight in weights for target in weight.targets))
+        stages = [stage for stage in find_stages(block, names, full[0], calls[0]) if stage.reached]
+        largest: dict[tuple[str, int | None], Tensor] = {}
+        total: dict[tuple[str, int | None], Tensor] = {}
+        tokens: dict[tuple[str, int | None], int] = {}
+
+        def one(batch: int) -> list[tuple[tuple[str, int | None], Tensor, Tensor, int]]:
+            seen, _ = observe(block, full[batch], calls[batch], stages)
+            return [
+                ((key.name, key.expert), x.abs().amax(0), x.abs().sum(0), len(x))
+                for key, x in seen.inputs.items()
+                if len(x)
+            ]
+
+        for found in self.pool.map(one, range(len(full))):
+            for key, high, added, count in found:
+                largest[key] = torch.maximum(largest[key], high) if key in largest else high
+                total[key] = total[key] + added if key in total else added
+                tokens[key] = tokens.get(key, 0) + count
+        mean = {key: total[key] / tokens[key] for key in total}
+        return {name: sizes for stage in stages for name, sizes in _of_stage(stage, largest, mean, block)}
+
+
+def _of_stage(
+    stage: Stage,
+    largest: Mapping[tuple[str, int | None], Tensor],
+    mean: Mapping[tuple[str, int | None], Tensor],
+    block: nn.Module,
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    for name in stage.names:
+        parameter = block.get_parameter(name)
+        source = stage.names[0] if stage.shared else name
+        if parameter.ndim < 3:
+            if (source, None) in largest:
+                yield name, (largest[source, None], mean[source, None])
+            continue
+        found = [(largest.get((name, i)), mean.get((name, i))) for i in range(len(parameter))]
+        known = next((high for high, _ in found if high is not None), None)
+        if known is not None:
+            blank = torch.zeros_like(known)
+            highs = torch.stack([blank if high is None else high for high, _ in found])
+            yield name, (highs, torch.stack([blank if middle is None else middle for _, middle in found]))
+
+
+class _Measured:
+    """Computed when it is first asked for."""
+
+    def __init__(self, measure: Callable[[], dict[str, tuple[Tensor, Tensor]]]) -> None:
+        self._measure = measure
+        self._found: dict[str, tuple[Tensor, Tensor]] | None = None
+
+    def get(self) -> dict[str, tuple[Tensor, Tensor]]:
+        if self._found is None:
+            self._found = self._measure()
+        return self._found
+
+
+class _Half(Mapping[str, Tensor]):
+    """One of the two figures of each input."""
+
+    def __init__(self, measured: _Measured, place: int) -> None:
+        self._measured, self._place = measured, place
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._measured.get()[key][self._place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._measured.get())
+
+    def __len__(self) -> int:
+        return len(self._measured.get())
+
+
+def _output(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    output = call_block(block, hidden, call)
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,192 @@
+"""Scales of channels found by descent on the expected rounding error, where SmoothQuant has one formula for all.
+
+Rounding with step d adds noise of variance d^2 / 12. For a layer y = W x that is computed as (W diag(s)) (x / s), the
+noise of y, summed over outputs and averaged over tokens t, is
+
+      E_t sum_tiles d(t, tile)^2 sum_{j in tile} s_j^2 |w_j|^2           from the inputs
+    + sum_rows sum_tiles d(row, tile)^2 sum_{j in tile} E[x_j^2] / s_j^2   from the weights
+
+with steps d that follow from the largest |x_j| / s_j and |w_rj| s_j of their tiles. Both are known from a sample of
+inputs, and s is found by gradient (Adam, Kingma and Ba, arXiv 1412.6980) on log s, beginning with SmoothQuant's
+(arXiv 2211.10438, equation 4) or no scales, whichever is better. The sample holds the tokens with the largest inputs
+(few tokens make most of the noise) and some of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bitgrain.errors import SchemeError
+from bitgrain.numerics import IntFormat, QuantSpec, per_group
+from bitgrain.numerics.granularity import to_tiles
+from bitgrain.runtime.watch import Key, Watch, parameters_of
+from bitgrain.transforms.base import BlockView, OutsideView, Pair, register_transform
+from bitgrain.transforms.channels import quantized_readers
+from bitgrain.transforms.proof import check_same, routes
+from bitgrain.transforms.rescale import reader_of, rescale, to_channels, to_columns
+from bitgrain.transforms.smoothquant import check_kinds, smoothing
+
+Layer = tuple[Tensor, QuantSpec, QuantSpec | None]
+"""Weight [out, in], the spec of the weight, the spec of its inputs."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs [tokens, in], and the share of all tokens that each stands for [tokens], summing to 1."""
+
+    x: Tensor
+    share: Tensor
+
+
+_MOST_ROWS = 1024
+"""Rows of a weight that are looked at; more are thinned out evenly."""
+
+
+@register_transform("balance")
+@dataclass(frozen=True)
+class Balance:
+    """pairs    "norm", "linear" or "all"
+    steps    of descent
+    rate     first learning rate on log s; falls to 0
+    tokens   whose inputs are looked at: half of them the largest, half taken evenly from the others
+    samples  calibration batches from which they are taken
+    Only integer formats: the steps of floating-point formats follow each number, and gain nothing from scales.
+    Stacks of experts are left alone.
+    """
+
+    pairs: str = "all"
+    steps: int = 100
+    rate: float = 0.05
+    tokens: int = 2048
+    samples: int = 64
+    whole_model: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.tokens < 2 or self.samples < 1 or not self.rate > 0:
+            raise SchemeError("balance: steps and samples are at least 1, tokens at least 2, and rate is above 0")
+        check_kinds(self.pairs, "balance")
+
+    def apply_outside(self, view: OutsideView) -> dict[str, Any]:
+        """Nothing: what lies outside the blocks has no pair that is quantized."""
+        del view
+        return {}
+
+    def apply(self, block: BlockView) -> dict[str, Any]:
+        routed, largest = routes(block.module), 0.0
+        gains: dict[str, float] = {}
+        for pair in block.pairs:
+            readers = [name for name in quantized_readers(block, pair) if _is_simple(block, name)]
+            if self.pairs not in (pair.kind, "all") or not readers:
+                continue
+            sample = self._inputs(block, readers[0])
+            if sample is None:
+                continue
+            layers = [(_thinned(reader_of(block.module, pair, name)), *block.specs[name]) for name in readers]
+            factors, gain = self.descend(pair, sample, layers)
+            gains[pair.writer] = gain
+            before = block.run(0)
+            rescale(block.module, pair, factors)
+            difference = check_same(before, block.run(0), block.path, f"balancing {pair}", routed)
+            largest = max(largest, difference)
+        return {"expected_error": gains, "difference": largest}
+
+    def descend(self, pair: Pair, sample: Sample, layers: Sequence[Layer]) -> tuple[Tensor, float]:
+        """(factors [width], their expected error relative to that of no factors)."""
+
+        def error(log_s: Tensor) -> Tensor:
+            return expected_error(sample, layers, to_columns(pair, log_s.exp()))
+
+        largest_x = to_channels(pair, sample.x.abs().amax(0)).amax(-2)
+        largest_w = to_channels(pair, torch.stack([w.abs().amax(0) for w, _, _ in layers]).amax(0)).amax(-2)
+        starts = (torch.zeros_like(largest_x), smoothing(largest_x, largest_w, 0.5).log())
+        found = [float(error(start)) for start in starts]
+        best = min(zip(found, starts), key=lambda one: one[0])
+        log_s = best[1].clone().requires_grad_(True)
+        adam = torch.optim.Adam([log_s], self.rate)
+        for step in range(self.steps + 1):
+            adam.param_groups[0]["lr"] = self.rate * (1 - step / self.steps)
+            with torch.enable_grad():
+                now = error(log_s)
+                if now.item() < best[0]:
+                    best = (now.item(), log_s.detach().clone())
+                adam.zero_grad()
+                now.backward()
+            adam.step()
+        return best[1].exp(), best[0] / found[0] if found[0] else 1.0
+
+    def _inputs(self, block: BlockView, name: str) -> Sample | None:
+        """The sample for a parameter's inputs; None where it is not reached."""
+        half, count = self.tokens // 2, min(self.samples, block.samples)
+        share = max(1, half // count)
+        thin: list[Tensor] = []
+        large: list[Tensor] = []
+        seen = 0
+
+        def product(_: Key, x: Tensor) -> None:
+            nonlocal seen, large
+            x = x.reshape(-1, x.shape[-1]).float()
+            seen += len(x)
+            thin.append(x[:: max(1, -(-len(x) // share))])
+            known = torch.cat([*large, x])
+            order = known.abs().amax(-1).argsort(descending=True, stable=True)[:half]
+            large = [known[order.sort().values]]
+
+        with torch.no_grad(), Watch(parameters_of(block.module, [name]), product):
+            for i in range(count):
+                block.run(i)
+        if not seen:
+            return None
+        smallest = large[0].abs().amax(-1).min()
+        others = torch.cat(thin)
+        others = others[others.abs().amax(-1) < smallest]
+        weight = torch.ones(len(large[0]) + len(others), device=smallest.device)
+        weight[len(large[0]) :] = (seen - len(large[0])) / max(1, len(others))
+        return Sample(torch.cat([large[0], others]), weight / weight.sum())
+
+
+def expected_error(sample: Sample, layers: Sequence[Layer], scale: Tensor) -> Tensor:
+    """The formula above up to the factor 1/12, summed over layers with the same inputs.
+
+    scale  float32 [in], by which weights are multiplied and inputs divided; gradients pass
+    """
+    total = sample.x.new_zeros(())
+    scaled_x = sample.x / scale
+    power = (scaled_x.square() * sample.share[:, None]).sum(0)
+    for weight, weight_spec, input_spec in layers:
+        scaled = weight * scale
+        rows = weight_spec.granularity.tile(tuple(weight.shape))[0]
+        total = total + rows * _noise(scaled, weight_spec, power).sum()
+        if input_spec is not None:
+            of_token = _noise(scaled_x, input_spec, scaled.square().sum(0))
+            total = total + ((of_token * sample.share).sum() if len(of_token) > 1 else of_token.sum())
+    return total
+
+
+def _noise(values: Tensor, spec: QuantSpec, power: Tensor) -> Tensor:
+    """For each row of `values`, or for each row of tiles, the sum of step^2 x power over the columns.
+
+    power  [columns] of what multiplies them
+    """
+    tiles = to_tiles(values, spec.granularity)
+    if spec.symmetric:
+        step = tiles.abs().amax(-1) / spec.high
+    else:
+        step = (tiles.amax(-1).clamp_min(0) - tiles.amin(-1).clamp_max(0)) / (spec.high - spec.low)
+    across = spec.granularity.tile(tuple(values.shape))[1]
+    of_tile = to_tiles(power[None], per_group(across))[0].sum(-1)
+    return (step.square() * of_tile).sum(-1)
+
+
+def _is_simple(block: BlockView, name: str) -> bool:
+    weight, inputs = block.specs[name]
+    formats = [weight.format] + ([inputs.format] if inputs is not None else [])
+    return block.module.get_parameter(name).ndim == 2 and all(isinstance(one, IntFormat) for one in formats)
+
+
+def _thinned(weight: Tensor) -> Tensor:
+    return weight[:: -(-len(weight) // _MOST_ROWS)].contiguous()
