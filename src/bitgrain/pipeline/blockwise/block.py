@@ -18,6 +18,7 @@ from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.local import block_settings, tune_locally
 from bitgrain.pipeline.blockwise.rewrite import Rewriter
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
@@ -30,6 +31,8 @@ from bitgrain.solvers import Moments, Solution, get_solver
 
 _HOLD_BYTES = 1_500_000_000
 """Activations that the batches may hold while all of them stand in front of a stage; if more, the block is rerun."""
+_ERRORS = ("sqnr_db", "cosine", "mse", "max_error", "warnings")
+"""Figures of a record that compare weights: they are taken anew after tuning."""
 _STREAMS = 8
 """Tensors of the hidden size that one stopped run holds beside the widest input."""
 
@@ -72,6 +75,8 @@ class BlockSolver:
         self.solver = get_solver(self.recipe.solver)
         self.sequential = self.recipe.calibration.activations == "quantized"
         self.advance = advance or (lambda _elements, _note: None)
+        blockwise = self.recipe.tuning.blockwise
+        self.tuning = None if blockwise is None else block_settings(blockwise)
         self.needs_moments = (
             self.solver.needs_calibration
             or self.recipe.target is not None
@@ -134,8 +139,12 @@ class _Block:
             for stage in stages:
                 if stage not in reached:
                     self._solve_stage(stage, {}, outer, block)
-            self.flow.quantized = self._outputs(quantized)
-            self.flow.full = self._outputs(exact)
+            full_outputs = self._outputs(exact)
+            if self.owner.tuning is not None:
+                self._tune(block, calls, full_outputs)
+                again = Reruns(block, self.flow.quantized or self.flow.full, calls, [], self.pool)
+                quantized = stack.enter_context(again) if self.flow.quantized else None
+            self.flow.quantized, self.flow.full = self._outputs(quantized), full_outputs
         self.stream.free_block(self.index)
         return self.result
 
@@ -164,6 +173,43 @@ class _Block:
             for weight in self.joined[target]
             if weight.tensor not in changed
         }
+
+    def _tune(self, block: nn.Module, calls: Sequence[Call], targets: Sequence[Tensor]) -> None:
+        """All layers of the block together, by its output. Records keep what the solver reached."""
+        assert self.owner.tuning is not None
+        if not self.result.parts:
+            return
+        originals = {name: self._original(name) for name in self.layers}
+        targets_of = {target for weight in self.weights.values() for target in weight.targets}
+        beside = {
+            weight.tensor: self._original(weight.tensor)
+            for target in targets_of
+            for weight in self.joined[target]
+            if weight.tensor not in self.layers
+        }
+        inputs = self.flow.quantized or self.flow.full
+        parts, record = tune_locally(
+            self.stream.model,
+            block,
+            self.prefix,
+            self.layers,
+            originals,
+            beside,
+            self.result.parts,
+            inputs,
+            calls,
+            targets,
+            self.owner.tuning,
+        )
+        self.result.parts = parts
+        for name, layer in self.layers.items():
+            solved = [Solution(part, "tuned") for part in parts[name]]
+            self.dense[name] = dense_of(layer, solved)
+            tuned = record_of(layer, originals[name], solved)
+            before = self.result.records[name]
+            self.result.records[name] = {**before, **{key: tuned[key] for key in tuned if key in _ERRORS}}
+            self.result.records[name]["tuning"] = record
+        self._put(block, list(self.layers))
 
     def _too_much(self, stages: Sequence[Stage]) -> bool:
         """Whether the activations of all batches inside the block are more than should be held."""
@@ -246,7 +292,8 @@ class _Block:
             self.result.records[name] = {**record, **told}
             self.dense[name] = dense_of(layer, solutions)
             self.owner.advance(layer.elements, loss_note(layer.module, solutions))
-        self._put(block, names)
+        if self.flow.quantized:  # else the block is the full-precision one, which stays as it is
+            self._put(block, names)
 
     def _original(self, name: str) -> Tensor:
         """A weight before it is quantized, as transforms left it."""

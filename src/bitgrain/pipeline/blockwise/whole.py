@@ -17,6 +17,7 @@ from bitgrain.models.stream import StreamedModel
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.pipeline.blockwise.batches import single_threaded
+from bitgrain.pipeline.blockwise.local import whole_tensor
 from bitgrain.pipeline.blockwise.work import OUTSIDE, Work, block_file
 from bitgrain.pipeline.layers import to_cpu
 from bitgrain.pipeline.load import attach_input_quantizers
@@ -50,14 +51,10 @@ def tune_whole(
     reference = _Reference(stream, list(ids), torch.cat(list(full)).split(WINDOWS))
     start, extras, inputs = _load(plan, work, stream)
     parameters = {name: _memory_name(plan, name) for name in extras}
-    shapes = {name: plan.quantized[name.partition("#")[0]] for name in start}
+    layers = plan.quantized
 
     def loss(dense: Mapping[str, Tensor], gains: Mapping[str, Tensor], index: int) -> Tensor:
-        tensors: dict[str, Tensor] = {}
-        for name, layer in {n.partition("#")[0]: shapes[n] for n in dense}.items():
-            parts = [dense[f"{name}#{i}"] for i in range(layer.experts)]
-            parts = [part.T if layer.transposed else part for part in parts]
-            tensors[name] = torch.stack(parts) if layer.experts > 1 else parts[0]
+        tensors = {name: whole_tensor(dense, name, layer) for name, layer in layers.items()}
         replaced = convert_tensors(stream.model, {**_joined(plan, stream, tensors), **tensors})
         replaced.update({parameters[name]: gain for name, gain in gains.items()})
         output: Any = functional_call(stream.model, replaced, kwargs={"input_ids": ids[index].to(stream.device)})
