@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
+from bitgrain.pipeline.cost import calibrated_peak, calibration_note
 from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.recipes import Recipe, Scheme
 
@@ -125,7 +126,8 @@ class Plan:
     def peak_ram(self) -> int:
         """An upper bound of the bytes that the job holds at once, above Python with torch and transformers imported."""
         largest = sorted((self._unit_ram(unit) for unit in self.units), reverse=True)[: self.workers]
-        return _LIBRARY_BYTES + sum(nbytes + _WORKER_BYTES for nbytes in largest)
+        writing = sum(nbytes + _WORKER_BYTES for nbytes in largest)
+        return _LIBRARY_BYTES + (writing if self.calibration is None else max(writing, calibrated_peak(self)))
 
     def _unit_ram(self, unit: Unit) -> int:
         """The most that a unit's tensors take at once: results stay until the unit is written, originals do not."""
@@ -145,6 +147,8 @@ class Plan:
             rounding += _TILE_BYTES * min(spec.granularity.rows or 1, layer.out_features) * layer.in_features
             if spec.granularity.rows is None and type(spec.range) is not MinMax:
                 rounding += 8 * matrix  # the range looks at the whole matrix in float32
+            if spec.outliers:
+                rounding += 32 * matrix  # they are sought in the whole matrix
             if any(tensor.name == name for tensor in tensors):  # the codes are stored as they are
                 coded, packing = result, 0
             else:
@@ -226,7 +230,7 @@ def make_plan(
     outputs = [
         spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, layout, checkpoint)
     ]
-    return Plan(
+    plan = Plan(
         source=source,
         config=config,
         checkpoint=checkpoint,
@@ -243,6 +247,7 @@ def make_plan(
         trust_remote_code=trust_remote_code,
         calibration=calibration,
     )
+    return plan if calibration is None else replace(plan, notes=(*plan.notes, calibration_note(plan)))
 
 
 def _read_calibration(

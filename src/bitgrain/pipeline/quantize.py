@@ -20,7 +20,7 @@ from torch import Tensor
 from bitgrain.checkpoints.disk_space import check_disk_space
 from bitgrain.checkpoints.job_folder import JobFolder, partial_folder
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.errors import NumericsError
+from bitgrain.errors import ModelError, NumericsError, PlanError
 from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.job import solve_blockwise, solved_unit
 from bitgrain.pipeline.blockwise.work import FINISHED, Work
@@ -30,6 +30,8 @@ from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.solvers import Solver, get_solver
+
+_FINAL = (NumericsError, ModelError, PlanError)
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ def run_plan(
     """Carry `plan` out into the folder `out`, which appears only when it is whole.
 
     Killed at any moment, the same call resumes; the result is byte-identical. `restart` throws a half-done run away.
-    Of a run that ends in NumericsError nothing is left: it cannot be resumed, only repaired.
-    Raises PlanError (problems in the plan, not enough disk), OutputError (`out` exists), ResumeError (a half-done run
-    with other settings or sources), NumericsError (NaN, Inf), CheckpointError (a file is damaged).
+    Of a run that ends in one of the first three below nothing is left: it cannot be resumed, only repaired.
+    Raises NumericsError (NaN, Inf), ModelError (a model that the recipe cannot calibrate), PlanError (problems in the
+    plan, not enough disk), OutputError (`out` exists), ResumeError (a half-done run with other settings or sources),
+    CheckpointError (a file is damaged).
     """
     plan.require_possible()
     out = Path(out)
@@ -72,7 +75,7 @@ def run_plan(
             progress.start(total, "bytes", f"{verb} {plan.source.name}", done=total - sum(u.nbytes for u in todo))
             for unit in _solve_all(plan, todo, job, where, passes):
                 progress.advance(unit.nbytes, unit.name)
-        except NumericsError:  # no run with these sources and settings gets further: leave nothing to resume
+        except _FINAL:  # no run with these sources and settings gets further: leave nothing to resume
             shutil.rmtree(job.files)
             shutil.rmtree(partial_folder(out))
             raise

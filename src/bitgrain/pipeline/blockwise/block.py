@@ -23,18 +23,16 @@ from bitgrain.pipeline.blockwise.rewrite import Rewriter
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.blockwise.static import Chosen, choose_inputs, require_reached, static_layers
+from bitgrain.pipeline.cost import HOLD_BYTES as _HOLD_BYTES
+from bitgrain.pipeline.cost import STREAMS as _STREAMS
 from bitgrain.pipeline.layers import outer_scales
 from bitgrain.pipeline.load import attach_input_quantizers, input_quantizer_for
 from bitgrain.pipeline.plan import Plan
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, get_solver
 
-_HOLD_BYTES = 1_500_000_000
-"""Activations that the batches may hold while all of them stand in front of a stage; if more, the block is rerun."""
 _ERRORS = ("sqnr_db", "cosine", "mse", "max_error", "warnings")
 """Figures of a record that compare weights: they are taken anew after tuning."""
-_STREAMS = 8
-"""Tensors of the hidden size that one stopped run holds beside the widest input."""
 
 
 @dataclass

@@ -27,8 +27,7 @@ class _Sums:
     def add(self, other: _Sums) -> None:
         self.tokens += other.tokens
         self.hessian += other.hessian
-        if self.cross is not None and other.cross is not None:
-            self.cross += other.cross
+        self.cross = None if self.cross is None or other.cross is None else self.cross.add_(other.cross)
         for mine, theirs in ((self.residual, other.residual), (self.sensitivity, other.sensitivity)):
             for name, tensor in theirs.items():
                 if name in mine:
@@ -60,7 +59,8 @@ def gather_moments(
         for key, x in now.inputs.items():
             sums = _Sums(x.T @ x, len(x))
             members = stage.names if stage.shared else (key.name,)
-            if then is not None and key.expert is None and key in then.inputs and len(then.inputs[key]) == len(x):
+            # experts see other tokens than those of the full-precision model, even where they are as many
+            if then is not None and stage.shared and key in then.inputs and len(then.inputs[key]) == len(x):
                 sums.cross = then.inputs[key].T @ x
                 for name in members:
                     if name in now.residuals and name in then.residuals:
@@ -87,6 +87,8 @@ def gather_moments(
                 "the model overflows on the calibration text, check its weights and dtype"
             )
         n = sums.tokens
+        if n == 0:
+            continue
         hessian = sums.hessian.div_(n)
         cross = None if sums.cross is None else sums.cross.div_(n)
         for name in stage.names if stage.shared else (key.name,):

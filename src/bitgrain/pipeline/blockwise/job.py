@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitgrain.errors import ModelError
 from bitgrain.models.skeleton import build_skeleton
 from bitgrain.models.stream import StreamedModel, share_calls
-from bitgrain.pipeline.blockwise.batches import Pool
+from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.block import BlockSolver, Flow, SolvedBlock
 from bitgrain.pipeline.blockwise.layer import UNREACHED, loss_note, record_of, solve_layer
 from bitgrain.pipeline.blockwise.outside import solve_outside
@@ -17,7 +18,7 @@ from bitgrain.pipeline.blockwise.rewrite import PROBE
 from bitgrain.pipeline.blockwise.static import require_reached, static_layers, stored_inputs
 from bitgrain.pipeline.blockwise.whole import tune_whole
 from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
-from bitgrain.pipeline.layers import kept, to_cpu
+from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
 from bitgrain.pipeline.load import experts_run_one_by_one
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress
@@ -78,6 +79,8 @@ class _Pass:
         outside, told_outside = solver.rewriter.outside()
         first = next((i for i in range(count) if not self.work.has(block_file(i))), count)
         flow = self._start(first)
+        if self.plan.recipe.tuning.end_to_end is not None and not self.stream.predicts_tokens:
+            raise ModelError(f"{self.plan.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")
         beyond = set(range(count)) - flow.batches[0].calls.keys()
         weights = [weight for weight in self.stream.anatomy.weights if weight.tensor in self.plan.quantized]
         require_reached(static_layers(self.plan.quantized, [one.tensor for one in weights if one.block in beyond]))
@@ -146,14 +149,19 @@ class _Pass:
     def _unreached(self, index: int) -> SolvedBlock:
         """A block that text does not run through, as those of a vision tower: rounded without calibration."""
         result = SolvedBlock()
-        solver = get_solver(self.plan.recipe.solver)
-        for weight in self.stream.anatomy.weights:
-            layer = self.plan.quantized.get(weight.tensor)
-            if weight.block != index or layer is None:
+        solver, read = get_solver(self.plan.recipe.solver), self.plan.checkpoint.read
+        weights = [weight for weight in self.stream.anatomy.weights if weight.block == index]
+        layers = {one.tensor: self.plan.quantized[one.tensor] for one in weights if one.tensor in self.plan.quantized}
+        outer = outer_scales(layers, self.plan.fused_groups, read, self.stream.device)
+        for weight in weights:
+            layer = layers.get(weight.tensor)
+            if layer is None:
                 continue
-            original = self.plan.checkpoint.read(weight.tensor)
+            original = read(weight.tensor)
             keys = [Key(weight.memory)] * layer.experts
-            solutions = solve_layer(layer, original, {}, keys, solver, None, None, self.stream.device)
+            scale = outer.get(weight.tensor)
+            with single_threaded():
+                solutions = solve_layer(layer, original, {}, keys, solver, None, scale, self.stream.device)
             result.parts[weight.tensor] = [solution.q for solution in solutions]
             record = record_of(layer, original, solutions)
             record["notes"] = list(dict.fromkeys([*record["notes"], UNREACHED]))

@@ -42,7 +42,8 @@ def solve_outside(
         key = Key(weight.memory)
         original = changed[weight.tensor] if weight.tensor in changed else plan.checkpoint.read(weight.tensor)
         moments: dict[Key, Moments] = {}
-        if weight.role != "embedding" and (solver.needs_calibration or layer.static_input is not None):
+        measured = solver.needs_calibration or target is not None or layer.scheme.weight.range.name == "weighted"
+        if weight.role != "embedding" and (measured or layer.static_input is not None):
             stage = Stage((weight.memory,), shared=True)
             hidden = flow.quantized or flow.full
             rounding: list[InputQuantizer] = []
@@ -72,7 +73,7 @@ def solve_outside(
                 if flow.quantized and (spec := layer.scheme.input) is not None:
                     static = [result.inputs[weight.tensor].static] if layer.static_input is not None else []
                     rounding.append(input_quantizer_for(spec, static=static))
-                if solver.needs_calibration:
+                if measured:
                     moments = gather_moments(stage, len(ids), seen, full if compare else None, None, alone, "the model")
         keys = [key] * layer.experts
         chosen = get_solver("rtn") if weight.role == "embedding" else solver

@@ -242,7 +242,8 @@ class Kept(Walk):
         return [self._outputs[batch] for batch in range(len(self._inputs))]
 
     def _run(self, batch: int) -> None:
-        seen, output = observe(self._block, self._inputs[batch], self._calls[batch], self._stages, to_end=True)
+        with single_threaded(), torch.no_grad():
+            seen, output = observe(self._block, self._inputs[batch], self._calls[batch], self._stages, to_end=True)
         assert output is not None
         self._seen[batch] = {i: seen.only(stage) for i, stage in enumerate(self._stages)}
         self._outputs[batch] = output

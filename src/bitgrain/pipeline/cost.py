@@ -1,0 +1,84 @@
+"""What a calibrated job will take: memory and arithmetic, from sizes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from bitgrain.checkpoints.disk_space import format_bytes
+
+if TYPE_CHECKING:
+    from bitgrain.pipeline.plan import Plan
+
+HOLD_BYTES = 1_500_000_000
+"""Activations that the batches may hold while all of them stand in front of a stage; if more, the block is rerun."""
+STREAMS = 8
+"""Tensors of the hidden size that one stopped run holds beside the widest input."""
+_SOLVER_COPIES = 12
+"""Float32 copies of a matrix, and of its Hessian in float64, that a solver works with."""
+_GRADIENT_COPIES = 5
+"""Float32 copies of the whole model's weights while it is tuned: themselves, their gradients, temporaries."""
+
+
+def sizes(plan: Plan) -> tuple[int, int, int]:
+    """Elements outside the blocks, of the largest block, and of all blocks."""
+    count = Counter[int | None]()
+    for name, block in plan.anatomy.block_of.items():
+        count[block] += plan.anatomy.sizes[name]
+    outside = count.pop(None, 0)
+    return outside, max(count.values(), default=0), count.total()
+
+
+def calibrated_peak(plan: Plan) -> int:
+    """About how many bytes a calibrated job holds at once, above Python with torch and transformers imported."""
+    assert plan.calibration is not None
+    recipe = plan.recipe
+    outside, largest, everything = sizes(plan)
+    tokens = plan.calibration.ids.numel()
+    hidden = int(getattr(plan.config.get_text_config(), "hidden_size", 0) or 0)
+    flows = _flows(plan)
+    widest = max((layer.in_features for layer in plan.quantized.values()), default=0)
+    matrix = max((layer.out_features * layer.in_features for layer in plan.quantized.values()), default=0)
+    streams = 4 * tokens * hidden * flows * 2
+    held = min(HOLD_BYTES, 4 * tokens * (widest + STREAMS * hidden) * flows)
+    moments = 4 * widest * widest * (2 if recipe.target else 1) * (plan.workers + 2)
+    solving = plan.workers * 4 * (_SOLVER_COPIES * matrix + 4 * widest * widest)
+    blocks = 4 * largest * (1 + flows)
+    peak = 4 * outside + blocks + streams + held + moments + solving
+    if recipe.tuning.end_to_end is not None:
+        peak = max(peak, 4 * _GRADIENT_COPIES * (outside + everything) + streams)
+    return peak
+
+
+def calibrated_flops(plan: Plan) -> float:
+    """About how many floating-point operations the passes through the model and the solvers take."""
+    assert plan.calibration is not None
+    _, _, everything = sizes(plan)
+    tokens = plan.calibration.ids.numel()
+    passes = 2.0 * everything * tokens * _flows(plan)
+    solving = 0.0
+    for layer in plan.quantized.values():
+        moments = 2.0 * tokens * layer.in_features**2 * (2 if plan.recipe.target else 1)
+        solving += moments + layer.experts * 2.0 * layer.out_features * layer.in_features**2
+    tuning = plan.recipe.tuning.end_to_end
+    steps = 0 if tuning is None else int(tuning.get("steps", 48))
+    return passes + solving + steps * 6.0 * 2048 * everything
+
+
+def calibration_note(plan: Plan) -> str:
+    """One line for the plan."""
+    assert plan.calibration is not None
+    told = plan.calibration.description
+    memory = format_bytes(calibrated_peak(plan))
+    return (
+        f"calibrated on {told['windows']} windows of {told['seqlen']} tokens of {', '.join(told['sources'])}: about "
+        f"{calibrated_flops(plan) / 1e12:.1f} Tflop, {memory} of memory"
+    )
+
+
+def _flows(plan: Plan) -> int:
+    """1 or 2: whether the quantized and the full-precision model are both followed."""
+    recipe = plan.recipe
+    learns = recipe.tuning.end_to_end is not None or recipe.tuning.blockwise is not None
+    both = recipe.target is not None or learns or bool(recipe.transforms)
+    return 2 if both and recipe.calibration.activations == "quantized" else 1
