@@ -22,6 +22,7 @@ from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
 from bitgrain.pipeline.load import experts_run_one_by_one
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress
+from bitgrain.runtime.memory import return_freed_memory
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import get_solver
 
@@ -36,6 +37,7 @@ def solve_blockwise(plan: Plan, work: Work, device: torch.device, progress: Prog
         return
     total = sum(layer.elements for layer in plan.quantized.values())
     progress.start(total, "weights", f"quantize {plan.source.name}")
+    return_freed_memory()
     try:
         experts_run_one_by_one(plan.config)
         skeleton = build_skeleton(plan.config, plan.trust_remote_code)
