@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from bitgrain.checkpoints.disk_space import format_bytes
-
 if TYPE_CHECKING:
     from bitgrain.pipeline.plan import Plan
 
@@ -66,13 +64,12 @@ def calibrated_flops(plan: Plan) -> float:
 
 
 def calibration_note(plan: Plan) -> str:
-    """One line for the plan."""
+    """One line for the plan. It is in the manifest too, so it tells nothing that depends on the number of workers."""
     assert plan.calibration is not None
     told = plan.calibration.description
-    memory = format_bytes(calibrated_peak(plan))
     return (
         f"calibrated on {told['windows']} windows of {told['seqlen']} tokens of {', '.join(told['sources'])}: about "
-        f"{calibrated_flops(plan) / 1e12:.1f} Tflop, {memory} of memory"
+        f"{calibrated_flops(plan) / 1e12:.1f} Tflop"
     )
 
 

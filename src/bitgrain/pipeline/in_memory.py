@@ -103,8 +103,8 @@ def _settle(matrix: Matrix, parameter: Tensor, scheme: Scheme, on_indivisible: s
     scheme = scheme.for_dtype(parameter.dtype)
     if scheme.needs_calibration:
         raise SchemeError(
-            f"{scheme.name} has static activation scales, which only text can give: use bitgrain.quantize (from disk to "
-            "disk, with calibration), or a scheme with dynamic activations"
+            f"{scheme.name} has static activation scales, which only text can give: use bitgrain.quantize (from disk "
+            "to disk, with calibration), or a scheme with dynamic activations"
         )
     if matrix.role == "embedding" and scheme.input is not None:
         raise PlanError(f"{matrix.name}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from bitgrain.calibration.doctor import examine
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.calibration.windows import CalibrationText, calibration_windows
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
@@ -34,6 +35,7 @@ from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.cost import calibrated_peak, calibration_note
 from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.recipes import Recipe, Scheme
+from bitgrain.solvers import get_solver
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNIT_BYTES = 64_000_000
@@ -247,7 +249,16 @@ def make_plan(
         trust_remote_code=trust_remote_code,
         calibration=calibration,
     )
-    return plan if calibration is None else replace(plan, notes=(*plan.notes, calibration_note(plan)))
+    if calibration is None:
+        return plan
+    return replace(plan, notes=(*plan.notes, calibration_note(plan), *_findings(calibration, plan)))
+
+
+def _findings(calibration: CalibrationText, plan: Plan) -> list[str]:
+    """What the doctor says of the text."""
+    hessians = get_solver(plan.recipe.solver).needs_calibration
+    widest = max((layer.in_features for layer in plan.quantized.values() if hessians), default=0)
+    return [finding.message for finding in examine(calibration.ids, widest=widest)]
 
 
 def _read_calibration(

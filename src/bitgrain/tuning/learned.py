@@ -32,7 +32,9 @@ from bitgrain.numerics.scales import round_scale
 
 ScaleMode = Literal["kept", "factor", "range"]
 
-_INSIDE = 0.499  # how far from its code a latent weight may start: any rounding rule still gives that code
+# How far from its code a latent weight may start. Codes that another solver moved off the nearest one would otherwise
+# all lie at the edge of their cell, and the first small step would move a good part of them back.
+_INSIDE = 0.4
 _FACTOR = (0.5, 2.0)  # a scale stays within these multiples of the one it started from
 
 

@@ -59,6 +59,8 @@ class SolvedBlock:
     changed: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     transforms: list[dict[str, Any]] = field(default_factory=list)
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    """How many tokens each expert of a module saw."""
 
 
 class BlockSolver:
@@ -130,6 +132,7 @@ class _Block:
             for place, stage in enumerate(reached):
                 self._choose_inputs(stage, place, quantized or exact, block)
                 moments = self._moments(stage, place, quantized, exact) if self.owner.needs_moments else {}
+                self._count_experts(stage, moments, block)
                 self._solve_stage(stage, moments, outer, block)
                 for one in (quantized, exact):
                     if one is not None:
@@ -262,6 +265,14 @@ class _Block:
             self.pool,
             label,
         )
+
+    def _count_experts(self, stage: Stage, moments: Mapping[Key, Moments], block: nn.Module) -> None:
+        for name in stage.names if moments else ():
+            parameter = block.get_parameter(name)
+            if parameter.ndim > 2:
+                seen = [moments.get(Key(name, i)) for i in range(len(parameter))]
+                module = self.prefix + name.rpartition(".")[0]
+                self.result.experts[module] = [0 if one is None else one.tokens for one in seen]
 
     def _outputs(self, walk: Walk | None) -> list[Tensor]:
         outputs = [] if walk is None else walk.outputs()

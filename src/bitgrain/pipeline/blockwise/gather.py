@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bitgrain.calibration.statistics import symmetric
 from bitgrain.errors import NumericsError
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.runs import Seen
@@ -89,7 +90,7 @@ def gather_moments(
         n = sums.tokens
         if n == 0:
             continue
-        hessian = sums.hessian.div_(n)
+        hessian = symmetric(sums.hessian.div_(n))
         cross = None if sums.cross is None else sums.cross.div_(n)
         for name in stage.names if stage.shared else (key.name,):
             residual, sensitivity = sums.residual.get(name), sums.sensitivity.get(name)

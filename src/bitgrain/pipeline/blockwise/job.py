@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitgrain.calibration.doctor import examine
 from bitgrain.errors import ModelError
 from bitgrain.models.skeleton import build_skeleton
 from bitgrain.models.stream import StreamedModel, share_calls
@@ -104,6 +105,7 @@ class _Pass:
         self.progress.finish()
         assert self.plan.calibration is not None
         told: dict[str, Any] = {"calibration": self.plan.calibration.description}
+        told["notes"] = [*self.plan.notes, *self._findings(count)]
         if self.plan.recipe.transforms:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
@@ -112,6 +114,15 @@ class _Pass:
             self.work.save(TUNED, tensors)
         self.work.save(FINISHED, {}, told)
         self.work.remove(hidden_file(count))
+
+    def _findings(self, count: int) -> list[str]:
+        """What the doctor says of the experts."""
+        experts: dict[str, list[int]] = {}
+        for index in range(count):
+            experts |= self.work.record(block_file(index)).get("experts", {})
+        assert self.plan.calibration is not None
+        found = examine(self.plan.calibration.ids, widest=0, experts_tokens=experts)
+        return [finding.message for finding in found if finding.message not in self.plan.notes]
 
     def _start(self, first: int) -> Flow:
         """The calibration text in front of block `first`."""
@@ -180,7 +191,8 @@ class _Pass:
         for name, tensor in solved.changed.items():
             if name not in solved.parts:
                 tensors[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)
-        self.work.save(file, tensors, {"layers": solved.records, "transforms": solved.transforms})
+        record = {"layers": solved.records, "transforms": solved.transforms, "experts": solved.experts}
+        self.work.save(file, tensors, record)
 
 
 def _hidden(flow: Flow) -> dict[str, Tensor]:

@@ -65,8 +65,18 @@ def record_of(layer: StoredLayer, original: Tensor, solutions: Sequence[Solution
         for key, value in solution.figures.items():
             figures[key] = max(figures.get(key, value), value)
     methods = sorted({solution.method for solution in solutions})
-    notes = list(dict.fromkeys(note for solution in solutions for note in solution.notes))
-    return {**record(errors), "method": " + ".join(methods), "figures": figures, "notes": notes}
+    return {**record(errors), "method": " + ".join(methods), "figures": figures, "notes": _notes(solutions)}
+
+
+def _notes(solutions: Sequence[Solution]) -> list[str]:
+    """Each note once; of a stack of experts it says of which."""
+    places: dict[str, list[int]] = {}
+    for i, solution in enumerate(solutions):
+        for note in solution.notes:
+            places.setdefault(note, []).append(i)
+    if len(solutions) == 1:
+        return list(places)
+    return [f"expert{'s' * (len(of) > 1)} {', '.join(map(str, of))}: {note}" for note, of in places.items()]
 
 
 def dense_of(layer: StoredLayer, solutions: Sequence[Solution]) -> Tensor:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bitgrain.calibration.static_inputs import search_input
-from bitgrain.calibration.statistics import Accumulator, merge
+from bitgrain.calibration.statistics import Accumulator, LayerStatistics, merge
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.errors import PlanError
+from bitgrain.errors import PlanError, StatisticsError
 from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.observers import StaticInput, keeps_histogram, static_input
-from bitgrain.numerics.ranges import OutputSearch
+from bitgrain.numerics.ranges import OutputSearch, Range
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.runs import Seen
 from bitgrain.pipeline.blockwise.stages import Stage, leaf_of
 from bitgrain.pipeline.layers import matrices
+from bitgrain.runtime.watch import Key
 
 ROWS = 2048
 """Tokens, drawn from all batches, by which `search` compares scales."""
@@ -38,14 +39,6 @@ class Chosen:
         """For the manifest."""
         error = {} if self.error is None else {"input_error": self.error}
         return {"input_scale": float(self.static.scale), **error}
-
-
-@dataclass
-class _Group:
-    """Matrices that have one scale: they read one tensor, or they are experts that engines run as one."""
-
-    accumulator: Accumulator
-    rows: list[Tensor] = field(default_factory=list)
 
 
 def static_layers(layers: Mapping[str, StoredLayer], names: Iterable[str]) -> list[str]:
@@ -73,6 +66,57 @@ def stored_inputs(layer: StoredLayer, chosen: Mapping[str, Chosen]) -> list[Stat
     return [StaticInput(static.scale.clone(), zero)] * layer.experts  # files hold no tensor twice
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be kept of a stage's inputs.
+
+    places     Key -> the names under which its inputs are counted; several keys may have one
+    histogram  names that need a histogram; sampled: names of which rows are kept
+    """
+
+    places: Callable[[Key], Sequence[str]]
+    histogram: Callable[[str], bool]
+    sampled: Callable[[str], bool]
+
+
+Observed = dict[str, tuple[Accumulator, list[Tensor]]]
+"""Sums and sampled rows, by name."""
+
+
+def observe_inputs(
+    stage: Stage, seen: Seen, wanted: Wanted, batch: int, windows: Sequence[int], label: str
+) -> Observed:
+    """What one batch shows; `windows`: how many each batch holds. Raises NumericsError for NaN and Inf."""
+    parts: dict[str, list[Tensor]] = {}
+    for key, x in seen.inputs.items():
+        for name in wanted.places(key) if len(x) else ():
+            parts.setdefault(name, []).append(x)
+    found: Observed = {}
+    for name, tensors in parts.items():
+        x = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        sums = Accumulator(x.shape[-1], f"{label}.{name}", hessian=False, histogram=wanted.histogram(name))
+        by_window = stage.shared and len(x) % windows[batch] == 0
+        sums.update(x.reshape(windows[batch], -1, x.shape[-1]) if by_window else x)
+        share = -(-ROWS // len(windows))
+        found[name] = (sums, [_drawn(x, share, batch)] if wanted.sampled(name) else [])
+    return found
+
+
+def merge_observed(batches: Iterable[Observed]) -> dict[str, LayerStatistics]:
+    """All batches, in their order."""
+    totals: Observed = {}
+    for found in batches:
+        for name, (sums, rows) in found.items():
+            if name in totals:
+                merge(totals[name][0], sums)
+                totals[name][1].extend(rows)
+            else:
+                totals[name] = (sums, rows)
+    return {
+        name: replace(sums.finish(), rows=torch.cat(rows) if rows else None) for name, (sums, rows) in totals.items()
+    }
+
+
 def choose_inputs(
     stage: Stage,
     layers: Mapping[str, StoredLayer],
@@ -92,65 +136,57 @@ def choose_inputs(
     names = [name for name in static_layers(layers, layers) if parameters[name] in stage.names]
     if not names:
         return {}
-    specs = {name: spec for name in names if (spec := layers[name].static_input) is not None}
-    group_of = {name: _group(stage, parameters[name]) for name in names}
-    ranges = {group: [specs[name].range for name in names if group_of[name] == group] for group in group_of.values()}
-    histogram = {group: any(keeps_histogram(one) for one in used) for group, used in ranges.items()}
-    searched = {group for group, used in ranges.items() if any(isinstance(one, OutputSearch) for one in used)}
-    share = -(-ROWS // len(windows))
-
-    def one(batch: int) -> dict[str, _Group]:
-        found: dict[str, _Group] = {}
-        parts: dict[str, list[Tensor]] = {}
-        for key, x in seen(batch).inputs.items():
-            name = _group(stage, key.name)
-            if name in histogram and len(x):
-                parts.setdefault(name, []).append(x)
-        for name, tensors in parts.items():
-            x = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            sums = Accumulator(x.shape[-1], f"{label}.{name}", hessian=False, histogram=histogram[name])
-            by_window = stage.shared and len(x) % windows[batch] == 0
-            sums.update(x.reshape(windows[batch], -1, x.shape[-1]) if by_window else x)
-            found[name] = _Group(sums, [_drawn(x, share, batch)] if name in searched else [])
-        return found
-
-    groups: dict[str, _Group] = {}
-    for found in pool.map(one, range(len(windows))):
-        for name, group in found.items():
-            if name in groups:
-                merge(groups[name].accumulator, group.accumulator)
-                groups[name].rows += group.rows
-            else:
-                groups[name] = group
+    group_of = {name: group_name(stage, parameters[name]) for name in names}
+    ranges: dict[str, list[Range]] = {}
+    for name in names:
+        ranges.setdefault(group_of[name], []).append(static_spec(layers[name]).range)
+    wanted = Wanted(
+        places=lambda key: [one for one in [group_name(stage, key.name)] if one in ranges],
+        histogram=lambda group: any(keeps_histogram(one) for one in ranges[group]),
+        sampled=lambda group: any(isinstance(one, OutputSearch) for one in ranges[group]),
+    )
+    batches = range(len(windows))
+    groups = merge_observed(
+        pool.map(lambda batch: observe_inputs(stage, seen(batch), wanted, batch, windows, label), batches)
+    )
     require_reached([name for name in names if group_of[name] not in groups])
-    return _scales(names, specs, group_of, groups, layers, original)
-
-
-def _scales(
-    names: Sequence[str],
-    specs: Mapping[str, QuantSpec],
-    group_of: Mapping[str, str],
-    groups: Mapping[str, _Group],
-    layers: Mapping[str, StoredLayer],
-    original: Callable[[str], Tensor],
-) -> dict[str, Chosen]:
-    statistics = {name: group.accumulator.finish() for name, group in groups.items()}
     found: dict[str, Chosen] = {}
     for name in names:
-        if name in found:
-            continue
-        spec, group = specs[name], group_of[name]
-        sharers = [other for other in names if group_of[other] == group and specs[other] == spec]
-        module = layers[name].module
-        if isinstance(spec.range, OutputSearch):
-            x, ends = torch.cat(groups[group].rows), statistics[group].ends
-            low, high = float(ends.amin()), float(ends.amax())
-            weights = _some_matrices(sharers, layers, original)
-            chosen = Chosen(*search_input(x, weights, spec, low=low, high=high, name=module))
-        else:
-            chosen = Chosen(static_input(statistics[group].observed(spec.range), spec, module))
-        found.update(dict.fromkeys(sharers, chosen))
+        if name not in found:
+            sharers = [other for other in names if group_of[other] == group_of[name]]
+            sharers = [other for other in sharers if static_spec(layers[other]) == static_spec(layers[name])]
+            chosen = choose_input(groups[group_of[name]], sharers, layers, original)
+            found.update(dict.fromkeys(sharers, chosen))
     return found
+
+
+def choose_input(
+    statistics: LayerStatistics,
+    sharers: Sequence[str],
+    layers: Mapping[str, StoredLayer],
+    original: Callable[[str], Tensor],
+) -> Chosen:
+    """The scale of the layers `sharers`, which read the same inputs and have the same spec.
+
+    Raises StatisticsError for range search without sampled rows, SchemeError for a range without its histogram.
+    """
+    layer = layers[sharers[0]]
+    spec = static_spec(layer)
+    if not isinstance(spec.range, OutputSearch):
+        return Chosen(static_input(statistics.observed(spec.range), spec, layer.module))
+    if statistics.rows is None:
+        raise StatisticsError(
+            f"{layer.module}: these statistics hold no sample of its inputs, which range search needs"
+        )
+    low, high = float(statistics.ends[:, 0].amin()), float(statistics.ends[:, 1].amax())
+    weights = _some_matrices(sharers, layers, original)
+    return Chosen(*search_input(statistics.rows, weights, spec, low=low, high=high, name=layer.module))
+
+
+def static_spec(layer: StoredLayer) -> QuantSpec:
+    """Of a layer that is known to have static inputs."""
+    assert layer.static_input is not None
+    return layer.static_input
 
 
 def _some_matrices(
@@ -167,7 +203,8 @@ def _some_matrices(
     return found
 
 
-def _group(stage: Stage, parameter: str) -> str:
+def group_name(stage: Stage, parameter: str) -> str:
+    """Matrices of a stage with one name have one scale: they read one tensor, or are experts that engines join."""
     return stage.names[0] if stage.shared else leaf_of(parameter)
 
 

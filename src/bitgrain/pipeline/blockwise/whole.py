@@ -19,7 +19,7 @@ from bitgrain.numerics.observers import StaticInput
 from bitgrain.pipeline.blockwise.batches import single_threaded
 from bitgrain.pipeline.blockwise.local import whole_tensor
 from bitgrain.pipeline.blockwise.work import OUTSIDE, Work, block_file
-from bitgrain.pipeline.layers import to_cpu
+from bitgrain.pipeline.layers import matrices, to_cpu
 from bitgrain.pipeline.load import attach_input_quantizers
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
@@ -28,13 +28,27 @@ from bitgrain.tuning.end_to_end import EndToEndSettings, tune_end_to_end
 
 WINDOWS = 4
 """Calibration windows in one gradient step."""
+_CODES_BELOW = 2.75
+"""Average bits below which codes are learned."""
 _CHUNK = 1 << 26
 """Logits that are compared at a time, in bytes of float32."""
 
 
 def settings_of(plan: Plan) -> EndToEndSettings:
-    """Raises SchemeError for a setting that does not exist."""
-    return make_with_settings(EndToEndSettings, plan.recipe.tuning.end_to_end or {}, "tuning.end_to_end")
+    """The recipe's settings; rates that it does not give follow from how coarse the grids are.
+
+    A scale may move by a fixed part of a code's step, so rates fall with 2^bits: 0.01 at 2 bits, 0.0025 at 4. Codes are
+    learned too where there are less than three bits: only there it was worth its time.
+    Raises SchemeError for a setting that does not exist.
+    """
+    elements = sum(layer.elements for layer in plan.quantized.values())
+    total = sum(layer.elements * layer.scheme.weight.format.bits for layer in plan.quantized.values())
+    step = 2.0 ** -(total / max(1, elements))
+    rates = {"scale_rate": 0.04 * step, "extra_rate": 0.024 * step}
+    if total < _CODES_BELOW * elements and not plan.recipe.transforms:
+        rates["code_rate"] = 0.004 * step
+    given = {**rates, **(plan.recipe.tuning.end_to_end or {})}
+    return make_with_settings(EndToEndSettings, given, "tuning.end_to_end")
 
 
 def tune_whole(
@@ -64,7 +78,13 @@ def tune_whole(
     try:
         with single_threaded():
             found = tune_end_to_end(
-                start, extras, loss, len(ids), settings, progress=lambda _, kl: progress.advance(1, f"KL {kl:.5f}")
+                start,
+                extras,
+                loss,
+                len(ids),
+                settings,
+                weights=_originals(plan, stream) if settings.code_rate else None,
+                progress=lambda _, kl: progress.advance(1, f"KL {kl:.5f}"),
             )
     finally:
         progress.finish()
@@ -77,6 +97,15 @@ def tune_whole(
         tensors[name] = gain.to("cpu", plan.checkpoint.entries[name].dtype)
     record = {"kl_before": found.first_loss, "kl_after": found.best_loss, "steps": found.steps}
     return tensors, record
+
+
+def _originals(plan: Plan, stream: StreamedModel) -> dict[str, Tensor]:
+    """The weights before they were quantized, by the names of their QTensors."""
+    return {
+        f"{name}#{i}": matrix.to(stream.device, torch.float32)
+        for name, layer in plan.quantized.items()
+        for i, matrix in enumerate(matrices(plan.checkpoint.read(name), layer))
+    }
 
 
 class _Reference:
