@@ -1,231 +1,229 @@
-"""What every preset costs in accuracy: KL divergence, top-1 agreement and perplexity against the unquantized model.
+"""What every method costs in accuracy, ours and other tools': KL divergence, top-1 agreement, perplexity, time, memory.
 
-    make bench-accuracy                                              # the reference models, where they are present
-    make bench-accuracy ARGS="--model DIR --text FILE [--text FILE]" # any model and text
-    make bench-accuracy ARGS="--only llama --schemes W4A16,NVFP4"
+    make bench-accuracy                                         # the reference models, where they are present
+    make bench-accuracy ARGS="--model DIR --calibration FILE --text FILE [--text FILE]"
+    make bench-accuracy ARGS="--only llama --methods best,W8A8/*,hqq/*"
+    make bench-accuracy ARGS="--list"
 
-Each scheme is quantized disk to disk (round to nearest, min-max ranges) in a process of its own, loaded back from what
-was written, and compared with the base on windows that do not overlap. The text is tokenized with the special tokens
-that the tokenizer adds, once in front of the whole (usually one BOS): then base perplexities are those of other tools'
-tables. The base is run once for each text; its logits are kept where they fit into memory.
+The rows are those of methods.yaml: ours, and settings of peers that are installed in venvs of their own (under
+$PEERS_HOME or ~/.cache/bitgrain-peers). Each row is measured in a process of its own with one thread: quantized disk to
+disk, loaded back from what was written, and compared with the base. Results are kept row by row in benchmarks/results;
+rows that are there already, measured with the same model, texts and settings, are not measured again unless --again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, SHARED, machine_line, resident_bytes, table, write_results
+from accuracy_methods import METHODS, Method, digest, file_digest, methods_of, read_methods, select
+from accuracy_peers import View, absent, as_row, last_line, merge, unsuited
+from accuracy_processes import Processes
+from accuracy_report import Store, provenance
+from accuracy_texts import Job, calibration_source, reference_jobs
+from common import RESULTS, ROOT
 
-SCHEMES = (
-    *("W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16"),
-    *("W8A8", "INT8_TENSOR", "FP8_DYNAMIC", "FP8_BLOCK"),
-    *("MXFP4A16", "MXFP4", "NVFP4A16", "NVFP4"),
-)
-END_OF_STORY = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text file and how much of it is read."""
-
-    path: Path
-    seqlen: int
-    windows: int
-    stories: int | None = None
-    """Of a file of stories, the last so many complete ones, tokenized one by one and put end to end."""
-
-    def read(self, tokenizer: Any) -> Any:
-        """Windows int64 [n, seqlen]."""
-        from bitgrain.calibration.text import read_text, token_windows
-
-        content = read_text(self.path)
-        if self.stories is None:
-            return token_windows(tokenizer, content, self.seqlen, self.windows, special_tokens=True)
-        import torch
-
-        found = [story.strip() for story in content.split(END_OF_STORY)[:-1] if story.strip()][-self.stories :]
-        ids = [i for story in found for i in tokenizer(story, add_special_tokens=True, truncation=False)["input_ids"]]
-        count = min(self.windows, len(ids) // self.seqlen)
-        return torch.tensor(ids[: count * self.seqlen], dtype=torch.int64).view(count, self.seqlen)
+CHILD = Path(__file__).with_name("accuracy_child.py")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One model on its texts."""
+class Runner:
+    """Measures the rows of one job, with temporary files in `scratch`."""
 
-    model: Path
-    texts: tuple[Text, ...]
+    job: Job
+    scratch: Path
+    timeout: float
+    code: str
+    processes: Processes
 
     @property
-    def missing(self) -> list[str]:
-        """What is not there."""
-        return [path.name for path in (self.model, *(text.path for text in self.texts)) if not path.exists()]
+    def bases(self) -> list[Path]:
+        """The base's sequences and log-probabilities on each text."""
+        return [self.scratch / f"base-{i}.pt" for i in range(len(self.job.texts))]
 
+    def base(self) -> list[dict[str, Any]]:
+        """Run the unquantized model. Raises ValueError."""
+        return self._child("base", {"what": "base"})["texts"]
 
-def reference_jobs(windows: int | None) -> list[Job]:
-    """The shared reference models, each on text it was trained for and, the large ones, on another domain."""
-    models, texts = SHARED / "models", SHARED / "text"
+    def row(self, method: Method, texts: Sequence[Mapping[str, Any]], view: View | None) -> dict[str, Any]:
+        """Figures of one method, or why it failed."""
+        about = {"name": method.name, "tool": method.tool, "key": key_of(method), **provenance()}
+        try:
+            if method.ours:
+                return {**about, "code": self.code, **self._own(method)}
+            assert view is not None
+            answer = self.scratch / f"{digest(method.name)}.jsonl"
+            record = view.run(self.processes, method.tool, method.settings["setting"], self.timeout, answer)
+            return {**about, **as_row(record, self.job, texts)}
+        except ValueError as error:
+            return {**about, "failed": str(error)[:300]}
 
-    def text(name: str, seqlen: int, count: int, stories: int | None = None) -> Text:
-        return Text(texts / name, seqlen, min(count, windows or count), stories)
-
-    held = "heldout.txt"
-    wiki = "wikitext2-test.raw"
-    stories = "tinystories.txt"
-    return [
-        Job(models / "llama", (text(held, 512, 100), text(wiki, 512, 40))),
-        Job(models / "llama-outliers", (text(held, 512, 40), text(wiki, 512, 40))),
-        Job(models / "tinystories-656k", (text(stories, 512, 100, 200),)),
-        Job(models / "stories260k", (text(stories, 256, 100, 200),)),
-    ]
-
-
-def quantize_here(model: Path, out: Path, scheme: str) -> dict[str, Any]:
-    """Quantize in this process; what cannot be divided into groups falls back to channels, FP4 to full precision."""
-    from bitgrain.api import quantize
-
-    began = time.perf_counter()
-    fallback = "skip" if "FP4" in scheme else "channel"
-    result = quantize(model, out, scheme, device="cpu", on_indivisible=fallback)
-    plan = result.plan
-    changed = [planned for planned in plan.layers if planned.note]
-    return {
-        "bits_per_weight": plan.bits_per_weight,
-        "bytes_after": plan.bytes_after,
-        "layout": plan.layout.name,
-        "quantize_s": time.perf_counter() - began,
-        "peak_rss_mb": resident_bytes("VmHWM") / 1e6,
-        "layers": len(plan.quantized),
-        "layers_not_as_asked": len(changed),
-        "not_as_asked": f"{changed[0].note}" if changed else "",
-    }
-
-
-def run(job: Job, schemes: list[str], scratch: Path) -> dict[str, Any]:
-    """All schemes of one model."""
-    from bitgrain.api import load
-    from bitgrain.calibration.text import load_tokenizer
-    from bitgrain.evaluation.language import evaluate_model, record_base
-
-    base = load(job.model, device="cpu")
-    words = load_tokenizer(job.model)
-    references: list[Any] = []
-    for text in job.texts:
-        references.append(record_base(base, text.read(words)))
-        print(f"{job.model.name} on {text.path.name}: base perplexity {references[-1].perplexity:.3f}", file=sys.stderr)
-    rows: list[dict[str, Any]] = []
-    for scheme in schemes:
-        out = scratch / scheme
-        command = [sys.executable, __file__, "--child", scheme, "--model", str(job.model), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            rows.append({"scheme": scheme, "failed": reason.split(": ", 1)[-1]})
-            print(f"  {scheme}: {reason}", file=sys.stderr)
-            continue
-        row: dict[str, Any] = {"scheme": scheme, **json.loads(done.stdout.splitlines()[-1]), "texts": {}}
-        module = load(out, device="cpu")
-        for text, reference in zip(job.texts, references, strict=True):
-            row["texts"][text.path.name] = evaluate_model(module, reference.windows, base=reference).to_json()
-        shutil.rmtree(out)
-        rows.append(row)
-        first = row["texts"][job.texts[0].path.name]
-        print(f"  {scheme}: KL {first['kl']:.5f}, perplexity {first['perplexity']:.3f}", file=sys.stderr)
-    texts = [
-        {
-            "text": text.path.name,
-            "seqlen": text.seqlen,
-            "windows": len(r.windows),
-            "stories": text.stories,
-            "base_perplexity": r.perplexity,
+    def _own(self, method: Method) -> dict[str, Any]:
+        out = self.scratch / f"out-{digest(method.name)}"
+        request = {
+            "what": "row",
+            "settings": dict(method.settings),
+            "calibration": str(calibration_source(self.job, self.scratch)),
+            "out": str(out),
         }
-        for text, r in zip(job.texts, references, strict=True)
+        try:
+            return self._child(digest(method.name), request)
+        finally:
+            for left in self.scratch.glob(f"{out.name}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def _child(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """A process with one thread. Raises ValueError with its last words."""
+        question, answer = self.scratch / f"{name}.request.json", self.scratch / f"{name}.answer.json"
+        whole = {**request, "job": asdict(self.job), "files": self.bases}
+        question.write_text(json.dumps(whole, default=str), encoding="utf-8")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, str(CHILD), str(question), str(answer)]
+        status, _, errors = self.processes.run(command, environment, self.timeout)
+        if status:
+            said = last_line(errors).replace(str(self.scratch), "TMP").replace(str(ROOT.parent), "..")
+            raise ValueError(said or f"the process ended with {status}")
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def key_of(method: Method) -> str:
+    """The same as long as a row's settings are."""
+    return digest({"tool": method.tool, "settings": dict(method.settings)})
+
+
+def choose(job: Job, arguments: argparse.Namespace) -> list[Method]:
+    """The rows that are wanted for a job. Raises ValueError."""
+    from bitgrain.recipes.recipe import named_recipes
+
+    named = {name: path.read_text(encoding="utf-8") for name, path in named_recipes().items()}
+    methods = methods_of(read_methods(arguments.methods_file), job.model.name, named)
+    patterns = [pattern for pattern in (arguments.methods or "").split(",") if pattern]
+    return [method for method in select(methods, patterns) if method.ours or not arguments.no_peers]
+
+
+def measure(job: Job, arguments: argparse.Namespace) -> None:
+    """All wanted rows of one job that are not there yet. Raises ValueError."""
+    store = Store(arguments.results, f"accuracy-{job.model.name}", job.model.name, job.describe(), arguments.again)
+    wanted = choose(job, arguments)
+    away: dict[str, str] = {}
+    for tool in dict.fromkeys(method.tool for method in wanted if not method.ours):
+        if reason := unsuited(job) or absent(tool):
+            away[tool] = reason
+            say(f"{job.model.name}: {tool} skipped, {reason}")
+    wanted = [method for method in wanted if method.tool not in away]
+    todo = [method for method in wanted if arguments.again or not store.has(method.name, key_of(method))]
+    say(f"{job.model.name}: {len(todo)} rows to measure, {len(wanted) - len(todo)} known")
+    scratch = Path(tempfile.mkdtemp(prefix="bitgrain-bench-"))
+    code = file_digest(*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "src").rglob("*.yaml")))
+    runner = Runner(job, scratch, arguments.timeout, code, Processes())
+    try:
+        texts = runner.base()
+        store.texts(texts)
+        view = View(job, scratch / "view").make() if any(not method.ours for method in todo) else None
+        calibration_source(job, scratch)
+
+        def one(numbered: tuple[int, Method]) -> None:
+            place, method = numbered
+            began = time.monotonic()
+            row = runner.row(method, texts, view)
+            if runner.processes.stopped:
+                return
+            store.add(row)
+            told = row.get("failed") or f"KL {next(iter(row['texts'].values()))['kl']:.5f}, {row['cpu_s']:.1f} CPU s"
+            say(f"  {place}/{len(todo)} {method.name}: {told} ({time.monotonic() - began:.0f} s)")
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            try:
+                list(pool.map(one, enumerate(todo, 1)))
+            except BaseException:
+                runner.processes.stop()
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if arguments.peers_results is not None:
+        rows, notes = merge(arguments.peers_results, job, texts)
+        for row in rows:
+            store.merge({**row, "key": "", "from": arguments.peers_results.name})
+        for note in notes:
+            say(f"  {note}")
+    store.write()
+    print(store.page())
+
+
+def say(line: str) -> None:
+    """Progress, beside the tables."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def jobs_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Job]:
+    """What to measure."""
+    if arguments.model is None:
+        found = reference_jobs(arguments.windows, arguments.documents, arguments.calibration_windows)
+        chosen = [job for job in found if arguments.only in (None, job.model.name)]
+        if not chosen:
+            parser.error(f"--only names one of {', '.join(job.model.name for job in found)}")
+        return chosen
+    if arguments.calibration is None or not arguments.text:
+        parser.error("--model needs --calibration and --text")
+    windows = arguments.windows if arguments.document_mark is None else arguments.documents
+    return [
+        Job(
+            arguments.model.resolve(),
+            arguments.calibration,
+            tuple(arguments.text),
+            arguments.document_mark,
+            arguments.seqlen,
+            windows or (100 if arguments.document_mark is None else 200),
+            arguments.calibration_windows,
+        )
     ]
-    return {"model": job.model.name, "texts": texts, "schemes": rows}
-
-
-def report(result: dict[str, Any]) -> str:
-    """The Markdown page of one model."""
-    header = ["scheme", "bits per weight"]
-    for text in result["texts"]:
-        header += [f"{text['text']}: KL", "KL p99", "top-1", "perplexity"]
-    header += ["quantize s", "peak RSS MB"]
-    rows: list[list[str]] = []
-    for row in result["schemes"]:
-        if "failed" in row:
-            rows.append([row["scheme"], row["failed"], *[""] * (len(header) - 2)])
-            continue
-        cells = [row["scheme"] + ("*" if row["layers_not_as_asked"] else ""), f"{row['bits_per_weight']:.3f}"]
-        for text in result["texts"]:
-            e = row["texts"][text["text"]]
-            cells += [f"{e['kl']:.2g}" if e["kl"] < 1e-4 else f"{e['kl']:.5f}", f"{e['kl_p99']:.2g}"]
-            cells += [f"{100 * e['top1']:.1f} %", f"{e['perplexity']:.3f}"]
-        rows.append([*cells, f"{row['quantize_s']:.1f}", f"{row['peak_rss_mb']:.0f}"])
-    about = "".join(
-        f"- {text['text']}: {text['windows']} windows of {text['seqlen']} tokens, "
-        f"base perplexity {text['base_perplexity']:.3f}"
-        + (f"; from the last {text['stories']} stories, one after the other" if text["stories"] else "")
-        + "\n"
-        for text in result["texts"]
-    )
-    notes = {row["not_as_asked"] for row in result["schemes"] if row.get("not_as_asked")}
-    return (
-        f"# Accuracy of the presets on {result['model']}\n\n"
-        f"{machine_line()}. Round to nearest with min-max ranges; decoder linears only, embeddings, norms and lm_head "
-        "as they were. KL(base || quantized) in nats per token; bits per weight with scales as stored; activations "
-        "quantized in simulation, as vLLM rounds them.\n\n"
-        + about
-        + "- tokenized with special tokens: one BOS in front of the whole text, or of each story, where there is one\n"
-        "- quantize s: the whole job; peak RSS: of that process, Python and torch included\n\n"
-        + table(header, rows)
-        + "".join(f"\n\\* not every layer as asked, for instance {note}" for note in sorted(notes)[:1])
-    ).rstrip("\n") + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a model folder; without it, the reference models")
-    parser.add_argument(
-        "--text", type=Path, action="append", default=[], help="a text file; may be given several times"
-    )
-    parser.add_argument("--only", help="of the reference models, only this one")
-    parser.add_argument("--schemes", default="all", help="names with commas between them")
-    parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window, for --text")
-    parser.add_argument("--windows", type=int, default=None, help="at most so many windows of each text")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", type=Path, help="a model folder; without it, the reference models")
+    add("--calibration", type=Path, help="the text that methods may learn from, for --model")
+    add("--text", type=Path, action="append", default=[], help="an evaluation text; may be given several times")
+    add("--document-mark", help="what parts the texts in documents, for instance '<|endoftext|>'; none: running text")
+    add("--seqlen", type=int, default=512, help="tokens in a window, for --model")
+    add("--windows", type=int, help="windows of each evaluation text (100)")
+    add("--documents", type=int, help="the last so many documents of an evaluation text (200)")
+    add("--calibration-windows", type=int, default=128)
+    add("--only", help="of the reference models, only this one")
+    add("--methods", help="names with commas between them: SCHEME/RECIPE, PEER/SETTING, or a part; * and ? match")
+    add("--methods-file", type=Path, default=METHODS, help="rows other than those of methods.yaml")
+    add("--no-peers", action="store_true", help="only our own methods")
+    add("--peers-results", type=Path, help="a results.jsonl of the peers' harness, whose rows are shown too")
+    add("--jobs", type=int, default=1, help="rows at a time; wall times and, a little, CPU seconds suffer")
+    add("--timeout", type=float, default=3600, help="seconds after which a row is given up")
+    add("--results", type=Path, default=RESULTS, help="where results are kept")
+    add("--again", action="store_true", help="measure rows that are known already")
+    add("--list", action="store_true", help="show the rows and stop")
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(quantize_here(arguments.model, arguments.out, arguments.child)))
-        return
-    if arguments.model is None:
-        jobs = [j for j in reference_jobs(arguments.windows) if arguments.only in (None, j.model.name)]
-    elif arguments.text:
-        texts = tuple(Text(path, arguments.seqlen, arguments.windows or 100) for path in arguments.text)
-        jobs = [Job(arguments.model, texts)]
-    else:
-        parser.error("--model needs --text")
-    schemes = list(SCHEMES) if arguments.schemes == "all" else arguments.schemes.split(",")
-    for job in jobs:
-        if job.missing:
-            print(f"{job.model.name}: skipped, {', '.join(job.missing)} not found beside {ROOT.name}", file=sys.stderr)
-            continue
-        scratch = Path(tempfile.mkdtemp(prefix="bitgrain-bench-"))
-        try:
-            result = run(job, schemes, scratch)
-        finally:
-            shutil.rmtree(scratch)
-        write_results(f"accuracy-{job.model.name}", result, report(result))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that temporary files are removed
+    try:
+        for job in jobs_of(arguments, parser):
+            if arguments.list:
+                print(job.model.name, *(f"  {method.name}" for method in choose(job, arguments)), sep="\n")
+            elif job.missing:
+                say(f"{job.model.name}: skipped, {', '.join(job.missing)} not found")
+            else:
+                measure(job, arguments)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -54,9 +54,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_results(name: str, data: dict[str, Any], text: str) -> None:
-    """Write benchmarks/results/NAME.json and NAME.md, and print the text."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **data}, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
+def write_results(name: str, data: dict[str, Any], text: str, folder: Path = RESULTS, show: bool = True) -> None:
+    """Write FOLDER/NAME.json and NAME.md, each whole or not at all, and print the text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, content in (("json", json.dumps({"machine": machine(), **data}, indent=2) + "\n"), ("md", text)):
+        part = folder / f"{name}.{suffix}.part"
+        part.write_text(content, encoding="utf-8")
+        part.replace(folder / f"{name}.{suffix}")
+    if show:
+        print(text)

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, quantize
-from bitgrain.numerics.ranges import get_range
+from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_tensor, quantize
+from bitgrain.numerics.observers import StaticInput, start, static_input, update
+from bitgrain.numerics.outliers import Outliers
+from bitgrain.numerics.ranges import MinMax, get_range
 from bitgrain.recipes import PRESETS, Scheme
 
 LAWS = settings(deadline=None, derandomize=True, max_examples=60)
@@ -21,6 +23,7 @@ FORMATS = (
     *("int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "ternary", "binary"),
 )
 RANGES = ("minmax", "mse", "percentile")
+SHARES = (0.0, 0.0, 0.02, 0.3)
 PLAIN_SCALES = ("float32", "float16", "bfloat16", "e8m0", "fp8_e4m3", "fp8_e5m2")
 TILES = (
     *((None, None), (1, None), (None, 1), (1, 3), (1, 4), (1, 16), (1, 32), (4, None), (None, 8)),
@@ -28,14 +31,20 @@ TILES = (
 )
 
 
+ASYMMETRIC_INPUT = QuantSpec(get_format("int8"), per_tensor(), zero_point="integer")
+"""Static inputs with a zero point."""
+
+
 @st.composite
-def specs(draw, nested: bool = True, ranges: tuple[str, ...] = ("minmax",)) -> QuantSpec:
+def specs(
+    draw, nested: bool = True, ranges: tuple[str, ...] = ("minmax",), outliers: tuple[float, ...] = (0.0,)
+) -> QuantSpec:
     """Any combination that a QuantSpec accepts; `nested` also draws double quantization."""
-    return draw(_candidates(nested, ranges).filter(lambda spec: spec is not None))
+    return draw(_candidates(nested, ranges, outliers).filter(lambda spec: spec is not None))
 
 
 @st.composite
-def _candidates(draw, nested: bool, ranges: tuple[str, ...]) -> QuantSpec | None:
+def _candidates(draw, nested: bool, ranges: tuple[str, ...], outliers: tuple[float, ...] = (0.0,)) -> QuantSpec | None:
     scale = get_format(draw(st.sampled_from(PLAIN_SCALES)))
     if nested and draw(st.integers(0, 3)) == 0:
         scale = draw(specs(nested=False).filter(_quantizes_scales))
@@ -47,6 +56,7 @@ def _candidates(draw, nested: bool, ranges: tuple[str, ...]) -> QuantSpec | None
             restricted=draw(st.booleans()),
             range=get_range(draw(st.sampled_from(ranges))),
             scale=scale,
+            outliers=draw(st.sampled_from(outliers)),
         )
     except SchemeError:
         return None
@@ -78,8 +88,9 @@ def layers(draw, schemes: st.SearchStrategy[Scheme], **fixed) -> StoredLayer:
 
 def any_scheme(nested: bool = True) -> st.SearchStrategy[Scheme]:
     """Presets and inventions."""
-    inputs = st.sampled_from([None, PRESETS["W8A8"].input, PRESETS["FP8_DYNAMIC"].input, PRESETS["W8A16INT16"].input])
-    invented = st.builds(Scheme, st.just("invented"), specs(nested=nested), inputs)
+    names = ("W8A8", "FP8_DYNAMIC", "W8A16INT16", "W8A8_STATIC", "FP8")
+    inputs = st.sampled_from([None, ASYMMETRIC_INPUT, *(PRESETS[name].input for name in names)])
+    invented = st.builds(Scheme, st.just("invented"), specs(nested=nested, outliers=SHARES), inputs)
     return st.one_of(st.sampled_from(list(PRESETS.values())), invented)
 
 
@@ -96,6 +107,18 @@ def quantized_parts(layer: StoredLayer, seed: int) -> list[QTensor]:
     return parts
 
 
+def static_inputs(layer: StoredLayer, seed: int) -> list[StaticInput]:
+    """Random scales of static inputs, one for each stacked matrix; none where the layer has no such inputs."""
+    spec = layer.static_input
+    if spec is None:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        static_input(update(start(MinMax()), torch.randn(50, generator=generator) + 0.5), spec)
+        for _ in range(layer.experts)
+    ]
+
+
 def same(a: QTensor, b: QTensor) -> bool:
     """Every code, scale and zero point, with their dtypes."""
     if isinstance(a.scale, QTensor) or isinstance(b.scale, QTensor):
@@ -103,7 +126,15 @@ def same(a: QTensor, b: QTensor) -> bool:
     else:
         scales = same_bits(a.scale, b.scale)
     zeros = a.zero is b.zero is None or (a.zero is not None and b.zero is not None and same_bits(a.zero, b.zero))
-    return same_bits(a.codes, b.codes) and scales and zeros
+    return same_bits(a.codes, b.codes) and scales and zeros and same_outliers(a.outliers, b.outliers)
+
+
+def same_outliers(a: Outliers | None, b: Outliers | None) -> bool:
+    """Every place and value."""
+    if a is None or b is None:
+        return a is b
+    names = ("starts", "columns", "values")
+    return all(same_bits(getattr(a, name), getattr(b, name)) for name in names)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -11,6 +11,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 
 WIDTHS: dict[str, Any] = {
     "hidden_size": 128,
@@ -66,6 +68,14 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes:
     """The same as a checkpoint in `folder`."""
     build(name, **changes).to(dtype).save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer beside a checkpoint: one id below 128 for each character."""
+    characters = {chr(i): i for i in range(128)}
+    tokenizer = Tokenizer(WordLevel(characters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -21,6 +21,10 @@ class NumericsError(BitgrainError):
     """A tensor holds NaN or Inf, or a scale does not fit its storage dtype."""
 
 
+class StatisticsError(BitgrainError):
+    """Saved statistics are missing, damaged, or of another model."""
+
+
 class SchemeError(BitgrainError):
     """A scheme, format, granularity, range, solver or transform is unknown or inconsistent."""
 

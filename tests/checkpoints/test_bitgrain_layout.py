@@ -13,19 +13,21 @@ from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.numerics import QuantSpec, get_format, per_group, per_tensor
 from bitgrain.numerics.spec import nf4_double_quantized
 from bitgrain.recipes import PRESETS, Scheme
-from random_specs import LAWS, any_scheme, layers, quantized_parts, same
+from random_specs import LAWS, any_scheme, layers, quantized_parts, same, static_inputs
 
 LAYOUT = BitgrainLayout()
 
 
 def round_trip(layer: StoredLayer, seed: int) -> None:
     parts = quantized_parts(layer, seed)
-    stored = LAYOUT.encode(layer, parts)
+    inputs = static_inputs(layer, seed)
+    stored = LAYOUT.encode(layer, parts, inputs)
     found = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
     assert sorted(found, key=lambda spec: spec.name) == sorted(LAYOUT.tensors(layer), key=lambda spec: spec.name)
     assert all(tensor.is_contiguous() for tensor in stored.values())
     back = LAYOUT.decode(layer, stored.__getitem__)
     assert len(back) == layer.experts
+    assert LAYOUT.decode_inputs(layer, stored.__getitem__) == inputs
     assert all(same(a, b) for a, b in zip(parts, back, strict=True))
     assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(parts, back, strict=True))
 

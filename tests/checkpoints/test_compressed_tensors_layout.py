@@ -17,12 +17,13 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import QuantSpec, get_format, per_block, per_channel, per_group, per_row_group, per_tensor
+from bitgrain.numerics.ranges import MinMax
 from bitgrain.numerics.spec import int_weight
 from bitgrain.recipes import PRESETS, Scheme
-from random_specs import LAWS, any_scheme, layers, quantized_parts, same
+from random_specs import ASYMMETRIC_INPUT, LAWS, any_scheme, layers, quantized_parts, same, static_inputs
 
 LAYOUT = CompressedTensors()
-WRITABLE = [name for name in PRESETS if name not in ("W8A16INT16", "FP8")]
+WRITABLE = [name for name in PRESETS if name != "W8A16INT16"]
 
 
 def layer_of(scheme: Scheme, out: int = 128, into: int = 256, **changes: Any) -> StoredLayer:
@@ -44,12 +45,14 @@ def library_decodes(layer: StoredLayer, stored: dict[str, torch.Tensor]) -> torc
 
 def check(layer: StoredLayer, seed: int) -> None:
     parts = quantized_parts(layer, seed)
-    stored = LAYOUT.encode(layer, parts)
+    inputs = static_inputs(layer, seed)
+    stored = LAYOUT.encode(layer, parts, inputs)
     found = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
     assert sorted(found, key=lambda spec: spec.name) == sorted(LAYOUT.tensors(layer), key=lambda spec: spec.name)
     assert all(tensor.is_contiguous() for tensor in stored.values())
     (back,) = LAYOUT.decode(layer, stored.__getitem__)
     assert same(back, parts[0])
+    assert LAYOUT.decode_inputs(layer, stored.__getitem__) == inputs
     theirs = library_decodes(layer, stored)
     # the library decodes FP4 to bfloat16, everything else to the dtype of the scale
     fp4 = layer.scheme.weight.format == get_format("fp4_e2m1")
@@ -86,7 +89,9 @@ near_schemes = st.builds(
         st.sampled_from([per_channel(), per_group(8), per_group(32), per_tensor()]),
         zero_point=st.just("integer"),
     ),
-    st.sampled_from([None, PRESETS["W8A8"].input, PRESETS["FP8_DYNAMIC"].input, PRESETS["MXFP4"].input]),
+    st.sampled_from(
+        [None, ASYMMETRIC_INPUT, *(PRESETS[name].input for name in ("W8A8", "FP8_DYNAMIC", "MXFP4", "FP8"))]
+    ),
 )
 """Schemes at the border of what compressed-tensors can hold."""
 fitting = st.sampled_from([32, 64, 96]).flatmap(
@@ -116,6 +121,10 @@ def single(name: str, granularity: Any, **more: Any) -> Scheme:
     return Scheme("own", QuantSpec(get_format(name), granularity, **more))
 
 
+def static_scheme(name: str, granularity: Any, **more: Any) -> Scheme:
+    return Scheme("own", PRESETS["W8A8"].weight, QuantSpec(get_format(name), granularity, **more))
+
+
 @pytest.mark.parametrize(
     ("scheme", "changes", "words"),
     [
@@ -125,7 +134,9 @@ def single(name: str, granularity: Any, **more: Any) -> Scheme:
         (PRESETS["W4A16"], {"role": "embedding", "class_name": "Embedding"}, "linear layers, m.up is Embedding"),
         (PRESETS["W4A16"], {"role": "conv", "class_name": "Conv1d"}, "linear layers, m.up is Conv1d"),
         (PRESETS["W8A16INT16"], {}, "no form for activations int16"),
-        (PRESETS["FP8"], {}, "no form for activations fp8_e4m3 per_tensor"),
+        (static_scheme("fp8_e4m3", per_channel()), {}, "no form for activations fp8_e4m3 per_channel"),
+        (static_scheme("int4", per_tensor()), {}, "no form for activations int4 per_tensor"),
+        (static_scheme("int8", per_tensor(), zero_point="real"), {}, "no form for activations int8 per_tensor real"),
         (single("nf4", per_group(64)), {}, "no format for weights nf4"),
         (single("uint4", per_group(64)), {}, "no format for weights uint4"),
         (single("int4", per_group(64), scale=get_format("e8m0")), {}, "no format for weights int4"),
@@ -210,13 +221,14 @@ def test_reader_finds_the_schemes_again(data: Any, seed: int):
     parts = {layer.module: quantized_parts(layer, seed)[0] for layer in members}
     tensors = {"norm.weight": torch.ones(4, dtype=dtype)}
     for layer in members:
-        tensors |= LAYOUT.encode(layer, [parts[layer.module]])
+        tensors |= LAYOUT.encode(layer, [parts[layer.module]], static_inputs(layer, seed))
     found = read_layers(LAYOUT.config(members, []), OnDisk(tensors))  # type: ignore[arg-type]
     assert [layer.module for layer in found] == [layer.module for layer in members]
     for layer, original in zip(found, members, strict=True):
         assert layer.shape == original.shape
         assert layer.dtype == dtype
-        assert layer.scheme.input == original.scheme.input
+        given = original.scheme.input  # how a static scale was chosen is not in the file
+        assert layer.scheme.input == (given and replace(given, range=MinMax()))
         (q,) = LAYOUT.decode(layer, tensors.__getitem__)
         assert torch.equal(q.dequantize(dtype), parts[layer.module].dequantize(dtype))
 

@@ -5,8 +5,9 @@ from bitgrain.report.schemes import scheme_table_markdown
 def test_schemes(run):
     ran = run("schemes")
     assert ran.status == 0
-    names = [line.split()[0].rstrip(",") for line in ran.out.splitlines()[1 : len(PRESETS) + 1]]
-    assert names == list(PRESETS)
+    rows = [line.split() for line in ran.out.splitlines()[1:]]
+    names = [words[0].rstrip(",") for words in rows if len(words) > 1]  # a long alias has a line of its own
+    assert names[: len(PRESETS)] == list(PRESETS)
     assert max(map(len, ran.out.splitlines())) <= 100
 
 

@@ -9,7 +9,7 @@ from transformers.core_model_loading import Chunk, Concatenate, Transpose, Weigh
 from bitgrain.errors import ModelError
 from bitgrain.models import naming
 from bitgrain.models.anatomy import read_anatomy
-from bitgrain.models.naming import natural_order, trace_routes
+from bitgrain.models.naming import convert_tensors, natural_order, revert_tensors, trace_routes
 
 
 @dataclass
@@ -102,3 +102,75 @@ def test_a_rule_that_fails_names_the_tensors(phi):
 
 def test_natural_order():
     assert natural_order(["h.10.w", "h.9.w", "h.a.w", "h.w2", "h.w11"]) == ["h.9.w", "h.10.w", "h.a.w", "h.w2", "h.w11"]
+
+
+def test_convert_gives_what_transformers_loads(tiny, zoo_name):
+    checkpoint = tiny(zoo_name)
+    expected = checkpoint.model.state_dict()
+    found = convert_tensors(checkpoint.skeleton, checkpoint.tensors)
+    tied = {name for group in checkpoint.anatomy.tied for name in group}
+    assert expected.keys() - found.keys() <= tied
+    assert found.keys() <= expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_revert_is_the_inverse_of_convert(tiny, zoo_name):
+    checkpoint = tiny(zoo_name)
+    before = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    converted = convert_tensors(checkpoint.skeleton, checkpoint.tensors)
+    found = revert_tensors(checkpoint.skeleton, converted, checkpoint.tensors)
+    assert found.keys() == checkpoint.tensors.keys()
+    for name, tensor in found.items():
+        assert tensor.shape == checkpoint.tensors[name].shape
+        assert torch.equal(tensor, checkpoint.tensors[name]), name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in checkpoint.tensors.items())
+
+
+def test_a_block_alone_is_converted_and_reverted(tiny, zoo_name):
+    """What a streamed model does: the tensors of one block only."""
+    checkpoint = tiny(zoo_name)
+    block = {name: tensor for name, tensor in checkpoint.tensors.items() if checkpoint.anatomy.block_of[name] == 1}
+    found = convert_tensors(checkpoint.skeleton, block)
+    prefix = checkpoint.anatomy.block_names[1] + "."
+    assert found
+    assert all(name.startswith(prefix) for name in found)
+    reverted = revert_tensors(checkpoint.skeleton, found, block)
+    assert reverted.keys() == block.keys()
+    assert all(torch.equal(tensor, block[name]) for name, tensor in reverted.items())
+
+
+def test_convert_leaves_unknown_names_out_and_revert_leaves_the_model_as_it_was(tiny):
+    checkpoint = tiny("llama")
+    stray = {"model.layers.0.mlp.bonus.weight": torch.zeros(2, 2)}
+    assert convert_tensors(checkpoint.skeleton, stray) == {}
+    marks = getattr(checkpoint.skeleton, "_weight_conversions", None)
+    revert_tensors(checkpoint.skeleton, {"lm_head.weight": torch.zeros(1)}, [])
+    assert getattr(checkpoint.skeleton, "_weight_conversions", None) is marks
+
+
+def test_convert_joins_in_the_natural_order_of_experts(phi):
+    """Ten experts and more: 10 comes after 9, whatever order the names are given in."""
+    rule = WeightConverter(["experts.*.left", "experts.*.right"], "mlp.fc1.weight", [Concatenate(dim=0)])
+    skeleton, _ = phi(rule)
+    parts = {f"model.layers.0.experts.{i}.left": torch.full((4, 64), float(i)) for i in reversed(range(12))}
+    parts |= {f"model.layers.0.experts.{i}.right": torch.full((4, 64), 100.0 + i) for i in range(12)}
+    (found,) = convert_tensors(skeleton, parts).values()
+    assert found[::4, 0].tolist() == [*range(12), *range(100, 112)]
+
+
+@pytest.mark.parametrize("names", ["legacy", "base"])
+def test_names_of_older_checkpoints_come_back(tiny, names):
+    """Layer norms with gamma and beta; names without the base model's prefix, as the hub's gpt2 has them."""
+    checkpoint = tiny("bert" if names == "legacy" else "gpt2")
+
+    def older(name):
+        legacy = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        return legacy if names == "legacy" else name.removeprefix("transformer.")
+
+    old = {older(name): tensor for name, tensor in checkpoint.tensors.items()}
+    assert old.keys() != checkpoint.tensors.keys()
+    converted = convert_tensors(checkpoint.skeleton, old)
+    assert converted.keys() == convert_tensors(checkpoint.skeleton, checkpoint.tensors).keys()
+    reverted = revert_tensors(checkpoint.skeleton, converted, old)
+    assert reverted.keys() == old.keys()
+    assert all(torch.equal(tensor, old[name]) for name, tensor in reverted.items())

@@ -17,6 +17,20 @@ def test_underflow_becomes_the_smallest_positive_number(storage):
     assert scale_values(stored).tolist() == [[storage.smallest_positive], [0.5]]
 
 
+@pytest.mark.parametrize("storage", [FP16, BF16, FP32])
+def test_negative_scales_are_stored_like_positive_ones(storage):
+    spec = QuantSpec(get_format("int8"), per_channel(), scale=storage)
+    scale = torch.tensor([[1e-40], [0.3], [0.0]])
+    stored, negative = store_scale(scale, spec), store_scale(-scale, spec)
+    assert isinstance(stored, torch.Tensor)
+    assert isinstance(negative, torch.Tensor)
+    assert torch.equal(scale_values(negative)[:2], -scale_values(stored)[:2])
+    assert scale_values(negative)[2] == 1
+    if storage is FP16:
+        with pytest.raises(NumericsError, match=r"1 of 1 scales overflow float16 \(largest 1e\+08"):
+            store_scale(torch.tensor([[-1e8]]), spec)
+
+
 def test_overflow_names_tensor_count_and_remedy():
     spec = QuantSpec(get_format("int8"), per_channel(), scale=FP16)
     x = torch.tensor([[1e8, 2.0], [1.0, 2.0]])

@@ -20,6 +20,7 @@ from bitgrain.errors import (
     OutputError,
     PlanError,
     RecipeError,
+    TextError,
 )
 from bitgrain.pipeline import plan as planning
 
@@ -208,8 +209,9 @@ def test_weights_that_are_codes_already(tiny: Tiny, tmp_path: Path, dtype: torch
     assert Q.replace("__", ".") in text
 
 
-def test_static_fp8_without_calibration(tiny: Tiny, tmp_path: Path):
-    refused(tiny("llama"), PlanError, "need calibration; use FP8_DYNAMIC", tmp_path / "out", "FP8")
+def test_static_fp8_without_a_tokenizer(tiny: Tiny, tmp_path: Path):
+    """Static scales need text, and text a tokenizer; the model has none."""
+    refused(tiny("llama"), TextError, "tokenizer missing", tmp_path / "out", "FP8")
 
 
 def test_weights_missing_from_the_files(tiny: Tiny, tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 
 import bitgrain
 import zoo
-from bitgrain.errors import PlanError, RecipeError
+from bitgrain.errors import PlanError, RecipeError, TextError
 from bitgrain.pipeline import plan as planning
 from bitgrain.pipeline.engines import Verdict
 from bitgrain.pipeline.plan import Plan, make_plan, plan_to_json
@@ -20,7 +20,7 @@ Tiny = Callable[[str], Path]
 
 
 def plan(folder: Path, scheme: Any = "W4A16", rules: tuple[dict[str, Any], ...] = (), **more: Any) -> Plan:
-    settings = {key: more.pop(key) for key in ("on_indivisible", "transforms") if key in more}
+    settings = {key: more.pop(key) for key in ("on_indivisible", "calibration") if key in more}
     return make_plan(folder, make_recipe(scheme=scheme, rules=list(rules), **settings), **more)
 
 
@@ -254,14 +254,7 @@ def test_unknown_tensors_are_copied_and_noted(tiny: Tiny, tmp_path: Path):
     assert torch.equal(zoo.read_tensors(tmp_path / "out")["extra.weight"], torch.ones(3))
 
 
-def test_all_problems_are_listed_at_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from bitgrain.transforms import base
-
-    class Rotate:
-        def apply(self, block: Any) -> None:
-            del block
-
-    monkeypatch.setitem(base._TRANSFORMS, "rotate", Rotate)
+def test_all_problems_are_listed_at_once(tiny: Tiny, tmp_path: Path):
     name = "model.layers.1.mlp.down_proj.weight"
     codes = torch.zeros(128, 256, dtype=torch.float8_e4m3fn)
     folder = zoo.edited(
@@ -271,16 +264,14 @@ def test_all_problems_are_listed_at_once(tiny: Tiny, tmp_path: Path, monkeypatch
         folder,
         rules=(
             {"match": "q_proj", "scheme": {"weight": {"format": "int4", "granularity": "per_group(48)"}}},
-            {"match": "lm_head", "scheme": "FP8"},
+            {"match": "embed_tokens", "scheme": "W8A8"},
         ),
-        transforms=["rotate"],
     )
     for words in (
         "1 parameters of the model are not in its files: model.layers.0.self_attn.o_proj.weight",
-        "transforms cannot be applied in this version: rotate",
         f"{name} is stored as torch.float8_e4m3fn: only float weights can be quantized",
         "model.layers.0.self_attn.q_proj: weight per_group(48) does not divide 128",
-        "FP8 has static activation scales, which need calibration; use FP8_DYNAMIC",
+        "model.embed_tokens: W8A8 would quantize token ids; give embeddings a weight-only scheme",
     ):
         assert any(words in problem for problem in found.problems), words
     with pytest.raises(PlanError) as caught:
@@ -288,15 +279,18 @@ def test_all_problems_are_listed_at_once(tiny: Tiny, tmp_path: Path, monkeypatch
     assert str(caught.value).count("\n") == len(found.problems)
 
 
-def test_a_static_scheme_of_ones_own_gets_no_advice_that_does_not_exist(tiny: Tiny):
-    own = {
-        "name": "MINE",
-        "weight": {"format": "int8"},
-        "input": {"format": "int8", "granularity": "per_tensor", "restricted": True},
-    }
-    (problem,) = plan(tiny("llama"), own).problems
-    assert "MINE has static activation scales" in problem
-    assert "MINE_DYNAMIC" not in problem
+def test_static_inputs_bring_calibration_text(tiny: Tiny, tmp_path: Path):
+    """Whatever the solver; what needs no text is not given any."""
+    folder = zoo.edited(tiny("llama"), tmp_path / "model")
+    zoo.save_tokenizer(folder)
+    (tmp_path / "text.txt").write_text("what the model is shown " * 3)
+    found = plan(folder, "FP8", calibration={"text": str(tmp_path / "text.txt"), "windows": 3, "seqlen": 16})
+    assert not found.problems
+    assert found.calibration is not None
+    assert found.calibration.ids.shape == (3, 16)
+    assert plan(folder, "FP8_DYNAMIC").calibration is None
+    with pytest.raises(TextError, match="tokenizer missing"):
+        plan(tiny("llama"), "FP8")
 
 
 def test_nothing_to_quantize_is_a_problem(tiny: Tiny):

@@ -65,12 +65,17 @@ def test_unknown_name_without_a_near_one_is_readable():
 
 
 def test_only_static_activations_need_calibration():
-    assert [name for name, scheme in PRESETS.items() if scheme.needs_calibration] == ["FP8"]
+    assert [name for name, scheme in PRESETS.items() if scheme.needs_calibration] == ["W8A8_STATIC", "FP8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_scales_follow_the_checkpoint_and_special_ones_stay(dtype: torch.dtype):
     assert get_scheme("W4A16").for_dtype(dtype).weight.scale == get_format(str(dtype).removeprefix("torch."))
+    for name in ("W8A8_STATIC", "FP8"):
+        inputs = get_scheme(name).for_dtype(dtype).input
+        assert inputs is not None
+        assert inputs.scale == get_format(str(dtype).removeprefix("torch."))
+    assert get_scheme("W8A8").for_dtype(dtype).input == get_scheme("W8A8").input  # computed, not stored
     for name in ("MXFP4", "NVFP4"):
         assert get_scheme(name).for_dtype(dtype) == get_scheme(name)
     assert get_scheme("W4A16").for_dtype(torch.float64).weight.scale == get_format("float32")
@@ -99,12 +104,14 @@ def test_by_channel_fits_every_width_or_says_why_not(name: str):
     assert channel.weight == replace(scheme.weight, granularity=per_channel())
     if scheme.input is None:
         assert channel.input is None
-    else:
+    elif scheme.input.dynamic:
         assert channel.input == replace(scheme.input, granularity=per_channel())
+    else:
+        assert channel.input == scheme.input  # no static scale for each token: tokens are not known beforehand
 
 
 def test_int8_grids_are_symmetric_where_engines_multiply_codes():
-    for name in ("W8A8", "INT8_TENSOR"):
+    for name in ("W8A8", "W8A8_STATIC", "INT8_TENSOR"):
         scheme = PRESETS[name]
         for spec in (scheme.weight, scheme.input):
             assert isinstance(spec, QuantSpec)

@@ -40,7 +40,7 @@ def test_every_preset_has_a_row():
     assert list(rows) == list(PRESETS)
     assert rows["W8A8"].aliases == ("INT8",)
     assert (rows["W8A8"].weights, rows["W8A8"].activations) == ("int8 channel", "int8 token")
-    assert [name for name, row in rows.items() if row.needs_calibration] == ["FP8"]
+    assert [name for name, row in rows.items() if row.needs_calibration] == ["W8A8_STATIC", "FP8"]
     assert (rows["NVFP4"].weights, rows["NVFP4"].on_disk) == ("fp4 g16 (e4m3)", "nvfp4-pack-quantized")
     assert rows["W8A16INT16"].on_disk == "bitgrain"
     assert rows["W4A16"].vllm

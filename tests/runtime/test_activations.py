@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize as library_fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,10 +17,11 @@ import zoo
 from bitgrain.checkpoints.compressed_tensors import _activation
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec, get_format, per_tensor
+from bitgrain.numerics.observers import StaticInput
 from bitgrain.pipeline.load import experts_run_one_by_one, input_quantizer_for
 from bitgrain.recipes import PRESETS
 from bitgrain.runtime.activations import InputQuantizer, quantize_expert_inputs, quantize_inputs
-from random_specs import LAWS
+from random_specs import ASYMMETRIC_INPUT, LAWS
 
 INPUTS = {name: scheme.input for name, scheme in PRESETS.items() if scheme.input and scheme.input.dynamic}
 LIBRARY = [name for name in INPUTS if name != "W8A16INT16"]
@@ -126,9 +127,51 @@ def test_outer_scale_reaches_nvfp4():
     assert float(InputQuantizer(spec, 1.0)(x).max()) > 900
 
 
-def test_static_scales_are_refused():
-    with pytest.raises(SchemeError, match="static activation scales need calibration"):
+def test_static_specs_need_a_scale():
+    with pytest.raises(SchemeError, match="inputs fp8_e4m3 per_tensor, scale float32 have a static scale"):
         InputQuantizer(QuantSpec(get_format("fp8_e4m3"), per_tensor()))
+
+
+@LAWS
+@given(activations(), st.floats(0.01, 3.0))
+def test_static_int8_is_vllms_formula(x: torch.Tensor, scale: float):
+    """q = clamp(rint(x / scale), -128, 127), also where the scale was chosen for -127 .. 127 (scaled_quant.cu)."""
+    static = StaticInput(torch.tensor([[scale]]))
+    found = InputQuantizer(PRESETS["W8A8_STATIC"].input, static=static)(x)
+    codes = [[min(127, max(-128, round(float(v)))) for v in row] for row in x / static.scale]
+    assert torch.equal(found, torch.tensor(codes, dtype=torch.float32) * static.scale)
+
+
+@LAWS
+@given(activations(), st.floats(0.01, 1.0))
+def test_static_fp8_saturates_at_448(x: torch.Tensor, scale: float):
+    static = StaticInput(torch.tensor([[scale]], dtype=torch.bfloat16))
+    step = static.scale.float()
+    found = InputQuantizer(PRESETS["FP8"].input, static=static)(x)
+    assert torch.equal(found, (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", [PRESETS["W8A8_STATIC"].input, PRESETS["FP8"].input, ASYMMETRIC_INPUT], ids=str)
+@settings(LAWS, max_examples=15)
+@given(x=activations(), scale=st.floats(0.01, 1.0), zero=st.integers(-128, 127))
+def test_static_rounding_of_transformers_is_the_librarys(spec: QuantSpec, dtype: torch.dtype, x, scale, zero):
+    """fake_quantize of compressed-tensors with scales in the dtype of the model, bit for bit."""
+    point = None if spec.symmetric else torch.tensor([[zero]], dtype=torch.int8)
+    static = StaticInput(torch.tensor([[scale]], dtype=dtype), point)
+    arguments = QuantizationArgs.model_validate(_activation(spec))
+    x = x.to(dtype)
+    theirs = library_fake_quantize(x, static.scale.view(1), None if point is None else point.view(1), arguments)
+    assert torch.equal(InputQuantizer(spec, rounding="transformers", static=static)(x), theirs)
+
+
+def test_static_scales_keep_dtype_and_shape_and_leave_no_trace_in_the_state():
+    quantizer = InputQuantizer(ASYMMETRIC_INPUT, static=StaticInput(torch.tensor([[0.1]]), torch.tensor([[3]])))
+    x = torch.randn(2, 3, 8).to(torch.bfloat16)
+    assert quantizer(x).dtype == torch.bfloat16
+    assert quantizer(x).shape == x.shape
+    assert not quantizer.state_dict()
+    assert "int8 per_tensor asymmetric" in repr(quantizer)
 
 
 def test_a_linear_sees_quantized_inputs_however_it_is_called():

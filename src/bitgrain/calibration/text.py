@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import LongTensor
+from torch import LongTensor, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bitgrain.errors import TextError
 
-__all__ = ["load_tokenizer", "read_text", "token_windows"]
+__all__ = ["check_ids", "load_tokenizer", "read_file", "read_text", "token_ids", "token_windows"]
 
 TEXT_SUFFIXES = {".txt", ".md"}
 
@@ -45,15 +45,16 @@ def read_text(path: str | Path) -> str:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
         if not files:
             raise TextError(f"text folder {path} holds no .txt or .md file: name a file, or put text there")
-        text = "\n\n".join(_read_file(file) for file in files)
+        text = "\n\n".join(read_file(file) for file in files)
     else:
-        text = _read_file(path)
+        text = read_file(path)
     if not text or text.isspace():
         raise TextError(f"text {path} is empty: give a file with at least one window of text")
     return text
 
 
-def _read_file(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """The text of one UTF-8 file, empty or not; line ends become "\\n". Raises TextError as `read_text`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -155,22 +156,34 @@ def token_windows(
     """
     if seqlen < 1 or (max_windows is not None and max_windows < 1):
         raise TextError(f"windows of {seqlen} tokens, at most {max_windows}: both must be at least 1")
-    ids = None if max_windows is None else _leading_ids(tokenizer, text, max_windows * seqlen, special_tokens)
-    if ids is None:
-        ids = _all_ids(tokenizer, text, special_tokens)
+    ids = token_ids(tokenizer, text, None if max_windows is None else max_windows * seqlen, special_tokens)
     count = len(ids) // seqlen if max_windows is None else min(len(ids) // seqlen, max_windows)
     if count == 0:
         raise TextError(
             f"the text has {len(ids)} tokens and one window needs {seqlen}: give a longer text or a shorter window"
         )
     windows = torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    check_ids(windows, vocab_size)
+    return windows  # type: ignore[return-value]
+
+
+def check_ids(windows: Tensor, vocab_size: int | None) -> None:
+    """TextError if a token id of `windows` is none of the model's `vocab_size`; None: not known."""
     largest = int(windows.max())
     if vocab_size is not None and largest >= vocab_size:
         raise TextError(
             f"the tokenizer gives token id {largest} and the model has {vocab_size} ids (0 to {vocab_size - 1}): "
             "they do not belong together; use the tokenizer that came with the model"
         )
-    return windows  # type: ignore[return-value]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None, special_tokens: bool) -> list[int]:
+    """Ids of the text, or (count) at least its first `count`, as far as there are so many; see `token_windows`.
+
+    The same ids for any `count`, but for special tokens at the end of the text.
+    """
+    ids = None if count is None else _leading_ids(tokenizer, text, count, special_tokens)
+    return _all_ids(tokenizer, text, special_tokens) if ids is None else ids
 
 
 def _all_ids(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> list[int]:

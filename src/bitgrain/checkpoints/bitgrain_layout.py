@@ -7,15 +7,17 @@ Tensors of a layer whose original tensor was `T` (E = stacked matrices, absent f
 |---|---|
 | T.codes       | uint8 [E, out, ceil(in * bits / 8)], packed densely, low bits first, as code + offset;
 |               | int32 [E, out, in] for formats of more than 8 bits |
-| T.scale       | storage dtype [E, tiles down, tiles across]; nested scales: their codes, uint8 |
+| T.scale       | storage dtype [E, tiles down, tiles across]; nested scales: their codes, packed like T.codes |
 | T.outer_scale | only for nested scales: the scale of the scales |
-| T.outer_zero  | only for asymmetric nested scales |
-| T.zero        | only with zero points: codes, or numbers in the storage dtype |
+| T.outer_zero  | only for asymmetric nested scales: codes packed like T.codes, or numbers in the storage dtype |
+| T.zero        | only with zero points: likewise |
+| T.outlier_starts, T.outlier_columns, T.outlier_values | only with outliers, see `numerics.outliers`: |
+|               | int32 [E, out + 1], int16 or int32 [E, k] and float16 [E, k]; numbers to be added |
+| T.input_scale | only for static inputs: [E] in the storage dtype; asymmetric: T.input_zero [E] |
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -23,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgrain.checkpoints.layout import Read, StoredLayer
+from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.shards import TensorSpec
-from bitgrain.numerics import QTensor, QuantSpec
-from bitgrain.numerics.formats import FloatFormat
-from bitgrain.numerics.packing import pack, unpack
+from bitgrain.numerics import QTensor, QuantSpec, per_tensor
+from bitgrain.numerics.formats import FloatFormat, Format
+from bitgrain.numerics.observers import StaticInput
+from bitgrain.numerics.outliers import VALUE_DTYPE, Outliers, column_dtype
+from bitgrain.numerics.packing import pack, packed_length, unpack
+from bitgrain.numerics.qtensor import unsigned
 from bitgrain.recipes.recipe import SchemeModel
 
 
@@ -44,6 +49,9 @@ class BitgrainLayout:
             return f"{layer.module}: scales of scales of scales"
         if layer.scheme.weight.scale_format.bits > 8 and isinstance(nested, QuantSpec):
             return f"{layer.module}: nested scales of more than 8 bits"
+        static = layer.static_input
+        if static is not None and (static.granularity != per_tensor() or isinstance(static.scale, QuantSpec)):
+            return f"{layer.module}: static inputs {static.describe()}, only per_tensor with plain scales can be stored"
         return None
 
     def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
@@ -51,48 +59,80 @@ class BitgrainLayout:
         stack = (layer.experts,) if layer.experts > 1 else ()
         rows, cols = layer.shape
         tiles = spec.granularity.tiles(layer.shape)
-        bits = spec.format.bits
-        codes = (torch.uint8, math.ceil(cols * bits / 8)) if bits <= 8 else (torch.int32, cols)
-        found = [("codes", codes[0], (rows, codes[1]))]
+        found: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("codes", *_packed(spec.format, (rows, cols)))]
         if isinstance(spec.scale, QuantSpec):
             inner = spec.scale.granularity.tiles(tiles)
-            found += [("scale", torch.uint8, tiles), ("outer_scale", _dtype(spec.scale), inner)]
+            found += [("scale", *_packed(spec.scale.format, tiles)), ("outer_scale", _dtype(spec.scale), inner)]
             if not spec.scale.symmetric:
-                found.append(("outer_zero", _zero_dtype(spec.scale), inner))
+                found.append(("outer_zero", *_zeros(spec.scale, inner)))
         else:
             found.append(("scale", _dtype(spec), tiles))
         if not spec.symmetric:
-            found.append(("zero", _zero_dtype(spec), tiles))
-        return [TensorSpec(f"{layer.tensor}.{suffix}", dtype, (*stack, *shape)) for suffix, dtype, shape in found]
+            found.append(("zero", *_zeros(spec, tiles)))
+        if spec.outliers:
+            count = (spec.count_outliers(layer.shape),)
+            found += [
+                ("outlier_starts", torch.int32, (rows + 1,)),
+                ("outlier_columns", column_dtype(cols), count),
+                ("outlier_values", VALUE_DTYPE, count),
+            ]
+        specs = [TensorSpec(f"{layer.tensor}.{suffix}", dtype, (*stack, *shape)) for suffix, dtype, shape in found]
+        static = layer.static_input
+        if static is not None:
+            specs.append(TensorSpec(f"{layer.tensor}.input_scale", _dtype(static), (layer.experts,)))
+            if not static.symmetric:
+                specs.append(TensorSpec(f"{layer.tensor}.input_zero", _zero_dtype(static), (layer.experts,)))
+        return specs
 
-    def encode(self, layer: StoredLayer, parts: Sequence[QTensor]) -> dict[str, Tensor]:
+    def encode(
+        self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
+        check_inputs(layer, inputs)
         encoded = [self._encode_one(q) for q in parts]
         join = torch.stack if layer.experts > 1 else (lambda tensors: tensors[0])
-        return {f"{layer.tensor}.{suffix}": join([one[suffix] for one in encoded]) for suffix in encoded[0]}
+        found = {f"{layer.tensor}.{suffix}": join([one[suffix] for one in encoded]) for suffix in encoded[0]}
+        if inputs:
+            found[f"{layer.tensor}.input_scale"] = torch.cat([one.scale.reshape(1) for one in inputs])
+            zeros = [one.zero.reshape(1) for one in inputs if one.zero is not None]
+            if zeros:
+                found[f"{layer.tensor}.input_zero"] = torch.cat(zeros)
+        return found
 
     def _encode_one(self, q: QTensor) -> dict[str, Tensor]:
-        format = q.spec.format
-        codes = q.codes.to(torch.int32) + format.code_offset
-        found = {"codes": pack(codes.to(torch.uint8), format.bits, torch.uint8) if format.bits <= 8 else codes}
+        found = {"codes": _pack(q.unsigned_codes(), q.spec.format)}
         if isinstance(q.scale, QTensor):
-            found["scale"] = (q.scale.codes.to(torch.int32) + q.scale.spec.format.code_offset).to(torch.uint8)
+            found["scale"] = _pack(q.scale.unsigned_codes(), q.scale.spec.format)
             assert isinstance(q.scale.scale, Tensor)
             found["outer_scale"] = q.scale.scale
             if q.scale.zero is not None:
-                found["outer_zero"] = q.scale.zero
+                found["outer_zero"] = _pack_zero(q.scale.zero, q.scale.spec)
         else:
             found["scale"] = q.scale
         if q.zero is not None:
-            found["zero"] = q.zero
+            found["zero"] = _pack_zero(q.zero, q.spec)
+        if q.outliers is not None:
+            found["outlier_starts"] = q.outliers.starts
+            found["outlier_columns"] = q.outliers.columns
+            found["outlier_values"] = q.outliers.values
         return {suffix: tensor.contiguous() for suffix, tensor in found.items()}
+
+    def decode_inputs(self, layer: StoredLayer, read: Read) -> list[StaticInput]:
+        spec = layer.static_input
+        if spec is None:
+            return []
+        scales = read(f"{layer.tensor}.input_scale").view(layer.experts, 1, 1)
+        if spec.symmetric:
+            return [StaticInput(scale) for scale in scales]
+        zeros = read(f"{layer.tensor}.input_zero").view(layer.experts, 1, 1)
+        return [StaticInput(scale, zero) for scale, zero in zip(scales, zeros, strict=True)]
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
         spec = layer.scheme.weight
         stacks = {t.name.removeprefix(f"{layer.tensor}."): read(t.name) for t in self.tensors(layer)}
         if layer.experts == 1:
-            return [_decode_one(stacks, spec, layer.in_features)]
+            return [_decode_one(stacks, spec, layer.shape)]
         return [
-            _decode_one({suffix: tensor[i] for suffix, tensor in stacks.items()}, spec, layer.in_features)
+            _decode_one({suffix: tensor[i] for suffix, tensor in stacks.items()}, spec, layer.shape)
             for i in range(layer.experts)
         ]
 
@@ -160,14 +200,50 @@ def _zero_dtype(spec: QuantSpec) -> torch.dtype:
     return storage.torch_dtype or torch.float32 if isinstance(storage, FloatFormat) else torch.float32
 
 
-def _decode_one(stored: Mapping[str, Tensor], spec: QuantSpec, cols: int) -> QTensor:
-    format = spec.format
-    raw = stored["codes"]
-    unsigned = unpack(raw, format.bits, cols).to(torch.int32) if format.bits <= 8 else raw
-    codes = (unsigned - format.code_offset).to(format.code_dtype)
+def _packed(format: Format, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
+    """dtype and shape of codes [rows, cols] on disk."""
+    if format.bits > 8:
+        return torch.int32, shape
+    return torch.uint8, (shape[0], packed_length(shape[1], format.bits, torch.uint8))
+
+
+def _zeros(spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
+    return _packed(spec.format, shape) if spec.zero_point == "integer" else (_zero_dtype(spec), shape)
+
+
+def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:
+    return pack(unsigned_codes, format.bits, torch.uint8) if format.bits <= 8 else unsigned_codes
+
+
+def _unpack(stored: Tensor, format: Format, cols: int) -> Tensor:
+    """The codes, in their own dtype, of what `_pack` gave."""
+    if format.bits > 8:
+        return (stored - format.code_offset).to(format.code_dtype)
+    codes = unpack(stored, format.bits, cols)
+    if format.code_dtype is not torch.int8:
+        return codes.to(format.code_dtype)
+    return (codes - format.code_offset).view(torch.int8)  # two's complement: right modulo 256
+
+
+def _pack_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
+    return zero if spec.zero_point == "real" else _pack(unsigned(zero, spec.format), spec.format)
+
+
+def _unpack_zero(stored: Tensor | None, spec: QuantSpec, cols: int) -> Tensor | None:
+    return stored if stored is None or spec.zero_point == "real" else _unpack(stored, spec.format, cols)
+
+
+def _decode_one(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
+    across = spec.granularity.tiles(shape)[1]
+    codes = _unpack(stored["codes"], spec.format, shape[1])
     scale: Tensor | QTensor = stored["scale"]
     if isinstance(spec.scale, QuantSpec):
-        inner = spec.scale.format
-        values = (stored["scale"].to(torch.int32) - inner.code_offset).to(inner.code_dtype)
-        scale = QTensor(values, stored["outer_scale"], stored.get("outer_zero"), spec.scale)
-    return QTensor(codes, scale, stored.get("zero"), spec)
+        inner = spec.scale
+        values = _unpack(stored["scale"], inner.format, across)
+        outer_across = inner.granularity.tiles(tuple(values.shape))[1]
+        outer_zero = _unpack_zero(stored.get("outer_zero"), inner, outer_across)
+        scale = QTensor(values, stored["outer_scale"], outer_zero, inner)
+    outliers = None
+    if spec.outliers:
+        outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
+    return QTensor(codes, scale, _unpack_zero(stored.get("zero"), spec, across), spec, outliers)

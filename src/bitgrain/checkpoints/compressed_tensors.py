@@ -10,6 +10,7 @@ Tensors of a layer `M` (library compressed-tensors 0.20, its compressors and Qua
 | nvfp4-pack-quantized   | M.weight_packed uint8 [out, in / 2], M.weight_scale float8_e4m3fn, |
 |                        | M.weight_global_scale float32 [1] (the inverse of the shared scale), M.input_global_scale |
 | mxfp4-pack-quantized   | M.weight_packed uint8 [out, in / 2], M.weight_scale uint8 (E8M0) |
+| static int8, FP8 inputs | M.input_scale [1] beside each of the above; asymmetric: M.input_zero_point int8 [1] |
 
 Codes are packed densely, low bits first, as code + 2**(bits - 1). Readers decode to the dtype of the scale.
 """
@@ -24,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgrain.checkpoints.layout import Read, StoredLayer
+from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import Granularity, IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat
+from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packing import pack, unpack
 from bitgrain.numerics.spec import mxfp4, nvfp4
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
@@ -50,6 +52,8 @@ class CompressedTensors:
             return f"{layer.module} is stored as [in, out] ({layer.class_name}), which compressed-tensors does not know"
         if layer.experts > 1:
             return f"{layer.module} stacks {layer.experts} experts in one tensor; compressed-tensors holds matrices"
+        if spec.outliers:
+            return f"compressed-tensors has no place for the outliers of {spec.describe()}, {where}"
         if _format(layer.scheme) is None:
             return f"compressed-tensors has no format for weights {spec.describe()}, {where}"
         if strategy is None:
@@ -88,10 +92,17 @@ class CompressedTensors:
         else:
             dtype = torch.int8 if kind == INT else torch.float8_e4m3fn
             found = [("weight", dtype, (rows, cols)), ("weight_scale", _scale_dtype(spec), scales)]
+        if layer.static_input is not None:
+            found.append(("input_scale", _scale_dtype(layer.static_input), (1,)))
+            if not layer.static_input.symmetric:
+                found.append(("input_zero_point", torch.int8, (1,)))
         return [TensorSpec(f"{layer.module}.{suffix}", dtype, shape) for suffix, dtype, shape in found]
 
-    def encode(self, layer: StoredLayer, parts: Sequence[QTensor]) -> dict[str, Tensor]:
+    def encode(
+        self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
         (q,) = parts
+        check_inputs(layer, inputs)
         spec, kind = layer.scheme.weight, _format(layer.scheme)
         shape = _scale_shape(spec, layer.shape)
         found: dict[str, Tensor] = {}
@@ -116,6 +127,10 @@ class CompressedTensors:
                     found["weight_zero_point"] = pack(_unsigned(q.zero, offset), bits, torch.int32, axis=0)
             else:
                 found["weight"] = q.codes if kind == INT else q.codes.view(torch.float8_e4m3fn)
+        for static in inputs:
+            found["input_scale"] = static.scale.reshape(1)
+            if static.zero is not None:
+                found["input_zero_point"] = static.zero.reshape(1)
         return {f"{layer.module}.{suffix}": tensor.contiguous() for suffix, tensor in found.items()}
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
@@ -149,6 +164,13 @@ class CompressedTensors:
         if tuple(codes.shape) != (rows, cols):
             raise CheckpointError(f"{layer.module}: codes of shape {tuple(codes.shape)} where {(rows, cols)} is needed")
         return [QTensor(codes, scale, zero, spec)]
+
+    def decode_inputs(self, layer: StoredLayer, read: Read) -> list[StaticInput]:
+        if layer.static_input is None:
+            return []
+        scale = read(f"{layer.module}.input_scale").reshape(1, 1)
+        symmetric = layer.static_input.symmetric
+        return [StaticInput(scale, None if symmetric else read(f"{layer.module}.input_zero_point").reshape(1, 1))]
 
     def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
         """One group for each scheme. With a single scheme the target is the class Linear and the kept linears are
@@ -282,9 +304,19 @@ def _weights(spec: QuantSpec) -> dict[str, Any]:
 
 
 def _activation(spec: QuantSpec) -> dict[str, Any] | None:
-    """Arguments for dynamic activations, or None where compressed-tensors has no form."""
+    """Arguments for activations, or None where compressed-tensors has no form, or no engine runs it."""
     arguments = _arguments(spec)
-    if not spec.dynamic or not spec.symmetric:
+    if not spec.dynamic:
+        plain = isinstance(spec.scale, FloatFormat) and spec.scale in (FP32, FP16, BF16)
+        if arguments["strategy"] != "tensor" or not plain or spec.format not in (IntFormat(8), FP8_E4M3):
+            return None
+        if spec.zero_point == "real":
+            return None
+        arguments["observer"] = "mse" if spec.range.name == "mse" else "minmax"
+        if not spec.symmetric:
+            arguments["zp_dtype"] = "torch.int8"
+        return arguments
+    if not spec.symmetric:
         return None
     if spec.format not in (IntFormat(8), FP8_E4M3, FP4_E2M1) or arguments["strategy"] not in (
         *("channel", "tensor", "group"),

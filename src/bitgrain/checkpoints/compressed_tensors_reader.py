@@ -28,15 +28,20 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
     """
     entries = checkpoint.entries
     layers: list[StoredLayer] = []
-    schemes: dict[tuple[str, FloatFormat], Scheme] = {}
+    schemes: dict[tuple[str, FloatFormat, FloatFormat], Scheme] = {}
     for name, entry in entries.items():
         if not name.endswith(".weight_scale"):
             continue
         module = name.removesuffix(".weight_scale")
         key = _group_of(module, config)
         storage = _STORAGE.get(entry.dtype, BF16)
-        if (key, storage) not in schemes:
-            schemes[key, storage] = _scheme(key, config["config_groups"][key], storage)
+        static = entries.get(f"{module}.input_scale")
+        kind = (key, storage, FP32 if static is None else _STORAGE.get(static.dtype, FP32))
+        if kind not in schemes:
+            schemes[kind] = _scheme(key, config["config_groups"][key], *kind[1:])
+        inputs = schemes[kind].input
+        if inputs is not None and not inputs.dynamic and static is None:
+            raise CheckpointError(f"{module}.input_scale is missing: its inputs have a static scale")
         rows, cols = _shape(module, checkpoint)
         layers.append(
             StoredLayer(
@@ -50,7 +55,7 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
                 experts=1,
                 transposed=False,
                 dtype=_dense_dtype(entry.dtype, entries),
-                scheme=schemes[key, storage],
+                scheme=schemes[kind],
             )
         )
     return layers
@@ -97,15 +102,17 @@ def _group_of(module: str, config: Mapping[str, Any]) -> str:
     return by_class
 
 
-def _scheme(name: str, group: Mapping[str, Any], storage: FloatFormat) -> Scheme:
+def _scheme(name: str, group: Mapping[str, Any], storage: FloatFormat, input_storage: FloatFormat) -> Scheme:
     inputs = group.get("input_activations")
     try:
-        return Scheme(name, _spec(group["weights"], storage), _spec(inputs, FP32) if inputs else None)
+        return Scheme(
+            name, _spec(group["weights"], storage), _spec(inputs, input_storage, activation=True) if inputs else None
+        )
     except SchemeError as error:
         raise CheckpointError(f"quantization_config, {name}: {error}") from error
 
 
-def _spec(arguments: Mapping[str, Any], storage: FloatFormat) -> QuantSpec:
+def _spec(arguments: Mapping[str, Any], storage: FloatFormat, activation: bool = False) -> QuantSpec:
     strategy, bits = arguments["strategy"], arguments["num_bits"]
     dynamic = arguments.get("dynamic") in (True, "local")
     if arguments["type"] == "float" and bits == 4:
@@ -132,7 +139,7 @@ def _spec(arguments: Mapping[str, Any], storage: FloatFormat) -> QuantSpec:
         format,
         granularity(),
         zero_point="none" if symmetric else "integer",
-        restricted=dynamic and symmetric and isinstance(format, IntFormat),
+        restricted=activation and symmetric and isinstance(format, IntFormat),
         scale=storage,
         dynamic=dynamic,
     )

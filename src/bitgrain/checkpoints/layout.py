@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.shards import TensorSpec
-from bitgrain.numerics import QTensor
+from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics.observers import StaticInput
 from bitgrain.recipes import Scheme
 
 Read = Callable[[str], Tensor]
@@ -52,6 +53,12 @@ class StoredLayer:
     def elements(self) -> int:
         return self.experts * self.out_features * self.in_features
 
+    @property
+    def static_input(self) -> QuantSpec | None:
+        """The spec of inputs with scales from calibration, which are stored; None where there are none."""
+        spec = self.scheme.input
+        return None if spec is None or spec.dynamic else spec
+
 
 class Layout(Protocol):
     """A way to lay quantized layers out in safetensors files and config.json."""
@@ -66,14 +73,28 @@ class Layout(Protocol):
         """The tensors that `layer` takes on disk, exactly."""
         ...
 
-    def encode(self, layer: StoredLayer, parts: Sequence[QTensor]) -> dict[str, Tensor]:
-        """Those tensors, filled; `parts` has one QTensor for each stacked matrix."""
+    def encode(
+        self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
+        """Those tensors, filled; `parts` has one QTensor for each stacked matrix, and so has `inputs` the scales of
+        static input specs (nothing otherwise: ValueError)."""
         ...
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
         """The inverse of `encode`."""
         ...
 
+    def decode_inputs(self, layer: StoredLayer, read: Read) -> list[StaticInput]:
+        """The static input scales, one for each stacked matrix; empty where inputs are dynamic or not quantized."""
+        ...
+
     def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
         """`quantization_config` for config.json; `kept`: (module, memory module, class) of matrices kept."""
         ...
+
+
+def check_inputs(layer: StoredLayer, inputs: Sequence[StaticInput]) -> None:
+    """ValueError unless there is a static input scale for each matrix of a layer that stores them, else none."""
+    needed = layer.experts if layer.static_input is not None else 0
+    if len(inputs) != needed:
+        raise ValueError(f"{layer.module} stores {needed} static input scales, {len(inputs)} are given")

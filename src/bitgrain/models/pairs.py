@@ -79,7 +79,7 @@ class _Search:
     def linear_pairs(self) -> Iterator[Pair]:
         for readers in self._groups():
             if any(self.matrices[name].experts > 1 for name in readers):
-                tries = self._stacked(readers)
+                tries = self._stacked(readers[0])
             else:
                 tries = self._plain(readers)
             for pair in tries:
@@ -137,7 +137,7 @@ class _Search:
     def _plain(self, readers: Sequence[str]) -> Iterator[Pair]:
         """v -> o or up -> down with a matrix as the writer: those whose rows, rescaled, rescale the readers' inputs."""
         x = self.trace.input_of(readers[0])
-        if x is None or len(readers) > len({name for name, _ in self._used(readers)}):
+        if x is None:
             return
         columns = x.shape[-1]
         for writer in self._writers(readers):
@@ -147,38 +147,29 @@ class _Search:
                 if expected is not None:
                     yield expected
 
-    def _stacked(self, readers: Sequence[str]) -> Iterator[Pair]:
+    def _stacked(self, reader: str) -> Iterator[Pair]:
         """up -> down inside a stack of experts."""
-        for reader in readers[:1] if len(readers) == 1 else []:
-            owner, columns = self.matrices[reader].module, self._shape(reader)[1]
-            for writer in self._writers(readers):
-                if self.matrices[writer].module == owner and self.matrices[writer].experts > 1:
-                    for layout in candidate_layouts(self._shape(writer)[0], columns, ()):
-                        if layout.width == columns:
-                            yield self._pair(writer, readers, layout)
+        owner, columns = self.matrices[reader].module, self._shape(reader)[1]
+        for writer in self._writers([reader]):
+            if self.matrices[writer].module == owner and self.matrices[writer].experts > 1:
+                for layout in candidate_layouts(self._shape(writer)[0], columns, ()):
+                    if layout.width == columns:
+                        yield self._pair(writer, [reader], layout)
 
     def _writers(self, readers: Sequence[str]) -> list[str]:
-        """Matrices used before the readers, as near to them in the module tree as there are any; likely ones first."""
+        """Matrices used before the readers: beside them in the module tree, else the nearest; likely ones first."""
         order = list(dict.fromkeys(key.name for key, _ in self.trace.products))
         before = [name for name in order[: min(map(order.index, readers))] if not below(name, self.lists)]
-        if not before:
-            return []
-        owner = self.matrices[readers[0]].module.rpartition(".")[0].split(".")
-        if self.matrices[readers[0]].experts > 1:
-            owner = self.matrices[readers[0]].module.split(".")
+        home = self._home(readers[0])
+        shared = {name: _common(home, self._home(name)) for name in before}
+        near = [name for name in before if shared[name] == max(shared.values())]
+        beside = [name for name in near if self._home(name) == home]
+        return sorted(beside or near, key=lambda name: (not _LIKELY.search(name), -order.index(name)))
 
-        def near(name: str) -> tuple[int, int]:
-            module = self.matrices[name].module
-            mine = (module if self.matrices[name].experts > 1 else module.rpartition(".")[0]).split(".")
-            common = next((i for i, (a, b) in enumerate(zip(mine, owner)) if a != b), min(len(mine), len(owner)))
-            return common, -len(mine) if mine[:common] == owner else -len(mine) - 100
-
-        best = max(map(near, before))
-        nearest = [name for name in before if near(name) == best or near(name)[0] == best[0] > 0]
-        return sorted(nearest, key=lambda name: (not _LIKELY.search(name), -order.index(name)))
-
-    def _used(self, names: Sequence[str]) -> list[tuple[str, Tensor]]:
-        return [(key.name, x) for key, x in self.trace.products if key.name in names]
+    def _home(self, name: str) -> list[str]:
+        """The path of the module that holds a linear, or that is a stack of experts."""
+        matrix = self.matrices[name]
+        return (matrix.module if matrix.experts > 1 else matrix.module.rpartition(".")[0]).split(".")
 
     # proofs
 
@@ -299,6 +290,10 @@ def _expert_lists(matrices: dict[str, Matrix], block: nn.Module) -> dict[str, li
             path = ".".join(parts[: place + 1])
             lists[path] = [key for key, _ in block.get_submodule(path).named_children()]
     return lists
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    return next((i for i, (one, other) in enumerate(zip(a, b)) if one != other), min(len(a), len(b)))
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:

@@ -55,6 +55,7 @@ class StreamedModel:
     """`skeleton` (on the meta device, from `build_skeleton`) with its weights read when they are needed.
 
     read    gives a tensor by its name on disk; dtype: in which everything is computed
+    Known after the first `capture`: `reached`, the blocks that text runs through; `predicts_tokens`.
     Raises ModelError for a model whose blocks cannot be run one by one.
     """
 
@@ -83,6 +84,7 @@ class StreamedModel:
         for name in (*(weight.tensor for weight in anatomy.weights), *anatomy.others):
             self._names.setdefault(anatomy.block_of[name], []).append(name)
         self.reached: set[int] = set()
+        self.predicts_tokens = False
         self._extras: dict[type[nn.Module], tuple[Any, ...] | None] = {}
         _fill_buffers(cast(PreTrainedModel, skeleton), self.device)
         self._tied = {name: [one for one in group if one != name] for group in anatomy.tied for name in group}
@@ -168,7 +170,8 @@ class StreamedModel:
             reached.add(index)
             return hidden
 
-        self._run(ids, note)
+        output = self._run(ids, note)
+        self.predicts_tokens = getattr(output, "logits", None) is not None
         if not reached:
             raise ModelError(f"{self.anatomy.architecture} runs none of its blocks on text, so it cannot be calibrated")
         self.reached = reached

@@ -36,11 +36,12 @@ class Trace:
 
 
 def norm_paths(module: nn.Module, outside: Collection[str] = ()) -> list[str]:
-    """Modules whose parameters are vectors only, as a norm's are, and which hold some; not below `outside`."""
+    """Modules that hold parameters, all of them vectors as a norm's are; not below `outside`."""
     found: list[str] = []
     for path, part in module.named_modules():
         own = list(part.parameters())
-        if path and own and all(p.ndim == 1 and p.is_floating_point() for p in own) and not below(path, outside):
+        holds = next(part.parameters(recurse=False), None) is not None
+        if path and holds and all(p.ndim == 1 and p.is_floating_point() for p in own) and not below(path, outside):
             found.append(path)
     return found
 

@@ -61,7 +61,7 @@ def as_stored(scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tens
 
     A nested scale is left as it is: how it is rounded depends on all the other scales.
     """
-    steps = torch.where(scale > 0, round_scale(scale, spec), torch.ones_like(scale))
+    steps = torch.where(scale != 0, round_scale(scale, spec), torch.ones_like(scale))
     if isinstance(spec.scale, Format) and not spec.format.has_zero:
-        steps = steps.masked_fill(scale <= 0, 0.0)
+        steps = steps.masked_fill(scale == 0, 0.0)
     return steps, store_zero(zero, scale, steps, spec)

@@ -5,7 +5,8 @@
         state = update(state, batch)
     low, high = limits(state, spec)
 
-All limits are per tensor. What each range keeps, and what its result depends on:
+All limits are per tensor. `from_batches` makes the state of any range from one histogram and the ends of each batch, so
+that data seen once serves them all. What each range keeps, and what its result depends on:
 
     minmax           smallest and largest element: exact, however the data is cut into batches
     moving_average   the averages of both: depends on batches by definition
@@ -20,6 +21,7 @@ those from the data (percentile), or are those of data rounded to bin centres (m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -74,6 +76,64 @@ def start(range: Range) -> State:
     )
 
 
+def keeps_histogram(range: Range) -> bool:
+    """Whether limits by `range` need a histogram. Raises SchemeError for a range that cannot be observed."""
+    return start(range).counts is not None
+
+
+def from_batches(
+    range: Range, ends: Tensor, elements: int, counts: Tensor | None = None, exponent: int = -1000
+) -> State:
+    """The state of `range` from what a histogram's state kept, and the ends of every batch, for any range.
+
+    ends    [batches, 2]: smallest and largest element of each batch, in order
+    counts, exponent, elements  as in `State`; minmax and moving_average need no histogram
+    Raises SchemeError for a range that cannot be observed, or that needs a histogram where there is none.
+    """
+    empty = start(range)
+    if not elements:
+        return empty
+    batches = ends.to("cpu", torch.float64)
+    low, high = float(batches[:, 0].amin()), float(batches[:, 1].amax())
+    if isinstance(range, MovingAverage):
+        low, high = batches[0].tolist()
+        for smallest, largest in batches[1:].tolist():
+            low = range.momentum * low + (1 - range.momentum) * smallest
+            high = range.momentum * high + (1 - range.momentum) * largest
+    if empty.counts is None:
+        return State(range, low, high, elements)
+    if counts is None:
+        raise SchemeError(f"range {range} needs histograms, and these statistics were taken without them")
+    return State(range, low, high, elements, counts.cpu(), exponent)
+
+
+def merge(a: State, b: State) -> State:
+    """The state of the data of both; the same whichever comes first.
+
+    Raises SchemeError for different ranges, and for moving averages, which have an order: keep their batches and use
+    `from_batches`.
+    """
+    if a.range != b.range or isinstance(a.range, MovingAverage):
+        raise SchemeError(f"observers of {a.range} and {b.range} cannot be merged")
+    low, high = min(a.low, b.low), max(a.high, b.high)
+    both = replace(a, low=low, high=high, elements=a.elements + b.elements)
+    if a.counts is None or b.counts is None:
+        return both
+    exponent = max(a.exponent, b.exponent)
+    return replace(both, counts=_widen(a, exponent) + _widen(b, exponent), exponent=exponent)
+
+
+def _widen(state: State, exponent: int) -> Tensor:
+    """The counts of `state` in bins of 2**exponent, at least as wide as its own."""
+    assert state.counts is not None
+    counts = state.counts
+    for _ in range(min(exponent - state.exponent, 20) if bool(counts.any()) else 0):
+        left, right = counts[:HALF].view(-1, 2).sum(-1), counts[HALF:].view(-1, 2).sum(-1)
+        empty = torch.zeros(HALF // 2, dtype=torch.int64)
+        counts = torch.cat([empty, left, right, empty])
+    return counts
+
+
 def update(state: State, x: Tensor, name: str = "activation") -> State:
     """The state after one more batch, any shape. Raises NumericsError for NaN and Inf."""
     if x.numel() == 0:
@@ -97,16 +157,11 @@ def _count(state: State, x: Tensor) -> State:
     largest = max(-state.low, state.high)
     # frexp: largest < 2**e, so HALF bins of 2**e / HALF hold it; below 2**-100 all is one bin
     needed = max(-100, math.frexp(largest)[1]) - int(math.log2(HALF))
-    counts, exponent = state.counts, state.exponent
-    while exponent < needed and bool(counts.any()):
-        left, right = counts[:HALF].view(-1, 2).sum(-1), counts[HALF:].view(-1, 2).sum(-1)
-        empty = torch.zeros(HALF // 2, dtype=torch.int64)
-        counts = torch.cat([empty, left, right, empty])
-        exponent += 1
-    exponent = max(exponent, needed)
+    exponent = max(state.exponent, needed)
+    counts = _widen(state, exponent)
     for piece in x.reshape(-1).split(2**20):  # float64 is 8 bytes an element
-        index = torch.ldexp(piece.double(), torch.tensor(-exponent)).floor_().to(torch.int64).add_(HALF)
-        counts = counts + torch.bincount(index.cpu(), minlength=2 * HALF)
+        index = piece.double().mul_(math.ldexp(1.0, -exponent)).floor_().to(torch.int64).add_(HALF)
+        counts = counts + torch.bincount(index, minlength=2 * HALF).cpu()
     return replace(state, counts=counts, exponent=exponent)
 
 
@@ -164,3 +219,54 @@ def static_scale(state: State, spec: QuantSpec, name: str = "activation") -> tup
     scale, zero = scale_from_limits(*limits(state, spec), spec)
     stored = store_scale(scale, spec, name)
     return stored, store_zero(zero, scale, scale_values(stored), spec)
+
+
+@dataclass(frozen=True)
+class StaticInput:
+    """The fixed scale of a layer's inputs, as it is stored.
+
+    scale  [1, 1] in the storage dtype of its spec
+    zero   None if symmetric, else codes (or numbers) [1, 1]
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+def static_input(state: State, spec: QuantSpec, name: str = "activation") -> StaticInput:
+    """What a layer's file holds for inputs that were observed as `state`.
+
+    Raises SchemeError for a spec that is not static and per tensor with plainly stored scales, or if nothing was seen;
+    NumericsError if the scale overflows its storage dtype.
+    """
+    if spec.dynamic or (spec.granularity.rows, spec.granularity.cols) != (None, None):
+        raise SchemeError(
+            f"{name}: inputs {spec.describe()} have no static scale, only per_tensor ones that are static"
+        )
+    scale, zero = static_scale(state, spec, name)
+    if not isinstance(scale, Tensor):
+        raise SchemeError(f"{name}: static inputs need plainly stored scales, not those of {spec.describe()}")
+    return StaticInput(scale, zero)
+
+
+def shared_input(inputs: Sequence[StaticInput], spec: QuantSpec) -> StaticInput:
+    """One scale for several layers that an engine runs as one: the least that reaches as far as each of them.
+
+    Symmetric: the largest scale, as vLLM takes it. Asymmetric: the union of their ranges.
+    """
+    first = inputs[0]
+    if all(torch.equal(one.scale, first.scale) and _same(one.zero, first.zero) for one in inputs[1:]):
+        return first
+    scales = torch.stack([one.scale.to(torch.float32) for one in inputs])
+    if spec.symmetric:
+        return inputs[int(scales.view(len(inputs)).argmax())]
+    zeros = torch.stack([one.zero.to(torch.float32) for one in inputs if one.zero is not None])
+    low, high = (scales * (spec.low - zeros)).amin(0), (scales * (spec.high - zeros)).amax(0)
+    scale, zero = scale_from_limits(low, high, spec)
+    stored = store_scale(scale, spec)
+    assert isinstance(stored, Tensor)
+    return StaticInput(stored, store_zero(zero, scale, scale_values(stored), spec))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

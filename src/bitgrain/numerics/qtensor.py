@@ -1,4 +1,4 @@
-"""QTensor: codes, scales and zero points, and the spec that gives them their meaning."""
+"""QTensor: codes, scales, zero points and outliers, and the spec that gives them their meaning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from bitgrain.numerics.affine import from_grid
-from bitgrain.numerics.granularity import from_tiles, to_tiles
+from bitgrain.numerics.formats import Format
+from bitgrain.numerics.granularity import from_tiles, matrix_shape, to_tiles
+from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.scales import decode_scale
 from bitgrain.numerics.spec import QuantSpec
 
@@ -17,37 +19,46 @@ from bitgrain.numerics.spec import QuantSpec
 class QTensor:
     """A quantized tensor.
 
-    codes  one code for each element, in the tensor's own shape, dtype `spec.format.code_dtype`
-    scale  [tiles down, tiles across] in the storage dtype, or a QTensor of that shape (double quantization)
-    zero   None if symmetric; "integer": codes [down, across]; "real": [down, across] in the scale's dtype
+    codes     one code for each element, in the tensor's own shape, dtype `spec.format.code_dtype`
+    scale     [tiles down, tiles across] in the storage dtype, or a QTensor of that shape (double quantization)
+    zero      None if symmetric; "integer": codes [down, across]; "real": [down, across] in the scale's dtype
+    outliers  what is added to some elements; None unless the spec has some
     """
 
     codes: Tensor
     scale: Tensor | QTensor
     zero: Tensor | None
     spec: QuantSpec
+    outliers: Outliers | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s * (v - z) for each element, computed in float32 and rounded once to `dtype`."""
+        """s * (v - z), and its outlier, for each element, computed in float32 and rounded once to `dtype`."""
         values = self.spec.format.decode(to_tiles(self.codes, self.spec.granularity))
         values = from_grid(values, scale_values(self.scale), self.zero)
-        return from_tiles(values, self.spec.granularity, self.shape).to(dtype)
+        dense = from_tiles(values, self.spec.granularity, self.shape)
+        if self.outliers is not None:
+            dense = self.outliers.add_to(dense.reshape(matrix_shape(self.shape))).view(self.shape)
+        return dense.to(dtype)
 
     def unsigned_codes(self) -> Tensor:
         """The codes in [0, 2**bits), as they are packed: uint8 (int32 for formats of more than 8 bits)."""
-        offset = self.spec.format.code_offset
-        if self.spec.format.bits > 8:
-            return self.codes.to(torch.int32) + offset
-        codes = self.codes.view(torch.uint8)  # two's complement: the sum modulo 256 is right for negative codes
-        return codes + offset if offset else codes
+        return unsigned(self.codes, self.spec.format)
 
     def count_bits(self) -> int:
-        """Bits of codes, scales and zero points, densely packed."""
+        """Bits of codes, scales, zero points and outliers, densely packed."""
         return self.spec.count_bits(self.shape)
+
+
+def unsigned(codes: Tensor, format: Format) -> Tensor:
+    """Codes (or zero points that are codes) of `format` in [0, 2**bits): uint8, int32 for more than 8 bits."""
+    if format.bits > 8:
+        return codes.to(torch.int32) + format.code_offset
+    plain = codes.view(torch.uint8)  # two's complement: the sum modulo 256 is right for negative codes
+    return plain + format.code_offset if format.code_offset else plain
 
 
 def scale_values(stored: Tensor | QTensor) -> Tensor:

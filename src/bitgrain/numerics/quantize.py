@@ -8,6 +8,8 @@ number for codebooks.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +18,9 @@ from torch import Tensor
 from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics.affine import store_zero, to_codes
 from bitgrain.numerics.formats import FloatFormat, Format, IntFormat
-from bitgrain.numerics.granularity import from_tiles, to_tiles
+from bitgrain.numerics.granularity import from_tiles, matrix_shape, to_tiles
+from bitgrain.numerics.leave_one_out import fill_gaps, find_outliers, largest
+from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.qtensor import QTensor, scale_values
 from bitgrain.numerics.scales import encode_scale, scale_of_zeros
 from bitgrain.numerics.spec import QuantSpec
@@ -63,13 +67,21 @@ def choose_scale(
 
 
 def _choose(
-    x: Tensor, spec: QuantSpec, importance: Tensor | None, name: str, outer_scale: Tensor | None = None
+    x: Tensor,
+    spec: QuantSpec,
+    importance: Tensor | None,
+    name: str,
+    outer_scale: Tensor | None = None,
+    apart: Tensor | None = None,
 ) -> tuple[Tensor | QTensor, Tensor | None]:
-    """`choose_scale` of a float32 tensor that has been checked."""
+    """`choose_scale` of a float32 tensor that has been checked; elements that are kept `apart` (bool) do not count."""
     weights = None
     if importance is not None:
         weights = to_tiles(importance.to(torch.float32).expand(x.shape), spec.granularity)
-    scale, zero = spec.range.scale(to_tiles(x, spec.granularity, spec.range.fill), spec, weights)
+    tiles = to_tiles(x, spec.granularity, spec.range.fill)
+    if apart is not None:
+        tiles = fill_gaps(tiles.masked_fill(to_tiles(apart, spec.granularity), math.nan), spec.range.fill)
+    scale, zero = spec.range.scale(tiles, spec, weights)
     stored = store_scale(scale, spec, name, outer_scale)
     return stored, store_zero(zero, scale, scale_values(stored), spec)
 
@@ -107,6 +119,8 @@ def quantize(
     Raises NumericsError (NaN, Inf, scale overflow), SchemeError (empty tensor, given scales of the wrong shape).
     """
     x = _checked(x, name)
+    if spec.outliers:
+        return _quantize_apart(x, spec, scale, zero, importance, outer_scale, name)
     if scale is None:
         scale, zero = _choose(x, spec, importance, name, outer_scale)
     steps = scale_values(scale)
@@ -118,6 +132,32 @@ def quantize(
         raise SchemeError(f"{name}: {given} given, {spec.describe()} needs {'none' if spec.symmetric else expected}")
     codes = to_codes(to_tiles(x, spec.granularity), steps, zero, spec)
     return QTensor(from_tiles(codes, spec.granularity, tuple(x.shape)).contiguous(), scale, zero, spec)
+
+
+def _quantize_apart(
+    x: Tensor,
+    spec: QuantSpec,
+    scale: Tensor | QTensor | None,
+    zero: Tensor | None,
+    importance: Tensor | None,
+    outer_scale: Tensor | None,
+    name: str,
+) -> QTensor:
+    """`quantize` of a checked tensor under a spec with outliers: those that save most (see `leave_one_out`)."""
+    plain, shape = replace(spec, outliers=0.0), tuple(x.shape)
+    count, matrix = spec.count_outliers(shape), x.reshape(matrix_shape(shape))
+    weights = None if importance is None else importance.to(torch.float32).expand(shape).reshape(matrix.shape)
+    if scale is None:
+        apart = find_outliers(matrix, plain, weights, count)
+        scale, zero = _choose(x, plain, importance, name, outer_scale, apart.view(shape))
+    else:
+        error = (
+            matrix - quantize(x, plain, scale=scale, zero=zero, name=name).dequantize().view(matrix.shape)
+        ).square_()
+        apart = largest(error if weights is None else error.mul_(weights), count)
+    dense = quantize(x.masked_fill(apart.view(shape), 0.0), plain, scale=scale, zero=zero, name=name)
+    rest = (matrix - dense.dequantize().view(matrix.shape))[apart]
+    return QTensor(dense.codes, dense.scale, dense.zero, spec, Outliers.of(apart, rest, name))
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,6 +182,8 @@ def fake_quantize(
     scale, round(v) - v inside and the clipped code outside (LSQ, arXiv 1902.08153, equation 3); likewise for a real
     zero.
     """
+    if spec.outliers:
+        raise SchemeError(f"{spec.describe()}: outliers have no simulation, quantize and dequantize instead")
     if x.numel() == 0:
         return x.clone()
     if scale is None:

@@ -22,7 +22,8 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     E8M0 takes the smallest power of two under which the tile's largest number does not round past the format's maximum:
     2 ** (floor(log2(s * max / overflow)) + 1). For E2M1 this is the OCP MX rule after the group's maximum has been
     rounded to the element's mantissa, as vLLM and compressed-tensors do.
-    A positive scale that would become 0 becomes the smallest positive number of the storage dtype.
+    A scale that would become 0 becomes the smallest number of the storage dtype, with its sign: the floor of float16 is
+    2**-24, so that numbers below 2**-25 are lost.
     """
     if not isinstance(spec.scale, Format):
         return scale
@@ -34,7 +35,8 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
         rounded = torch.ldexp(torch.ones_like(scale), exponent.clamp(-127, 127))
         return torch.where(scale > 0, rounded, torch.ones_like(scale))
     rounded = scale if spec.scale.mantissa_bits >= 23 else spec.scale.round(scale)
-    return torch.where(scale > 0, rounded.clamp(min=spec.scale.smallest_positive), rounded)
+    floored = rounded.abs().clamp(min=spec.scale.smallest_positive).copysign(scale)
+    return torch.where(scale != 0, floored, rounded)
 
 
 def check_scale(scale: Tensor, spec: QuantSpec, name: str) -> None:
@@ -42,10 +44,11 @@ def check_scale(scale: Tensor, spec: QuantSpec, name: str) -> None:
     if not isinstance(spec.scale, Format):
         return
     limit = 2.0**127 if spec.scale == E8M0 else spec.scale.maximum
-    beyond = int((scale > limit).sum().item())
+    sizes = scale.abs()
+    beyond = int((sizes > limit).sum().item())
     if beyond:
         raise NumericsError(
-            f"{name}: {beyond} of {scale.numel()} scales overflow {spec.scale} (largest {float(scale.max()):.4g}, "
+            f"{name}: {beyond} of {scale.numel()} scales overflow {spec.scale} (largest {float(sizes.max()):.4g}, "
             f"limit {limit:.4g}); store the scales in float32 or bfloat16"
         )
 
@@ -59,7 +62,7 @@ def encode_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor") -> Tensor
     dtype = spec.scale.torch_dtype
     assert dtype is not None
     check_scale(scale, spec, name)
-    rounded = torch.where(scale > 0, round_scale(scale, spec), scale_of_zeros(scale, spec))
+    rounded = torch.where(scale != 0, round_scale(scale, spec), scale_of_zeros(scale, spec))
     if spec.scale == E8M0:  # the exponent field of a float32 is the E8M0 code
         codes = (rounded.view(torch.int32) >> 23).clamp(0, 2 * _BIASED_ONE)
         return codes.to(torch.uint8).view(dtype)

@@ -8,7 +8,7 @@ another QuantSpec, applied to the matrix of scales: that is double quantization,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from bitgrain.errors import SchemeError
@@ -24,7 +24,8 @@ from bitgrain.numerics.formats import (
     IntFormat,
     get_format,
 )
-from bitgrain.numerics.granularity import Granularity, per_channel, per_group, per_tensor
+from bitgrain.numerics.granularity import Granularity, matrix_shape, per_channel, per_group, per_tensor
+from bitgrain.numerics.outliers import VALUE_DTYPE, column_dtype
 from bitgrain.numerics.ranges.base import Range
 from bitgrain.numerics.ranges.minmax import MinMax
 
@@ -44,6 +45,8 @@ class QuantSpec:
     range        how a tile's limits are chosen
     scale        storage of the scales: a float format, or a QuantSpec (double quantization)
     dynamic      scales are computed from the data at run time (activations)
+    outliers     share of the elements that are kept in float16 beside the codes (SpQR: about 0.01); how many they are
+                 depends on the shape alone, so that every byte is known beforehand
     """
 
     format: Format
@@ -53,6 +56,7 @@ class QuantSpec:
     range: Range = field(default_factory=MinMax)
     scale: Format | QuantSpec = FP32
     dynamic: bool = False
+    outliers: float = 0.0
 
     def __post_init__(self) -> None:
         if self.restricted and not (self.symmetric and isinstance(self.format, IntFormat) and self.format.signed):
@@ -67,6 +71,16 @@ class QuantSpec:
             )
         if not self.symmetric and self.scale == E8M0 and self.zero_point == "real":
             raise SchemeError("a real zero point cannot be stored in e8m0, which has no sign and no zero")
+        if not 0 <= self.outliers <= 0.5:
+            raise SchemeError(f"outliers are a share of the elements from 0 to 0.5, not {self.outliers}")
+        if self.outliers and self.dynamic:
+            raise SchemeError("outliers are kept for weights, not for what is quantized at run time")
+        if isinstance(self.scale, QuantSpec) and self.scale.outliers:
+            raise SchemeError("scales of scales have no outliers of their own")
+
+    def __repr__(self) -> str:
+        shown = [f for f in fields(self) if f.name != "outliers" or self.outliers]
+        return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
     def symmetric(self) -> bool:
@@ -84,6 +98,15 @@ class QuantSpec:
         return self.format.maximum
 
     @property
+    def signed_scale(self) -> bool:
+        """Whether a scale may be negative: then the larger end of a tile can get the one more code of integers.
+
+        Only full-range integers have an end that is longer, and only a plain float storage has a sign.
+        """
+        longer = self.symmetric and self.low < -self.high and isinstance(self.format, IntFormat)
+        return longer and isinstance(self.scale, FloatFormat) and self.scale.is_signed and not self.dynamic
+
+    @property
     def scale_format(self) -> Format:
         """The format in which one scale is stored."""
         return self.scale.format if isinstance(self.scale, QuantSpec) else self.scale
@@ -96,13 +119,18 @@ class QuantSpec:
         """For tables: `int4 per_group(128) asymmetric, scale bfloat16`."""
         parts = [str(self.format), str(self.granularity)]
         parts += [] if self.symmetric else ["asymmetric" if self.zero_point == "integer" else "real zero point"]
+        parts += [f"{100 * self.outliers:g} % outliers"] if self.outliers else []
         parts += [] if isinstance(self.range, MinMax) else [f"range {self.range}"]
         parts += ["dynamic"] if self.dynamic else []
         nested = isinstance(self.scale, QuantSpec)
         return " ".join(parts) + ("" if self.dynamic else f", scale {self.scale_format}{' in scale' if nested else ''}")
 
+    def count_outliers(self, shape: tuple[int, ...]) -> int:
+        """How many elements of a tensor of `shape` are outliers."""
+        return round(self.outliers * math.prod(shape))
+
     def count_bits(self, shape: tuple[int, ...]) -> int:
-        """Bits of codes, scales and zero points for a tensor of `shape`, densely packed and without file overhead."""
+        """Bits of codes, scales, zero points and outliers for a tensor of `shape`, densely packed, without headers."""
         down, across = self.granularity.tiles(shape)
         bits = math.prod(shape) * self.format.bits
         if isinstance(self.scale, QuantSpec):
@@ -113,6 +141,10 @@ class QuantSpec:
             bits += down * across * self.format.bits
         elif self.zero_point == "real":
             bits += down * across * self.scale_format.bits
+        if self.outliers:
+            rows, cols = matrix_shape(shape)
+            each = 8 * (VALUE_DTYPE.itemsize + column_dtype(cols).itemsize)
+            bits += self.count_outliers(shape) * each + 32 * (rows + 1)
         return bits
 
 

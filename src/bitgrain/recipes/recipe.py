@@ -2,7 +2,8 @@
 
     scheme: W4A16
     solver: rtn
-    range: {name: mse}
+    range: {name: mse}           # of weights
+    input_range: search          # of inputs with static scales
     on_indivisible: error
     rules:                       # a later rule overrides an earlier one
       - {match: down_proj, scheme: W8A16}
@@ -30,7 +31,9 @@ from bitgrain.numerics import QuantSpec, get_format, parse_granularity
 from bitgrain.numerics.ranges import get_range
 from bitgrain.recipes.scheme import Scheme, get_scheme
 from bitgrain.solvers import get_solver
+from bitgrain.solvers.base import make_with_settings
 from bitgrain.transforms import get_transform
+from bitgrain.tuning import BlockSettings, EndToEndSettings, Learn
 
 OnIndivisible = Literal["error", "pad", "channel", "skip"]
 QUANTIZED_ROLES = ("linear", "expert")
@@ -64,6 +67,7 @@ class SpecModel(_Strict):
     range: str | dict[str, Any] = "minmax"
     scale: str | SpecModel = "float32"
     dynamic: bool = False
+    outliers: float = 0.0
 
     @classmethod
     def of(cls, spec: QuantSpec) -> SpecModel:
@@ -77,6 +81,7 @@ class SpecModel(_Strict):
             range={"name": spec.range.name, **settings} if settings else spec.range.name,
             scale=cls.of(spec.scale) if isinstance(spec.scale, QuantSpec) else spec.scale.name,
             dynamic=spec.dynamic,
+            outliers=spec.outliers,
         )
 
     def build(self) -> QuantSpec:
@@ -89,6 +94,7 @@ class SpecModel(_Strict):
             range=get_range(self.range),
             scale=get_format(self.scale) if isinstance(self.scale, str) else self.scale.build(),
             dynamic=self.dynamic,
+            outliers=self.outliers,
         )
 
 
@@ -179,6 +185,16 @@ class Tuning(_Strict):
     blockwise: dict[str, Any] | None = None
     end_to_end: dict[str, Any] | None = None
 
+    def check(self) -> None:
+        """Raises SchemeError for a setting that does not exist, or that cannot be."""
+        if self.blockwise is not None:
+            block: BlockSettings = make_with_settings(BlockSettings, self.blockwise, "tuning.blockwise")
+            block.schedule()
+            Learn(block.codes, block.scales)
+        if self.end_to_end is not None:
+            whole: EndToEndSettings = make_with_settings(EndToEndSettings, self.end_to_end, "tuning.end_to_end")
+            whole.schedule()
+
 
 class Recipe(_Strict):
     """Everything that decides the result, apart from the model itself."""
@@ -190,6 +206,7 @@ class Recipe(_Strict):
     target: Target | None = None
     tuning: Tuning = Tuning()
     range: str | dict[str, Any] | None = None
+    input_range: str | dict[str, Any] | None = None
     on_indivisible: OnIndivisible = "error"
     rules: tuple[Rule, ...] = ()
 
@@ -199,10 +216,11 @@ class Recipe(_Strict):
             get_solver(self.solver)
             for name in self.transforms:
                 get_transform(name)
-            _build(self.scheme, self.range)
+            self.tuning.check()
+            _build(self.scheme, self.range, self.input_range)
             for rule in self.rules:
                 if rule.scheme is not None:
-                    _build(rule.scheme, self.range)
+                    _build(rule.scheme, self.range, self.input_range)
         except SchemeError as error:
             raise ValueError(str(error)) from error
         return self
@@ -212,10 +230,10 @@ class Recipe(_Strict):
 
         Raises RecipeError for a rule that matches no layer, with the nearest names.
         """
-        default = _build(self.scheme, self.range)
+        default = _build(self.scheme, self.range, self.input_range)
         schemes: list[Scheme | None] = [default if layer.role in QUANTIZED_ROLES else None for layer in layers]
         for rule in self.rules:
-            scheme = None if rule.scheme is None else _build(rule.scheme, self.range)
+            scheme = None if rule.scheme is None else _build(rule.scheme, self.range, self.input_range)
             hits = [i for i, layer in enumerate(layers) if rule.matches(layer)]
             if not hits:
                 raise RecipeError(_idle(rule, layers))
@@ -234,10 +252,16 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _build(scheme: str | SchemeModel, range_: str | dict[str, Any] | None) -> Scheme:
+def _build(
+    scheme: str | SchemeModel, range_: str | dict[str, Any] | None, input_range: str | dict[str, Any] | None
+) -> Scheme:
     built = get_scheme(scheme) if isinstance(scheme, str) else scheme.build()
     if range_ is not None:
         built = replace(built, weight=replace(built.weight, range=get_range(range_)))
+    if input_range is not None:
+        static, chosen = built.input, get_range(input_range)
+        if static is not None and not static.dynamic:
+            built = replace(built, input=replace(static, range=chosen))
     return built
 
 
@@ -314,7 +338,8 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"] if str(part) not in ("str", "SchemeModel", "SpecModel"))
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        known = sorted({*Recipe.model_fields, *Rule.model_fields, *SchemeModel.model_fields, *SpecModel.model_fields})
+        parts = (Recipe, Rule, SchemeModel, SpecModel, Calibration, Target, Tuning)
+        known = sorted({name for part in parts for name in part.model_fields})
         near = difflib.get_close_matches(key, known, n=1)
         return f"unknown key {where!r}" + (
             f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"

@@ -24,6 +24,7 @@ from bitgrain.numerics import (
     per_tensor,
 )
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
+from bitgrain.numerics.ranges import OutputSearch
 from bitgrain.numerics.spec import int_weight
 
 # NVFP4 activations choose a scale for each 16 values at run time, in E4M3, times one constant. A quarter lets them
@@ -39,6 +40,13 @@ class Scheme:
     weight: QuantSpec
     input: QuantSpec | None = None
     output: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight.range, OutputSearch):
+            raise SchemeError(
+                f"{self.name}: range search is for static scales of inputs, not for weights: use weighted, which knows "
+                "the inputs too"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -107,7 +115,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W2A16_ASYM", int_weight(2, 64, asymmetric=True)),
         Scheme("W8A16_TENSOR", _int8(per_tensor())),
         Scheme("W8A8", _int8(per_channel()), _TOKEN_INT8),
-        Scheme("W8A8_STATIC", _int8(per_channel()), _int8(per_tensor())),
+        Scheme("W8A8_STATIC", _int8(per_channel()), replace(_int8(per_tensor()), range=OutputSearch())),
         Scheme("INT8_TENSOR", _int8(per_tensor()), _TOKEN_INT8),
         Scheme("W4A8", int_weight(4, 128), _TOKEN_INT8),
         Scheme("W4AFP8", int_weight(4, 128), _TOKEN_FP8),

@@ -53,14 +53,15 @@ def worst_layers(result: QuantizeResult) -> list[dict[str, Any]]:
 
 
 def warning_lines(result: QuantizeResult) -> list[str]:
-    """The manifest's warnings of layers; those of low SQNR, of which there can be hundreds, in one line."""
+    """The manifest's warnings of layers, those of low SQNR, of which there can be hundreds, in one line; and what is to
+    be noted since the plan was shown."""
     found = [(layer["tensor"], text) for layer in result.manifest["layers"] for text in layer.get("warnings", ())]
     low = [name for name, text in found if text.startswith("SQNR is only")]
     lines = [f"{name}: {text}" for name, text in found if not text.startswith("SQNR is only")]
     if low:
         layers = "1 layer has" if len(low) == 1 else f"{len(low)} layers have"
         lines.append(f"{layers} an SQNR below {LOW_SQNR_DB:g} dB: {few_names(low)}")
-    return lines
+    return lines + [note for note in result.manifest["notes"] if note not in result.plan.notes]
 
 
 def result_to_json(result: QuantizeResult, seconds: float) -> dict[str, Any]:

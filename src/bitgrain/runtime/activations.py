@@ -49,6 +49,8 @@ class InputQuantizer(nn.Module):
         self.static_spec = replace(spec, restricted=False)
         # compressed-tensors 0.20 gives a matrix [tokens, features] (OPT's MLP has such inputs) one scale for all tokens
         self.by_batch = rounding == "transformers" and spec.granularity == per_token()
+        # ... and with a static scale it divides and multiplies in the dtype of the model
+        self.in_own_dtype = rounding == "transformers"
         # the step of transformers' symmetric integers: half the width of the range, over all codes
         full = spec.dynamic and spec.restricted and rounding == "transformers"
         self.full_range = replace(spec, restricted=False) if full else None
@@ -62,8 +64,7 @@ class InputQuantizer(nn.Module):
 
     def _round(self, x: Tensor) -> Tensor:
         if self.static is not None:
-            scale, zero = self.static.scale.to(x.device, torch.float32), self.static.zero
-            return fake_quantize(x, self.static_spec, scale=scale, zero=None if zero is None else zero.to(x.device))
+            return self._round_static(x, self.static)
         if self.full_range is not None:
             largest = to_tiles(x.float(), self.spec.granularity).abs().amax(-1)
             step = largest / ((self.full_range.high - self.full_range.low) / 2)
@@ -72,6 +73,14 @@ class InputQuantizer(nn.Module):
         if self.outer_scale is not None:
             outer = torch.full((1, 1), self.outer_scale, device=x.device)
         return fake_quantize(x, self.spec, outer_scale=outer)
+
+    def _round_static(self, x: Tensor, static: StaticInput) -> Tensor:
+        scale, zero = static.scale.to(x.device), None if static.zero is None else static.zero.to(x.device)
+        if self.in_own_dtype:
+            scale, shift = scale.to(x.dtype), 0 if zero is None else zero.to(x.dtype)
+            v = (x / scale + shift).clamp(self.static_spec.low, self.static_spec.high)
+            return (self.spec.format.round(v.float()).to(x.dtype) - shift) * scale
+        return fake_quantize(x, self.static_spec, scale=scale.float(), zero=zero)
 
     def extra_repr(self) -> str:
         return self.spec.describe()

@@ -16,10 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_PRODUCTS: dict[Any, int] = {F.linear: 1, torch.addmm: 2, Tensor.addmm: 2} | dict.fromkeys(
-    (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm), 1
-)
-"""Function -> which argument is the weight; the inputs stand before it."""
+_PRODUCTS: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight"),
+    torch.addmm: ("input", "mat1", "mat2"),
+    Tensor.addmm: ("self", "mat1", "mat2"),
+    torch.matmul: ("input", "other"),
+    Tensor.matmul: ("self", "other"),
+    Tensor.__matmul__: ("self", "other"),
+    **dict.fromkeys((torch.bmm, torch.mm), ("input", "mat2")),
+    **dict.fromkeys((Tensor.bmm, Tensor.mm), ("self", "mat2")),
+}
+"""Function -> its first arguments: the last of them is the weight, the inputs stand before it."""
 _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 
 
@@ -39,7 +46,7 @@ class Watch(TorchFunctionMode):
     """While entered, `product(key, inputs)` is called before every product with one of the parameters.
 
     parameters  name -> parameter of the module (2-D, or 3-D stacks of matrices)
-    product     inputs [.., in_features]
+    product     inputs [.., in_features]; if it returns a tensor, that is multiplied in their place
     output      `output(key, outputs)` is called after it, outputs [.., out_features]
     total       `total(key, other, result)` is called when the output of a product, unchanged, has been added to `other`
                 of the same shape: the residual stream of a layer that writes into it
@@ -50,7 +57,7 @@ class Watch(TorchFunctionMode):
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        product: Callable[[Key, Tensor], None],
+        product: Callable[[Key, Tensor], Tensor | None],
         total: Callable[[Key, Tensor, Tensor], None] | None = None,
         output: Callable[[Key, Tensor], None] | None = None,
         summed: Container[str] | None = None,
@@ -67,12 +74,18 @@ class Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        place = _PRODUCTS.get(func)
-        if place is not None and len(args) > place and isinstance(args[place], Tensor):
+        named = _PRODUCTS.get(func, ())
+        if any(name in kwargs for name in named):
+            args = (*args, *(kwargs[name] for name in named[len(args) :] if name in kwargs))
+            kwargs = {name: value for name, value in kwargs.items() if name not in named}
+        place = len(named) - 1
+        if named and len(args) > place and isinstance(args[place], Tensor):
             found = self._names.get(args[place].untyped_storage().data_ptr())
             if found is not None:
                 key = _key(*found, args[place])
-                self._product(key, args[place - 1])
+                replaced = self._product(key, args[place - 1])
+                if replaced is not None:
+                    args = (*args[: place - 1], replaced, *args[place:])
                 result = func(*args, **kwargs)
                 if self._total is not None and (self._summed is None or key.name in self._summed):
                     self._outputs[result.data_ptr()] = (key, result)  # kept alive: no other tensor gets its address

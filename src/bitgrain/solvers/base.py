@@ -125,9 +125,9 @@ def make_with_settings(maker: Callable[..., Any], settings: Mapping[str, Any], w
 
 def _typed(value: Any, default: Any, what: str) -> Any:
     if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return tuple(value)
+        return tuple(_typed(one, default[0] if default else one, f"{what}, one of them") for one in value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if default is not None and value is not None and type(value) is not type(default):
+    if default is not None and type(value) is not type(default):
         raise SchemeError(f"{what} is a {type(default).__name__}, not {value!r}")
     return value

@@ -18,6 +18,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import Granularity, QTensor, QuantSpec
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.ranges import Range, get_range
+from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.refine import refine
@@ -25,7 +26,7 @@ from bitgrain.solvers.rtn import RoundToNearest
 from bitgrain.solvers.steps import Lanes, Steps, Storage, fit
 
 _LANES = 4096  # rows (times candidates) that are worked on together; fixed, so results never depend on the machine
-_ORDERS = ("act", "group", "none")
+ORDERS = ("act", "group", "none")
 
 
 @register_solver("gptq")
@@ -53,8 +54,8 @@ class GPTQ:
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.order not in _ORDERS:
-            raise SchemeError(f"gptq: order is one of {', '.join(_ORDERS)}, not {self.order!r}")
+        if self.order not in ORDERS:
+            raise SchemeError(f"gptq: order is one of {', '.join(ORDERS)}, not {self.order!r}")
         if not (0 <= self.damping <= 1 and self.block >= 1 and self.sweeps >= 0 and self.candidates):
             raise SchemeError(f"gptq: 0 <= damping <= 1, block >= 1, sweeps >= 0 and candidates are needed, not {self}")
         for text in self.candidates:
@@ -72,6 +73,8 @@ class GPTQ:
         """See `Solver.solve`. Without tokens the weights are rounded to nearest, and a note says so."""
         if moments is None:
             raise SchemeError(f"{name}: gptq needs the second moments of the layer's inputs; calibrate first")
+        if spec.outliers:
+            return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         if moments.tokens == 0:
             found = RoundToNearest().solve(weight, spec, None, outer_scale=outer_scale, name=name)
             return Solution(found.q, "rtn", notes=("calibration sent it no tokens: rounded to nearest",))
@@ -201,6 +204,8 @@ def descend(
     lanes: Lanes,
     block: int,
     fit_tile: Callable[[int, int, int], None] | None = None,
+    kept: Tensor | None = None,
+    exact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loop over the columns. Gives their numbers, float32 [in, rows], and the loss of each row, float64 [rows].
 
@@ -208,6 +213,8 @@ def descend(
     factor    U^T, float32 [in, in]
     tiles     for each column the tile column whose scales are its own
     fit_tile  called before the first column of each run of equal `tiles`, with the updated weights in place
+    kept      bool [in, rows]: weights that shall stay as they are and make no error; `exact`, float32 [in, rows], is
+              filled with every weight as it was when its turn came
 
     An update is made as late as possible: columns are brought up to date when their turn comes, a tile and a block at a
     time by matrix products, then one by one.
@@ -229,8 +236,12 @@ def descend(
                 column = columns[i]
                 if i > start:
                     column.addmv_(columns[start:i].t(), factor[i, start:i], alpha=-1.0)
+                if exact is not None:
+                    exact[i] = column
                 torch.sub(column, lanes.values(lanes.round_into(numbers[i], column, tiles[i]), tiles[i]), out=column)
                 column.div_(diagonal[i])
+                if kept is not None:
+                    column.masked_fill_(kept[i], 0.0)
             loss += columns[start:stop].square().sum(dim=0, dtype=torch.float64)
     return numbers, loss
 

@@ -25,6 +25,7 @@ from bitgrain.numerics.affine import as_stored, from_grid, to_grid
 from bitgrain.numerics.ranges.search import tile_error, tile_pieces
 from bitgrain.numerics.ranges.weighted import fit_both, fit_scale
 from bitgrain.numerics.sums import row_sums
+from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver
 from bitgrain.solvers.tiles import Tiles
 
@@ -65,6 +66,8 @@ class HQQ:
         name: str = "weight",
     ) -> Solution:
         """See `Solver.solve`; of `moments` only the importance, and only for ranges that use it."""
+        if spec.outliers:
+            return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         tiles = Tiles.of(weight, spec, None if moments is None else moments.importance, name)
         scale, zero = tiles.scale.clone(), None if tiles.zero is None else tiles.zero.clone()
         mask = None if tiles.counts is None else (tiles.counts > 0).to(torch.float32)

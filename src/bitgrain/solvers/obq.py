@@ -16,6 +16,7 @@ from torch import Tensor
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.quantize import check_finite
+from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver
 from bitgrain.solvers.linalg import damp
 from bitgrain.solvers.rtn import RoundToNearest
@@ -58,6 +59,8 @@ class OBQ:
         """
         if moments is None:
             raise SchemeError(f"{name}: obq needs the second moments of the layer's inputs; calibrate first")
+        if spec.outliers:
+            return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         if weight.shape[1] > _LARGEST:
             raise SchemeError(
                 f"{name} has {weight.shape[1]} input features: obq takes up to {_LARGEST}, since its work grows with "

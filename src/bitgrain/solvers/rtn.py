@@ -53,7 +53,7 @@ class RoundToNearest:
         """The same, of which only the QTensor; `importance` [in] or [out, in]."""
         rows, cols = weight.shape
         step = _piece_rows(rows, cols, spec)
-        if step >= rows:
+        if step >= rows or spec.outliers:  # outliers are sought in the whole matrix
             return quantize(weight, spec, importance=importance, outer_scale=outer_scale, name=name)
         codes = torch.empty((rows, cols), dtype=spec.format.code_dtype, device=weight.device)
         nested = isinstance(spec.scale, QuantSpec) and outer_scale is None

@@ -26,14 +26,14 @@ from bitgrain.transforms.smoothquant import check_kinds
 @register_transform("awq")
 @dataclass(frozen=True)
 class Awq:
-    """grid     number of exponents tried for each pair, besides leaving it alone
-    duo      divide by the weights' mean too; False: s = mean|x|^a only
+    """grid     number of factors tried for each pair, besides leaving it alone
+    duo      "on": divide by the weights' mean; "off": s = mean|x|^a as in the paper; "both": half of the grid each
     pairs    "norm", "linear" or "all" (the authors')
     samples  calibration batches by which the error is measured
     """
 
     grid: int = 20
-    duo: bool = True
+    duo: str = "both"
     pairs: str = "all"
     samples: int = 4
     whole_model: ClassVar[bool] = False
@@ -41,6 +41,8 @@ class Awq:
     def __post_init__(self) -> None:
         if self.grid < 1 or self.samples < 1:
             raise SchemeError("awq: grid and samples are at least 1")
+        if self.duo not in ("on", "off", "both"):
+            raise SchemeError(f"awq: duo is on, off or both, not {self.duo!r}")
         check_kinds(self.pairs, "awq")
 
     def apply_outside(self, view: OutsideView) -> dict[str, Any]:
@@ -82,12 +84,15 @@ class Awq:
 
         alone = error(None)
         best: tuple[float, Tensor | None, float | None] = (alone, None, None)
-        for step in range(self.grid):
-            exponent = step / self.grid
-            factors = scaling(mean_x, mean_w if self.duo else None, exponent)
-            found = error(factors)
-            if found < best[0]:
-                best = (found, factors, exponent)
+        forms = [form for form, names in ((None, ("off", "both")), (mean_w, ("on", "both"))) if self.duo in names]
+        steps = -(-self.grid // len(forms))
+        for form in forms:
+            for step in range(steps):
+                exponent = step / steps
+                factors = scaling(mean_x, form, exponent)
+                found = error(factors)
+                if found < best[0]:
+                    best = (found, factors, exponent)
         return best[1], best[2], best[0] / alone if alone else 1.0
 
 

@@ -7,9 +7,9 @@ noise of y, summed over outputs and averaged over tokens t, is
     + sum_rows sum_tiles d(row, tile)^2 sum_{j in tile} E[x_j^2] / s_j^2   from the weights
 
 with steps d that follow from the largest |x_j| / s_j and |w_rj| s_j of their tiles. Both are known from a sample of
-inputs, and s is found by gradient (Adam, Kingma and Ba, arXiv 1412.6980) on log s, beginning with SmoothQuant's
-(arXiv 2211.10438, equation 4) or no scales, whichever is better. The sample holds the tokens with the largest inputs
-(few tokens make most of the noise) and some of all others.
+inputs, and s is found by stochastic gradient (Adam, Kingma and Ba, arXiv 1412.6980) on log s, beginning with
+SmoothQuant's (arXiv 2211.10438, equation 4) or no scales, whichever is better. Noise counts relative to the token's
+output, since a norm follows sooner or later. Many tokens are needed: largest values are seldom.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Sample:
 
 _MOST_ROWS = 1024
 """Rows of a weight that are looked at; more are thinned out evenly."""
+_MOST_BYTES = 2**28
+"""Of the sample of inputs."""
 
 
 @register_transform("balance")
@@ -53,22 +55,22 @@ class Balance:
     """pairs    "norm", "linear" or "all"
     steps    of descent
     rate     first learning rate on log s; falls to 0
-    tokens   whose inputs are looked at: half of them the largest, half taken evenly from the others
-    samples  calibration batches from which they are taken
+    batch    tokens that one step looks at
+    tokens   of all calibration batches together, taken evenly (fewer where they would need more than 256 MiB)
     Only integer formats: the steps of floating-point formats follow each number, and gain nothing from scales.
     Stacks of experts are left alone.
     """
 
     pairs: str = "all"
-    steps: int = 100
+    steps: int = 200
     rate: float = 0.05
-    tokens: int = 2048
-    samples: int = 64
+    batch: int = 1024
+    tokens: int = 65536
     whole_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.tokens < 2 or self.samples < 1 or not self.rate > 0:
-            raise SchemeError("balance: steps and samples are at least 1, tokens at least 2, and rate is above 0")
+        if self.steps < 1 or self.batch < 1 or self.tokens < 1 or not self.rate > 0:
+            raise SchemeError("balance: steps, batch and tokens are at least 1, and rate is above 0")
         check_kinds(self.pairs, "balance")
 
     def apply_outside(self, view: OutsideView) -> dict[str, Any]:
@@ -83,11 +85,11 @@ class Balance:
             readers = [name for name in quantized_readers(block, pair) if _is_simple(block, name)]
             if self.pairs not in (pair.kind, "all") or not readers:
                 continue
-            sample = self._inputs(block, readers[0])
-            if sample is None:
+            x = self._inputs(block, readers[0])
+            if x is None:
                 continue
             layers = [(_thinned(reader_of(block.module, pair, name)), *block.specs[name]) for name in readers]
-            factors, gain = self.descend(pair, sample, layers)
+            factors, gain = self.descend(pair, weighted(x, layers), layers)
             gains[pair.writer] = gain
             before = block.run(0)
             rescale(block.module, pair, factors)
@@ -98,55 +100,58 @@ class Balance:
     def descend(self, pair: Pair, sample: Sample, layers: Sequence[Layer]) -> tuple[Tensor, float]:
         """(factors [width], their expected error relative to that of no factors)."""
 
-        def error(log_s: Tensor) -> Tensor:
-            return expected_error(sample, layers, to_columns(pair, log_s.exp()))
+        def error(part: Sample, log_s: Tensor) -> Tensor:
+            return expected_error(part, layers, to_columns(pair, log_s.exp()))
 
         largest_x = to_channels(pair, sample.x.abs().amax(0)).amax(-2)
         largest_w = to_channels(pair, torch.stack([w.abs().amax(0) for w, _, _ in layers]).amax(0)).amax(-2)
         starts = (torch.zeros_like(largest_x), smoothing(largest_x, largest_w, 0.5).log())
-        found = [float(error(start)) for start in starts]
-        best = min(zip(found, starts), key=lambda one: one[0])
-        log_s = best[1].clone().requires_grad_(True)
+        found = [float(error(sample, start)) for start in starts]
+        if not found[0] > 0:
+            return starts[0].exp(), 1.0
+        unseen = (largest_x == 0) | (largest_w == 0)  # what their scales should be is unknown
+        log_s = starts[found.index(min(found))].clone().requires_grad_(True)
         adam = torch.optim.Adam([log_s], self.rate)
-        for step in range(self.steps + 1):
+        generator = torch.Generator().manual_seed(0)
+        for step in range(self.steps):
             adam.param_groups[0]["lr"] = self.rate * (1 - step / self.steps)
+            rows = torch.randint(0, len(sample.x), (self.batch,), generator=generator).to(log_s.device)
             with torch.enable_grad():
-                now = error(log_s)
-                if now.item() < best[0]:
-                    best = (now.item(), log_s.detach().clone())
                 adam.zero_grad()
-                now.backward()
+                error(Sample(sample.x[rows], sample.share[rows] / sample.share[rows].sum()), log_s).log().backward()
+            if log_s.grad is not None:
+                log_s.grad[unseen] = 0.0
             adam.step()
-        return best[1].exp(), best[0] / found[0] if found[0] else 1.0
+        ends = (*starts, log_s.detach())
+        found.append(float(error(sample, ends[-1])))
+        best = found.index(min(found))
+        return ends[best].exp(), found[best] / found[0]
 
-    def _inputs(self, block: BlockView, name: str) -> Sample | None:
-        """The sample for a parameter's inputs; None where it is not reached."""
-        half, count = self.tokens // 2, min(self.samples, block.samples)
-        share = max(1, half // count)
-        thin: list[Tensor] = []
-        large: list[Tensor] = []
-        seen = 0
+    def _inputs(self, block: BlockView, name: str) -> Tensor | None:
+        """[tokens, in]: what a parameter is given; None where it is not reached."""
+        width = max(block.module.get_parameter(name).shape)
+        most = min(self.tokens, max(self.batch, _MOST_BYTES // (4 * width)))
+        share = max(1, most // block.samples)
+        parts: list[Tensor] = []
 
         def product(_: Key, x: Tensor) -> None:
-            nonlocal seen, large
-            x = x.reshape(-1, x.shape[-1]).float()
-            seen += len(x)
-            thin.append(x[:: max(1, -(-len(x) // share))])
-            known = torch.cat([*large, x])
-            order = known.abs().amax(-1).argsort(descending=True, stable=True)[:half]
-            large = [known[order.sort().values]]
+            x = x.reshape(-1, x.shape[-1])
+            parts.append(x[:: -(-len(x) // share)].float())
 
         with torch.no_grad(), Watch(parameters_of(block.module, [name]), product):
-            for i in range(count):
+            for i in range(block.samples):
                 block.run(i)
-        if not seen:
-            return None
-        smallest = large[0].abs().amax(-1).min()
-        others = torch.cat(thin)
-        others = others[others.abs().amax(-1) < smallest]
-        weight = torch.ones(len(large[0]) + len(others), device=smallest.device)
-        weight[len(large[0]) :] = (seen - len(large[0])) / max(1, len(others))
-        return Sample(torch.cat([large[0], others]), weight / weight.sum())
+        return torch.cat(parts) if parts else None
+
+
+def weighted(x: Tensor, layers: Sequence[Layer]) -> Sample:
+    """The inputs [tokens, in], each counting by the inverse of its outputs' power (plus the median power)."""
+    power = torch.stack([(x @ weight.T).square().sum(1) for weight, _, _ in layers]).sum(0)
+    if not bool(power.any()):
+        return Sample(x, torch.full_like(power, 1 / len(x)))
+    typical = power.median() if bool(power.median() > 0) else power.mean()
+    share = 1 / (1 + power / typical)
+    return Sample(x, share / share.sum())
 
 
 def expected_error(sample: Sample, layers: Sequence[Layer], scale: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from bitgrain.numerics.ranges.kl import KL
 from bitgrain.numerics.ranges.minmax import MinMax
 from bitgrain.numerics.ranges.moving_average import MovingAverage
 from bitgrain.numerics.ranges.mse import MSE
+from bitgrain.numerics.ranges.output_search import OutputSearch
 from bitgrain.numerics.ranges.percentile import Percentile
 from bitgrain.numerics.ranges.weighted import Weighted
 
 RANGES: dict[str, type[Range]] = {
-    range_type.name: range_type for range_type in (MinMax, MovingAverage, Percentile, MSE, KL, Weighted)
+    range_type.name: range_type for range_type in (MinMax, MovingAverage, Percentile, MSE, KL, Weighted, OutputSearch)
 }
 
 
@@ -46,6 +47,7 @@ __all__ = [
     "RANGES",
     "MinMax",
     "MovingAverage",
+    "OutputSearch",
     "Percentile",
     "Range",
     "Weighted",

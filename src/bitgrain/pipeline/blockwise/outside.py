@@ -54,11 +54,11 @@ def solve_outside(
                 hidden: list[Tensor] = hidden,
                 rounding: list[InputQuantizer] = rounding,
             ) -> Seen:
-                found = _inputs(stream, name, ids[batch], hidden[batch])
+                found = inputs_outside(stream, name, ids[batch], hidden[batch])
                 return Seen({key: rounding[0](x) for key, x in found.inputs.items()}) if rounding else found
 
             def full(batch: int, name: str = weight.memory) -> Seen:
-                return _inputs(stream, name, ids[batch], flow.full[batch])
+                return inputs_outside(stream, name, ids[batch], flow.full[batch])
 
             compare = target is not None and flow.quantized and flow.full
             # one at a time: the blocks step aside while the model's own forward runs
@@ -90,7 +90,8 @@ def solve_outside(
     return result
 
 
-def _inputs(stream: StreamedModel, name: str, ids: Tensor, hidden: Tensor) -> Seen:
+def inputs_outside(stream: StreamedModel, name: str, ids: Tensor, hidden: Tensor) -> Seen:
+    """What the parameter `name` outside the blocks is given, `hidden` being the last block's output [batch, ..]."""
     found: list[Tensor] = []
 
     def product(_: Key, x: Tensor) -> None:

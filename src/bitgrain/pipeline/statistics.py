@@ -1,0 +1,231 @@
+"""Calibrate once: one pass of the full-precision model over text, block by block, and what every layer saw on disk.
+
+Sums are taken as by a job with `activations: full`, batch by batch in their order, so that both give the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitgrain.calibration.doctor import examine
+from bitgrain.calibration.statistics import LayerStatistics, layer_key
+from bitgrain.calibration.statistics_file import About, StatisticsWriter
+from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.errors import ModelError, NumericsError
+from bitgrain.models.anatomy import Weight
+from bitgrain.models.skeleton import build_skeleton
+from bitgrain.models.stream import Call, Captured, StreamedModel, share_calls
+from bitgrain.pipeline.blockwise.batches import Pool
+from bitgrain.pipeline.blockwise.gather import gather_moments
+from bitgrain.pipeline.blockwise.outside import inputs_outside
+from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Seen
+from bitgrain.pipeline.blockwise.stages import Stage, find_stages
+from bitgrain.pipeline.blockwise.static import Observed, Wanted, group_name, merge_observed, observe_inputs
+from bitgrain.pipeline.cost import HOLD_BYTES, STREAMS
+from bitgrain.pipeline.load import experts_run_one_by_one
+from bitgrain.pipeline.plan import Plan
+from bitgrain.progress import Progress, make_progress
+from bitgrain.runtime.device import resolve_device
+from bitgrain.runtime.memory import return_freed_memory
+from bitgrain.runtime.watch import Key
+
+ROLES = ("linear", "expert", "router", "lm_head")
+"""Of the matrices that have inputs."""
+_ROW_BYTES = 1 << 20
+"""Longer rows are not looked at for the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Where the statistics are, what they are of, of how many matrices, and what the doctor says."""
+
+    out: Path
+    about: About
+    layers: int
+    notes: tuple[str, ...]
+
+
+def group_key(parameter: str) -> str:
+    """Under which the inputs of experts that engines run as one are kept: what their one static scale is chosen by."""
+    return f"{parameter}#together"
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 of names, dtypes and shapes of all tensors, and of three rows of each: the same wherever it lies."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.entries):
+        entry = checkpoint.entries[name]
+        digest.update(f"{name} {entry.dtype} {tuple(entry.shape)}\0".encode())
+        if not entry.shape or not entry.nbytes or entry.nbytes // entry.shape[0] > _ROW_BYTES:
+            continue
+        rows = entry.shape[0]
+        for row in sorted({0, rows // 2, rows - 1}):
+            digest.update(checkpoint.read_rows(name, row, row + 1).reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def run_calibration(
+    plan: Plan, out: str | Path, *, device: str = "auto", progress: Progress | None = None
+) -> Calibrated:
+    """Write the statistics of every matrix of `plan`'s model on its calibration text into the new folder `out`.
+
+    What the plan would quantize does not matter. Progress is counted in weights. Raises PlanError (problems in the
+    plan), OutputError (`out` exists), NumericsError (NaN, Inf among the activations), ModelError (a model that cannot
+    run block by block).
+    """
+    plan.require_possible()
+    assert plan.calibration is not None
+    where = resolve_device(device)
+    progress = progress or make_progress("quiet")
+    settings = {"activations": "full", "batch": plan.recipe.calibration.batch, "device": where.type}
+    about = About(model_fingerprint(plan.checkpoint), plan.calibration.description, settings)
+    writer = StatisticsWriter(out, about)
+    weights = [weight for weight in plan.anatomy.weights if weight.role in ROLES]
+    progress.start(sum(weight.elements for weight in weights), "weights", f"calibrate {plan.source.name}")
+    return_freed_memory()
+    try:
+        experts_run_one_by_one(plan.config)
+        skeleton = build_skeleton(plan.config, plan.trust_remote_code)
+        stream = StreamedModel(skeleton, plan.anatomy, plan.checkpoint.read, device=where)
+        with Pool(1 if where.type == "cuda" else plan.workers) as pool:
+            walk = _Walk(plan, weights, stream, pool, progress, writer)
+            walk.run()
+        writer.finish()
+    except (NumericsError, ModelError):
+        shutil.rmtree(writer.partial)
+        raise
+    finally:
+        progress.finish()
+    widest = max((weight.in_features for weight in weights), default=0)
+    found = examine(plan.calibration.ids, widest=widest, experts_tokens=walk.experts)
+    notes = dict.fromkeys([*plan.calibration.notes, *(finding.message for finding in found)])
+    return Calibrated(Path(out), about, len(weights), tuple(notes))
+
+
+class _Walk:
+    """The walk through the blocks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Sequence[Weight],
+        stream: StreamedModel,
+        pool: Pool,
+        progress: Progress,
+        writer: StatisticsWriter,
+    ) -> None:
+        self.weights, self.stream, self.pool, self.progress, self.writer = weights, stream, pool, progress, writer
+        assert plan.calibration is not None
+        self.ids = list(plan.calibration.ids.split(plan.recipe.calibration.batch))
+        self.windows = [len(ids) for ids in self.ids]
+        self.experts: dict[str, list[int]] = {}
+
+    def run(self) -> None:
+        batches = [self.stream.capture(ids) for ids in self.ids]
+        share_calls(batches)
+        hidden = [batch.hidden for batch in batches]
+        for index in range(len(self.stream.anatomy.block_names)):
+            if index in batches[0].calls:
+                hidden = self._block(index, hidden, batches)
+        for weight in self.weights:
+            if weight.block is None:
+                self._outside(weight, hidden)
+
+    def _block(self, index: int, hidden: Sequence[Tensor], batches: Sequence[Captured]) -> list[Tensor]:
+        """Write the statistics of a block; its outputs."""
+        prefix = self.stream.anatomy.block_names[index] + "."
+        weights = [weight for weight in self.weights if weight.block == index]
+        block = self.stream.load_block(index)
+        calls = [batch.calls[index] for batch in batches]
+        names = list(dict.fromkeys(weight.targets[0].removeprefix(prefix) for weight in weights))
+        stages = find_stages(block, names, hidden[0], calls[0]) if names else []
+        reached = [stage for stage in stages if stage.reached]
+        layers: dict[str, LayerStatistics] = {}
+        with self._runs(block, hidden, calls, reached, max((w.in_features for w in weights), default=0)) as walk:
+            for place, stage in enumerate(reached):
+                found = self._stage(stage, lambda batch, place=place: walk.seen(batch, place), self.pool, prefix)
+                layers |= found
+                self._count(stage, found, block, prefix)
+                walk.release(place)
+                of_stage = [weight for weight in weights if weight.targets[0].removeprefix(prefix) in stage.names]
+                self.progress.advance(sum(weight.elements for weight in of_stage), prefix + stage.names[0])
+            outputs = walk.outputs()
+        if not all(bool(torch.isfinite(output.sum()).item()) for output in outputs):
+            raise NumericsError(f"{prefix.removesuffix('.')}: its output holds NaN or Inf on calibration text")
+        self.stream.free_block(index)
+        self.writer.add(layers)
+        return outputs
+
+    def _runs(
+        self, block: nn.Module, hidden: Sequence[Tensor], calls: Sequence[Call], stages: Sequence[Stage], widest: int
+    ) -> Kept | Reruns:
+        tokens = sum(one.numel() // one.shape[-1] for one in hidden)
+        if 4 * tokens * (widest + STREAMS * hidden[0].shape[-1]) > HOLD_BYTES:
+            return Reruns(block, hidden, calls, stages, self.pool)
+        return Kept(block, hidden, calls, stages)
+
+    def _stage(self, stage: Stage, seen: Callable[[int], Seen], pool: Pool, prefix: str) -> dict[str, LayerStatistics]:
+        """The statistics of a stage's matrices; where they share one input, one object."""
+        together = not stage.shared
+        wanted = Wanted(
+            places=lambda key: [_place(key), *([f"{group_name(stage, key.name)}#"] if together else [])],
+            histogram=lambda _: True,
+            sampled=lambda name: name.endswith("#") == together,
+        )
+        parts: dict[int, Observed] = {}
+        label = prefix.removesuffix(".")
+
+        def noted(batch: int) -> Seen:
+            given = seen(batch)
+            parts[batch] = observe_inputs(stage, given, wanted, batch, self.windows, label)
+            return given
+
+        moments = gather_moments(stage, len(self.ids), noted, None, None, pool, label)
+        observed = merge_observed(parts[batch] for batch in range(len(self.ids)))
+        found: dict[str, LayerStatistics] = {}
+        for key, known in moments.items():
+            source = stage.names[0] if stage.shared else key.name
+            place = _place(Key(source, key.expert))
+            if observed[place].hessian is None:
+                observed[place] = replace(observed[place], hessian=known.hessian)
+            found[layer_key(prefix + key.name, key.expert)] = observed[place]
+        for name in stage.names if together else ():
+            group = f"{group_name(stage, name)}#"
+            if group in observed:
+                found[group_key(prefix + name)] = observed[group]
+        return found
+
+    def _count(self, stage: Stage, found: Mapping[str, LayerStatistics], block: nn.Module, prefix: str) -> None:
+        for name in stage.names:
+            parameter = block.get_parameter(name)
+            if parameter.ndim > 2:
+                seen = [found.get(layer_key(prefix + name, i)) for i in range(len(parameter))]
+                self.experts[prefix + name.rpartition(".")[0]] = [0 if one is None else one.tokens for one in seen]
+
+    def _outside(self, weight: Weight, hidden: Sequence[Tensor]) -> None:
+        stage = Stage((weight.memory,), shared=True)
+
+        def seen(batch: int) -> Seen:
+            return inputs_outside(self.stream, weight.memory, self.ids[batch], hidden[batch])
+
+        # one at a time: the blocks step aside while the model's own forward runs
+        with Pool(1) as alone:
+            self.writer.add(self._stage(stage, seen, alone, ""))
+        self.progress.advance(weight.elements, weight.memory)
+
+
+def _place(key: Key) -> str:
+    return layer_key(key.name, key.expert)
+
+
+def calibration_record(about: About) -> dict[str, Any]:
+    """What the manifest of a job says of the statistics it used."""
+    return {**about.text, "statistics": dict(about.settings)}
