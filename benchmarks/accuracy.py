@@ -93,7 +93,12 @@ class Runner:
         command = [sys.executable, str(CHILD), str(question), str(answer)]
         status, _, errors = self.processes.run(command, environment, self.timeout)
         if status:
-            said = last_line(errors).replace(str(self.scratch), "TMP").replace(str(ROOT.parent), "..")
+            said = (
+                last_line(errors)
+                .removeprefix("ValueError: ")
+                .replace(str(self.scratch), "TMP")
+                .replace(str(ROOT.parent), "..")
+            )
             raise ValueError(said or f"the process ended with {status}")
         return json.loads(answer.read_text(encoding="utf-8"))
 

@@ -119,16 +119,16 @@ def run_row(job: Job, settings: dict[str, Any], calibration: Path, files: Sequen
     for text, file in zip(job.texts, files, strict=True):
         known = torch.load(file, mmap=True, weights_only=True)
         ids, kept = known["ids"], known["log_p"]
-        if kept:
-            base: Base = kept.__getitem__
-        else:
+        if not kept:
             original = original or load(job.model, device="cpu")
-
-            def base(i: int, ids: list[Tensor] = ids, model: nn.Module = original) -> Tensor:
-                return log_probabilities(model, ids[i])
-
-        row["texts"][text.name] = compare(model, ids, base)
+        row["texts"][text.name] = compare(model, ids, kept.__getitem__ if kept else rerun(original, ids))
     return row
+
+
+def rerun(original: nn.Module | None, ids: Sequence[Tensor]) -> Base:
+    """The base run again, where its log-probabilities were too many to keep."""
+    assert original is not None
+    return lambda i: log_probabilities(original, ids[i])
 
 
 def quantize_row(job: Job, settings: dict[str, Any], calibration: Path, out: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def page(data: Mapping[str, Any]) -> str:
         + f", {text['tokens']} tokens, base perplexity {text['base_perplexity']:.3f}\n"
         for text in texts
     ]
-    codes = {row.get("code") for row in data["rows"] if row["tool"] == "bitgrain"}
+    codes = {row.get("code") for row in data["rows"] if row["tool"] == "bitgrain" and "failed" not in row}
     failed = [row for row in data["rows"] if "failed" in row]
     notes = sorted({row["not_as_asked"] for row in data["rows"] if row.get("not_as_asked")})
     return (

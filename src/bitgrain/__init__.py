@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from bitgrain.errors import BitgrainError
 
 if TYPE_CHECKING:
-    from bitgrain.api import evaluate, inspect, load, plan, quantize, quantize_, quantize_tensor, verify
+    from bitgrain.api import calibrate, evaluate, inspect, load, plan, quantize, quantize_, quantize_tensor, verify
 
 __version__ = version("bitgrain")
 __all__ = [
     "BitgrainError",
     "__version__",
+    "calibrate",
     "evaluate",
     "inspect",
     "load",

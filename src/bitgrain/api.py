@@ -19,12 +19,25 @@ from bitgrain.pipeline.load import load
 from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
+from bitgrain.pipeline.statistics import Calibrated, run_calibration
 from bitgrain.pipeline.verify import Check, verify
 from bitgrain.progress import Progress, make_progress
 from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
 from bitgrain.runtime.device import resolve_device
 
-__all__ = ["Check", "evaluate", "inspect", "load", "plan", "quantize", "quantize_", "quantize_tensor", "verify"]
+__all__ = [
+    "Calibrated",
+    "Check",
+    "calibrate",
+    "evaluate",
+    "inspect",
+    "load",
+    "plan",
+    "quantize",
+    "quantize_",
+    "quantize_tensor",
+    "verify",
+]
 
 
 def read_recipe(
@@ -63,6 +76,7 @@ def plan(
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    statistics: str | Path | None = None,
     keep: Sequence[str] = (),
     bits: float | None = None,
     engine: str = "compressed-tensors",
@@ -77,10 +91,14 @@ def plan(
     """What `quantize` would do, before a weight is written: see `bitgrain.pipeline.plan.Plan`.
 
     calibration  the text that solvers may learn from, or keys of `recipes.Calibration`
+    statistics   a folder that `calibrate` wrote, in place of text: for any scheme, and any solver that learns from it
     keep         layers to be left in full precision, as `match` in a recipe's rules
     bits         stored bits a weight on average, allocated by sensitivity, which is measured now (`pipeline.mixed`);
                  `scheme` then only says how activations are quantized; engine: whose formats may be chosen
     """
+    if statistics is not None and (calibration is not None or bits is not None):
+        what = "bits, which needs gradients" if calibration is None else "calibration text"
+        raise RecipeError(f"statistics stand in place of text: give either them or {what}")
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
     chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration)
@@ -98,7 +116,7 @@ def plan(
         quiet = progress or make_progress("quiet")
         mix = allocate_bits(model, chosen, bits, engine=engine, device=device, cache=cache, progress=quiet, **settings)
         chosen, notes = mix.recipe, mix.notes
-    return make_plan(model, chosen, notes=notes, **settings)
+    return make_plan(model, chosen, notes=notes, statistics=statistics, **settings)
 
 
 def quantize(
@@ -113,7 +131,7 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, calibration, keep, bits, engine, revision,
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, bits, engine, revision,
               trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
@@ -122,6 +140,29 @@ def quantize(
     result = run_plan(made, out, device=device, restart=restart, progress=progress)
     cache.unlink(missing_ok=True)
     return result
+
+
+def calibrate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: Mapping[str, Any] | str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Run MODEL over text once, and write what each of its layers is given into the new folder `out`.
+
+    calibration  a text (None: built in), or keys of `recipes.Calibration`
+    `quantize(..., statistics=out)` then needs no text. Raises TextError, OutputError (`out` exists), NumericsError
+    (NaN, Inf), ModelError (a model that cannot run block by block).
+    """
+    recipe = read_recipe("W8A16", None, calibration=calibration)
+    settings: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "workers": workers}
+    draft = make_plan(model, recipe, calibrate=True, **settings)
+    return run_calibration(draft, out, device=device, progress=progress)
 
 
 def bits_cache(out: str | Path) -> Path:

@@ -182,7 +182,7 @@ def test_table_is_ordered_and_complete():
         row("low", bits=3.0),
         row("high"),
         peer,
-        {**row("no"), "failed": "x"},
+        {"name": "no", "tool": "bitgrain", "key": "k", "failed": "x"},
     ]
     header, lines = cells(rows, ["t"])
     assert [line[1] for line in lines] == ["x", "high", "low", "acts", "no"]

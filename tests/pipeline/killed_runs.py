@@ -3,7 +3,9 @@
 Everything is imported once, here; a fork costs nothing. Prints what happened as JSON. Run as a program, because a
 process whose torch has started its threads must not be forked.
 
-    python killed_runs.py MODEL FOLDER SEED KILLS
+    python killed_runs.py MODEL FOLDER SEED KILLS [RECIPE]
+
+RECIPE: a YAML file; without it the weights are only rounded.
 """
 
 import json
@@ -25,13 +27,13 @@ from bitgrain.pipeline import plan as planning  # noqa: E402
 MOST_RUNS = 120
 
 
-def start(model: Path, out: Path, workers: int) -> int:
+def start(model: Path, out: Path, workers: int, recipe: Path | None) -> int:
     """A child that quantizes `model` into `out` and exits with 0; its process id."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            bitgrain.api.quantize(model, out, "W4A16", workers=workers, max_shard_bytes=100_000)
+            bitgrain.api.quantize(model, out, "W4A16", recipe=recipe, workers=workers, max_shard_bytes=100_000)
             code = 0
         finally:
             sys.stderr.flush()
@@ -47,20 +49,25 @@ def is_whole(out: Path, whole: dict[str, bytes]) -> bool:
     return contents(out) == whole
 
 
-def count_lines(journal: Path) -> int:
-    """Finished units in the journal and its first line; 0 before there is one."""
+def count_steps(partial: Path) -> int:
+    """Finished units in the journal and its first line, and the files of a calibrated job; 0 before there is one."""
     try:
-        return journal.read_bytes().count(b"\n")
+        lines = (partial / "journal.jsonl").read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
+    try:
+        files = os.listdir(partial / "work")
+    except FileNotFoundError:
+        return lines
+    return lines + sum(not name.startswith(("hidden", "scratch")) for name in files)
 
 
 def watch(child: int, out: Path, whole: dict[str, bytes], moment: tuple[int, float] | None, faults: list[str]) -> str:
-    """Wait for the child, or (moment) until its journal has so many lines, and kill it so many seconds later.
+    """Wait for the child, or (moment) until it has done so many steps, and kill it so many seconds later.
 
     OUT must be whole from the first moment that it is there.
     """
-    journal = out.with_name(out.name + ".partial") / "journal.jsonl"
+    partial = out.with_name(out.name + ".partial")
     looked, end = False, None
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -70,7 +77,7 @@ def watch(child: int, out: Path, whole: dict[str, bytes], moment: tuple[int, flo
                 faults.append("OUT was there before it was whole")
         if done:
             return "finished" if status == 0 else f"failed with status {status}"
-        if moment is not None and end is None and count_lines(journal) >= moment[0]:
+        if moment is not None and end is None and count_steps(partial) >= moment[0]:
             end = time.monotonic() + moment[1]
         if end is not None and time.monotonic() >= end:
             os.kill(child, signal.SIGKILL)
@@ -81,29 +88,31 @@ def watch(child: int, out: Path, whole: dict[str, bytes], moment: tuple[int, flo
         time.sleep(0.0005)
 
 
-def main(model: Path, folder: Path, seed: int, kills: int) -> None:
+def main(model: Path, folder: Path, seed: int, kills: int, recipe: Path | None = None) -> None:
     planning._UNIT_BYTES = 1  # pyright: ignore[reportPrivateUsage]  # every fused group is a unit: many moments to die in
     chance = random.Random(seed)
     whole: dict[str, bytes] = {}
-    if os.waitpid(start(model, folder / "reference", 1), 0)[1]:
+    if os.waitpid(start(model, folder / "reference", 1, recipe), 0)[1]:
         raise SystemExit("the uninterrupted run failed")
-    lines = 1 + len(bitgrain.api.plan(model, "W4A16").units)
+    plan = bitgrain.api.plan(model, "W4A16", recipe=recipe)
+    # the journal's first line, its units; of a calibrated job each block, what is outside, tuned, and the end
+    steps = 1 + len(plan.units) + (0 if recipe is None else len(plan.anatomy.block_names) + 3)
     whole = contents(folder / "reference")
     out, partial = folder / "out", folder / "out.partial"
     killed, finished, resumed, late, faults, stages = 0, 0, 0, 0, [], set()
     for _ in range(MOST_RUNS):
         if killed >= kills:
             break
-        already = count_lines(partial / "journal.jsonl")
+        already = count_steps(partial)
         resumed += already > 1
-        if already < lines:  # a little further than the last run came
-            moment = min(lines, already + chance.randint(0, lines // 4)), chance.uniform(0, 0.02)
+        if already < steps:  # a little further than the last run came
+            moment = min(steps, already + chance.randint(0, steps // 4)), chance.uniform(0, 0.02)
         else:  # all units are done: while it plans, checks their bytes, writes the small files or renames
-            moment = lines, chance.uniform(0, 0.6)
-        outcome = watch(start(model, out, chance.choice([1, 2, 4])), out, whole, moment, faults)
+            moment = steps, chance.uniform(0, 0.6)
+        outcome = watch(start(model, out, chance.choice([1, 2, 4]), recipe), out, whole, moment, faults)
         if outcome == "killed":
             killed += 1
-            stages.add(count_lines(partial / "journal.jsonl"))
+            stages.add(count_steps(partial))
             late += out.exists()
         elif outcome != "finished":
             faults.append(outcome)
@@ -116,7 +125,7 @@ def main(model: Path, folder: Path, seed: int, kills: int) -> None:
                 faults.append("OUT.partial is left")
             shutil.rmtree(out)
     if not out.exists():
-        outcome = watch(start(model, out, 3), out, whole, None, faults)
+        outcome = watch(start(model, out, 3, recipe), out, whole, None, faults)
         if outcome != "finished":
             faults.append(outcome)
     if not is_whole(out, whole) or partial.exists():
@@ -129,4 +138,4 @@ def main(model: Path, folder: Path, seed: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *map(Path, sys.argv[5:6]))

@@ -206,6 +206,11 @@ def test_blocks_that_text_never_reaches_are_rounded_and_named(
     monkeypatch.setitem(zoo.ZOO, "llava", ("LlavaForConditionalGeneration", settings))
     model = zoo.save("llava", tmp_path / "llava")
     zoo.save_tokenizer(model)
+    keys = [
+        f"{path}.self_attn.k_proj.weight" for path in ("vision_tower.encoder.layers.1", "language_model.model.layers.1")
+    ]
+    tensors = zoo.read_tensors(model)  # with keys that are larger than queries, one scale for both is another one
+    model = zoo.edited(model, tmp_path / "edited", **{key.replace(".", "__"): 9 * tensors[key] for key in keys})
     result = run(model, tmp_path / "out", recipe_of("balanced", text, scheme, solver="gptq"))
     for tensor, layer in layers_of(result).items():
         seen = tensor.startswith("language_model")
@@ -229,6 +234,7 @@ def test_blocks_that_text_never_reaches_are_rounded_and_named(
 def test_workers_threads_and_memory_do_not_matter(
     readable: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, recipe: str
 ):
+    model = readable(name, **({"num_local_experts": 2} if name == "mixtral" else {}))
     reference: dict[str, bytes] | None = None
     before = torch.get_num_threads()
     try:
@@ -237,7 +243,7 @@ def test_workers_threads_and_memory_do_not_matter(
                 monkeypatch.setattr(block_job, "_HOLD_BYTES", 0)
             torch.set_num_threads(threads)
             out = tmp_path / f"out-{workers}-{lean}"
-            run(readable(name), out, recipe_of(recipe, text, solver=SOLVER), workers)
+            run(model, out, recipe_of(recipe, text, solver=SOLVER), workers)
             reference = reference or zoo.contents(out)
             assert zoo.contents(out) == reference
     finally:
@@ -263,12 +269,16 @@ class Interrupt(Exception):
 class Interrupting(Progress):
     """Throws at the n-th step, counted over all runs."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int = 0) -> None:
         self.left = at
+        self.told: list[tuple[str, float, float, float]] = []  # unit, total, done before, done
 
-    def start(self, total: float, unit: str = "", title: str = "", done: float = 0.0) -> None: ...
+    def start(self, total: float, unit: str = "", title: str = "", done: float = 0.0) -> None:
+        self.told.append((unit, total, done, done))
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
+        unit, total, before, done = self.told[-1]
+        self.told[-1] = (unit, total, before, done + amount)
         self.left -= 1
         if self.left == 0:
             raise Interrupt
@@ -346,8 +356,14 @@ def test_a_resumed_job_solves_only_what_is_left(
     assert solved == [0, 1]
     folder = tmp_path / "out.partial" / "work"
     assert sorted(path.name for path in folder.iterdir()) == ["block-00000.safetensors", "hidden-00001.safetensors"]
-    run(readable("llama"), tmp_path / "out", recipe_of("fast", text))
+    progress = Interrupting()
+    result = run(readable("llama"), tmp_path / "out", recipe_of("fast", text), progress=progress)
     assert solved == [0, 1, 1]
+    (unit, total, before, done), (last, *_) = progress.told  # what was done before is no work of this run
+    sizes = {name: layer.elements for name, layer in result.plan.quantized.items()}
+    assert (unit, total, done) == ("weights", sum(sizes.values()), sum(sizes.values()))
+    assert before == sum(size for name, size in sizes.items() if ".layers.0." in name)
+    assert last == "bytes"
 
 
 # --- tuning ------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_gradients_are_those_of_learned_step_sizes():
     factor.weight().sum().backward()
     assert factor.scales is not None
     assert factor.scales.grad is not None
-    torch.testing.assert_close(factor.scales.grad[0, 0], start.dequantize().sum())
+    torch.testing.assert_close(factor.scales.grad[0, 0], start.dequantize().sum() / 4)  # 2 ** (1 - 3)
 
 
 def test_negative_scales_stay_negative():
@@ -136,7 +136,7 @@ def test_negative_scales_stay_negative():
     assert isinstance(q.scale, torch.Tensor)
     q = QTensor((-q.codes).clamp(min=-7), -q.scale, None, spec)
     view = LearnedWeight(q, Learn(scales="factor"))
-    draw_moves(view, 0, 0.05)
+    draw_moves(view, 0, 0.4)
     found = view.commit()
     assert isinstance(found.scale, torch.Tensor)
     assert (found.scale < 0).all()
@@ -150,10 +150,23 @@ def test_a_scale_never_overflows_its_storage():
     view = LearnedWeight(q, Learn(scales="factor"))
     assert view.scales is not None
     with torch.no_grad():
-        view.scales.fill_(0.9)
+        view.scales.fill_(0.9 * 8)
     found = view.commit()
     assert isinstance(found.scale, torch.Tensor)
     assert found.scale.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_one_step_of_a_scale_moves_the_end_of_the_grid_by_one_code(bits: int):
+    q = quantize(weights(4, 64), int_weight(bits, 32))
+    view = LearnedWeight(q, Learn(scales="factor"))
+    assert view.scales is not None
+    assert isinstance(q.scale, torch.Tensor)
+    with torch.no_grad():
+        view.scales.fill_(0.25)
+    grown = view.commit().scale
+    assert isinstance(grown, torch.Tensor)
+    torch.testing.assert_close((grown - q.scale) * 2 ** (bits - 1), q.scale * 0.25, atol=0, rtol=1e-3)
 
 
 def test_what_cannot_be_learned():

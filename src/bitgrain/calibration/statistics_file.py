@@ -131,10 +131,13 @@ def save_statistics(folder: str | Path, about: About, blocks: Iterable[Mapping[s
 
 
 class StatisticsFile:
-    """An opened folder of statistics. Nothing but the manifest is read before `read`."""
+    """An opened folder of statistics. Nothing but the manifest is read before `read`.
 
-    def __init__(self, folder: Path, about: About, layers: Mapping[str, Mapping[str, Any]]) -> None:
-        self.folder, self.about = folder, about
+    sha256: of the manifest, which holds those of all layers.
+    """
+
+    def __init__(self, folder: Path, about: About, layers: Mapping[str, Mapping[str, Any]], sha256: str) -> None:
+        self.folder, self.about, self.sha256 = folder, about, sha256
         self._layers = layers
 
     @property
@@ -193,7 +196,8 @@ def open_statistics(folder: str | Path, *, model: str | None = None) -> Statisti
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(data)
         about = About(manifest["model"], manifest["text"], manifest["settings"])
         layout, layers = int(manifest["version"]), dict(manifest["layers"])
     except FileNotFoundError:
@@ -209,7 +213,7 @@ def open_statistics(folder: str | Path, *, model: str | None = None) -> Statisti
             f"{folder} was calibrated on another model (fingerprint {about.model[:16]}, this model has {model[:16]}): "
             "statistics fit only the very checkpoint that they were taken from; calibrate again"
         )
-    return StatisticsFile(folder, about, layers)
+    return StatisticsFile(folder, about, layers, hashlib.sha256(data).hexdigest())
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import NoReturn
 
 import bitgrain
-from bitgrain.cli import demo, eval, inspect, plan, quantize, schemes, verify
+from bitgrain.cli import calibrate, demo, eval, inspect, plan, quantize, schemes, verify
 from bitgrain.cli.terminal import print_error, quieten_libraries
 from bitgrain.errors import BitgrainError
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": eval,
     "inspect": inspect,
     "verify": verify,
+    "calibrate": calibrate,
     "schemes": schemes,
     "demo": demo,
 }
@@ -46,6 +47,15 @@ class _UsageError(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message}; see {self.prog} --help")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Room for the longest command: argparse forgets that commands are indented once more than options."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):  # pyright: ignore[reportPrivateUsage]
+            self._action_max_length = max(self._action_max_length, 4 + max(map(len, COMMANDS)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +115,7 @@ def _build_parser() -> _Parser:
         prog="bitgrain",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"bitgrain {bitgrain.__version__}")

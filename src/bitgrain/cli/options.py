@@ -70,6 +70,29 @@ def add_json_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE as JSON; - for stdout, nothing else")
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=parse_count, metavar="N", help="layers worked on at once; default the number of cores"
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """The text that a model is shown; read back by `calibration_from`."""
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="text for recipes that learn from activations: a file, a folder, hf:DATASET, or builtin (the default)",
+    )
+    parser.add_argument("--windows", type=parse_count, metavar="N", help="calibration windows; default 128")
+    parser.add_argument("--seqlen", type=parse_count, metavar="L", help="tokens in a calibration window; default 512")
+
+
+def calibration_from(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The keys of `recipes.Calibration` that `add_calibration` read; None: none was given."""
+    given = {"text": args.calibration, "windows": args.windows, "seqlen": args.seqlen}
+    return {key: value for key, value in given.items() if value is not None} or None
+
+
 def add_job(parser: argparse.ArgumentParser) -> None:
     """Everything that decides what a quantization does; read back by `plan_from`."""
     add_model(parser)
@@ -79,13 +102,10 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="fast, balanced or best, or a recipe file (YAML); --scheme and others replace its keys",
     )
+    add_calibration(parser)
     parser.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        help="text for recipes that learn from activations: a file, a folder, hf:DATASET, or builtin (the default)",
+        "--statistics", metavar="STATS", help="in place of text: what `bitgrain calibrate` wrote for this model"
     )
-    parser.add_argument("--windows", type=parse_count, metavar="N", help="calibration windows; default 128")
-    parser.add_argument("--seqlen", type=parse_count, metavar="L", help="tokens in a calibration window; default 512")
     parser.add_argument(
         "--bits", type=parse_bits, metavar="B", help="average bits a weight, for instance 3.5, allocated by sensitivity"
     )
@@ -102,9 +122,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", type=parse_size, metavar="SIZE", help="largest weight file, for instance 2GB; default 5GB"
     )
-    parser.add_argument(
-        "--workers", type=parse_count, metavar="N", help="layers worked on at once; default the number of cores"
-    )
+    add_workers(parser)
     add_source(parser)
     parser.set_defaults(complaint=_complain)
 
@@ -115,6 +133,10 @@ def _complain(args: argparse.Namespace) -> str | None:
         return "say what to do: --scheme S (`bitgrain schemes` lists them), --bits B or --recipe FILE"
     if args.engine is not None and args.bits is None:
         return "--engine limits what --bits may choose; without --bits it has no meaning"
+    if args.statistics is not None and calibration_from(args) is not None:
+        return "--statistics stand in place of text: leave out --calibration, --windows and --seqlen"
+    if args.statistics is not None and args.bits is not None:
+        return "--bits needs gradients, which --statistics do not hold: give --calibration TEXT instead"
     return None
 
 
@@ -126,15 +148,14 @@ def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache:
     from bitgrain import api
 
     settings: dict[str, Any] = {} if args.max_shard_size is None else {"max_shard_bytes": args.max_shard_size}
-    given = {"text": args.calibration, "windows": args.windows, "seqlen": args.seqlen}
-    calibration = {key: value for key, value in given.items() if value is not None}
     return api.plan(
         args.model,
         args.scheme,
         recipe=args.recipe,
         on_indivisible=args.on_indivisible,
         solver=args.solver,
-        calibration=calibration or None,
+        calibration=calibration_from(args),
+        statistics=args.statistics,
         keep=args.keep or (),
         bits=args.bits,
         engine=args.engine or "compressed-tensors",

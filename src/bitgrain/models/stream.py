@@ -103,10 +103,11 @@ class StreamedModel:
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill parameters and buffers from tensors under their names on disk; what is tied to them stays so."""
-        for name, tensor in convert_tensors(self.model, tensors).items():
+        here = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        for name, tensor in convert_tensors(self.model, here).items():
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            tensor = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None).contiguous()
+            tensor = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             # aligned, for the same bits however it was read; alone in its memory, for `Watch` tells weights by it
             if tensor.data_ptr() % 64 or tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()

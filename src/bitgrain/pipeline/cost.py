@@ -48,6 +48,13 @@ def calibrated_peak(plan: Plan) -> int:
     return peak
 
 
+def saved_peak(plan: Plan) -> int:
+    """About how many bytes the workers of a job with saved statistics hold beside their units."""
+    widest = max((layer.in_features for layer in plan.quantized.values()), default=0)
+    matrix = max((layer.out_features * layer.in_features for layer in plan.quantized.values()), default=0)
+    return plan.workers * 4 * (_SOLVER_COPIES * matrix + 5 * widest * widest)
+
+
 def calibrated_flops(plan: Plan) -> float:
     """About how many floating-point operations the passes through the model and the solvers take."""
     assert plan.calibration is not None

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from bitgrain.calibration.doctor import examine
-from bitgrain.calibration.text import load_tokenizer
-from bitgrain.calibration.windows import CalibrationText, calibration_windows
+from bitgrain.calibration.statistics_file import StatisticsFile, open_statistics
+from bitgrain.calibration.windows import CalibrationText
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
+from bitgrain.checkpoints.content import content_sha256
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, plan_shards, weights_nbytes
@@ -32,10 +32,10 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
-from bitgrain.pipeline.cost import calibrated_peak, calibration_note
+from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
+from bitgrain.pipeline.plan_text import findings, needs_text, not_by_statistics, read_calibration, statistics_note
 from bitgrain.recipes import Recipe, Scheme
-from bitgrain.solvers import get_solver
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNIT_BYTES = 64_000_000
@@ -90,6 +90,8 @@ class Plan:
     trust_remote_code: bool = field(default=False)
     calibration: CalibrationText | None = field(default=None)
     """The text that is shown to the model; None: nothing in the recipe needs any."""
+    statistics: StatisticsFile | None = field(default=None)
+    """What was saved of such a pass, used in place of text."""
 
     @cached_property
     def quantized(self) -> dict[str, StoredLayer]:
@@ -129,6 +131,8 @@ class Plan:
         """An upper bound of the bytes that the job holds at once, above Python with torch and transformers imported."""
         largest = sorted((self._unit_ram(unit) for unit in self.units), reverse=True)[: self.workers]
         writing = sum(nbytes + _WORKER_BYTES for nbytes in largest)
+        if self.statistics is not None:
+            return _LIBRARY_BYTES + writing + saved_peak(self)
         return _LIBRARY_BYTES + (writing if self.calibration is None else max(writing, calibrated_peak(self)))
 
     def _unit_ram(self, unit: Unit) -> int:
@@ -190,14 +194,16 @@ def make_plan(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int | None = None,
     calibrate: bool = False,
+    statistics: str | Path | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Plan `recipe` on `model` (a folder or a hub name).
 
     calibrate  read calibration text even if nothing in the recipe needs it; notes: what else the plan should tell
+    statistics a folder that `bitgrain calibrate` wrote, used in place of text
 
     Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
-    that cannot be read, RecipeError for a rule that matches nothing.
+    that cannot be read, RecipeError for a rule that matches nothing, StatisticsError for statistics of another model.
     """
     if workers is not None and workers < 1:
         raise PlanError(f"{workers} workers cannot do anything; ask for at least 1")
@@ -207,14 +213,11 @@ def make_plan(
     skeleton = build_skeleton(config, trust_remote_code)
     anatomy = read_anatomy(skeleton, checkpoint.entries)
     schemes = recipe.assign(anatomy.weights)
+    saved = None if statistics is None else open_statistics(statistics, model=content_sha256(checkpoint))
     calibration = None
-    if (
-        calibrate
-        or recipe.needs_calibration
-        or any(scheme is not None and scheme.needs_calibration for scheme in schemes)
-    ):
-        calibration = _read_calibration(recipe, source, config, trust_remote_code)
-    problems: list[str] = []
+    if saved is None and (calibrate or recipe.needs_calibration or needs_text(recipe, schemes)):
+        calibration = read_calibration(recipe, source, config, trust_remote_code)
+    problems: list[str] = not_by_statistics(recipe) if saved is not None else []
     if anatomy.missing:
         problems.append(f"{len(anatomy.missing)} parameters of the model are not in its files: {_few(anatomy.missing)}")
     problems.extend(
@@ -248,33 +251,14 @@ def make_plan(
         notes=(*notes, *_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
         trust_remote_code=trust_remote_code,
         calibration=calibration,
+        statistics=saved,
     )
+    if saved is not None:
+        return replace(plan, notes=(*plan.notes, statistics_note(saved)))
     if calibration is None:
         return plan
-    return replace(plan, notes=(*plan.notes, calibration_note(plan), *_findings(calibration, plan)))
-
-
-def _findings(calibration: CalibrationText, plan: Plan) -> list[str]:
-    """What the doctor says of the text."""
-    hessians = get_solver(plan.recipe.solver).needs_calibration
-    widest = max((layer.in_features for layer in plan.quantized.values() if hessians), default=0)
-    return [finding.message for finding in examine(calibration.ids, widest=widest)]
-
-
-def _read_calibration(
-    recipe: Recipe, source: ModelSource, config: PretrainedConfig, trust_remote_code: bool
-) -> CalibrationText:
-    """The windows of the recipe's text. Raises TextError."""
-    wanted = recipe.calibration
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    return calibration_windows(
-        wanted.text or "builtin",
-        load_tokenizer(source.path, trust_remote_code),
-        windows=wanted.windows,
-        seqlen=wanted.seqlen,
-        sampling=wanted.sampling,
-        seed=wanted.seed,
-        vocab_size=vocabulary,
+    return replace(
+        plan, notes=(*plan.notes, calibration_note(plan), *findings(calibration, recipe, quantized.values()))
     )
 
 

@@ -27,6 +27,7 @@ from bitgrain.pipeline.blockwise.work import FINISHED, Work
 from bitgrain.pipeline.layers import kept, matrices, outer_scales, record, report, to_cpu
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
+from bitgrain.pipeline.saved import saved_record, solve_saved_unit
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.solvers import Solver, get_solver
@@ -83,6 +84,8 @@ def run_plan(
             progress.finish()
         passes = Work(job.work) if plan.calibration is not None else None
         told = passes.record(FINISHED) if passes is not None and passes.has(FINISHED) else None
+        if plan.statistics is not None:
+            told = {"calibration": saved_record(plan.statistics)}
         manifest = write_output_files(plan, job, told)
         job.finish()
     return QuantizeResult(out, plan, manifest)
@@ -99,6 +102,8 @@ def _solve_all(
         with _single_threaded():
             if passes is not None:
                 tensors, records = solved_unit(plan, unit, passes)
+            elif plan.statistics is not None:
+                tensors, records = solve_saved_unit(plan, unit, device)
             else:
                 tensors, records = _solve_unit(plan, unit, solver, device)
         job.commit_unit(unit.name, tensors, {"layers": records})

@@ -5,12 +5,10 @@ Sums are taken as by a job with `activations: full`, batch by batch in their ord
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from bitgrain.calibration.doctor import examine
 from bitgrain.calibration.statistics import LayerStatistics, layer_key
 from bitgrain.calibration.statistics_file import About, StatisticsWriter
-from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.content import content_sha256
 from bitgrain.errors import ModelError, NumericsError
 from bitgrain.models.anatomy import Weight
 from bitgrain.models.skeleton import build_skeleton
@@ -39,8 +37,6 @@ from bitgrain.runtime.watch import Key
 
 ROLES = ("linear", "expert", "router", "lm_head")
 """Of the matrices that have inputs."""
-_ROW_BYTES = 1 << 20
-"""Longer rows are not looked at for the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +54,6 @@ def group_key(parameter: str) -> str:
     return f"{parameter}#together"
 
 
-def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 of names, dtypes and shapes of all tensors, and of three rows of each: the same wherever it lies."""
-    digest = hashlib.sha256()
-    for name in sorted(checkpoint.entries):
-        entry = checkpoint.entries[name]
-        digest.update(f"{name} {entry.dtype} {tuple(entry.shape)}\0".encode())
-        if not entry.shape or not entry.nbytes or entry.nbytes // entry.shape[0] > _ROW_BYTES:
-            continue
-        rows = entry.shape[0]
-        for row in sorted({0, rows // 2, rows - 1}):
-            digest.update(checkpoint.read_rows(name, row, row + 1).reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def run_calibration(
     plan: Plan, out: str | Path, *, device: str = "auto", progress: Progress | None = None
 ) -> Calibrated:
@@ -86,7 +68,7 @@ def run_calibration(
     where = resolve_device(device)
     progress = progress or make_progress("quiet")
     settings = {"activations": "full", "batch": plan.recipe.calibration.batch, "device": where.type}
-    about = About(model_fingerprint(plan.checkpoint), plan.calibration.description, settings)
+    about = About(content_sha256(plan.checkpoint), plan.calibration.description, settings)
     writer = StatisticsWriter(out, about)
     weights = [weight for weight in plan.anatomy.weights if weight.role in ROLES]
     progress.start(sum(weight.elements for weight in weights), "weights", f"calibrate {plan.source.name}")
@@ -224,8 +206,3 @@ class _Walk:
 
 def _place(key: Key) -> str:
     return layer_key(key.name, key.expert)
-
-
-def calibration_record(about: About) -> dict[str, Any]:
-    """What the manifest of a job says of the statistics it used."""
-    return {**about.text, "statistics": dict(about.settings)}

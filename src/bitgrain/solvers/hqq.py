@@ -33,8 +33,8 @@ from bitgrain.solvers.tiles import Tiles
 @register_solver("hqq")
 @dataclass(frozen=True)
 class HQQ:
-    """Data-free. Real zero points as the authors have them; integer ones are rounded in each step; symmetric specs fit
-    the scale alone.
+    """Data-free. Real zero points as the authors have them; integer ones are rounded in each step; symmetric specs
+    fit the scale alone.
 
     norm        p
     beta        weight of W_e's distance to the error in the first step; it counts in units of the weights

@@ -29,7 +29,7 @@ class BlockSettings:
     optimizer    "sign" or "adam"
     codes        whether codes are learned; `scales`: "range", "factor" or "kept" (see `tuning.learned`)
     rate         of the codes' offsets, in steps of the grid; 0 takes 1 / steps
-    scale_rate   of the scales' or limits' factors; 0 takes `rate`
+    scale_rate   of the limits' factors ("range") or, in steps of the grid's end, of the scales ("factor"); 0: as `rate`
     batch_size   calibration batches in one step: 8 where a batch is one window
     validation   batches on which states are compared; 0 takes all
     checks       how often a state is measured

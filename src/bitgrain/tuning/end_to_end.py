@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitgrain.numerics import QTensor
 from bitgrain.tuning.descent import Decay, Loss, Report, Schedule, descend
-from bitgrain.tuning.learned import Learn, learned_weights
+from bitgrain.tuning.learned import Learn, learned_weights, scale_unit
 
 
 @dataclass(frozen=True)
@@ -24,32 +24,36 @@ class EndToEndSettings:
     """How scales are tuned; a batch of calibration text should hold about 4 windows.
 
     steps       gradient steps
-    scale_rate  of the scales' factors (relative)
-    extra_rate  of the extra parameters (absolute; gains of norms are about 1); 0 leaves them as they are
+    scale_rate  of the scales, in steps by which the end of the grid moves: 2**(bits - 1) times the relative change
+    extra_rate  of the extra parameters, times the mean of 4**(1 - bits) over the weights: gains of norms fit the
+                calibration text's domain too, which pays only where there is much error to make up for; 0 leaves them
     zero_rate   of real zero points, in steps of the grid; 0 leaves them as they are
-    code_rate   of the codes' offsets; 0 leaves the codes as they are
+    code_rate   of the codes' offsets; 0 leaves the codes as they are (they fit the calibration text and little else)
     autocast    whether the loss runs in bfloat16, where the hardware multiplies it natively
     warmup, decay, batch_size, validation, checks, seed   see `Schedule`
     """
 
-    steps: int = 48
-    scale_rate: float = 3e-3
-    extra_rate: float = 3e-3
+    steps: int = 40
+    scale_rate: float = 0.012
+    extra_rate: float = 0.024
     zero_rate: float = 0.0
     code_rate: float = 0.0
     warmup: int = 5
     decay: Decay = "linear"
     batch_size: int = 1
     validation: int = 4
-    checks: int = 3
+    checks: int = 2
     seed: int = 0
     autocast: bool = False
 
-    def schedule(self) -> Schedule:
-        """The walk that these settings mean. Raises SchemeError for impossible ones."""
+    def schedule(self, extra_unit: float = 1.0) -> Schedule:
+        """The walk that these settings mean; `extra_unit` multiplies the extras' rate.
+
+        Raises SchemeError for impossible settings.
+        """
         rates = {"scales": self.scale_rate, "shifts": self.zero_rate, "offsets": self.code_rate}
         if self.extra_rate:
-            rates["extras"] = self.extra_rate
+            rates["extras"] = self.extra_rate * extra_unit
         return Schedule(
             steps=self.steps,
             rates=rates,
@@ -111,5 +115,7 @@ def tune_end_to_end(
         with torch.autocast(device, torch.bfloat16, enabled=chosen.autocast):
             return loss(dense, extra, index)
 
-    found = descend(start, views, extras, measured, batches, chosen.schedule(), progress)
+    elements = sum(q.codes.numel() for q in start.values())
+    unit = sum(q.codes.numel() * scale_unit(q) ** 2 for q in start.values()) / max(1, elements)
+    found = descend(start, views, extras, measured, batches, chosen.schedule(unit), progress)
     return EndToEndResult(found.qtensors, found.extras, found.first_loss, found.best_loss, found.best_step)

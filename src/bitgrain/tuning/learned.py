@@ -55,7 +55,9 @@ class LearnedWeight:
     """A view of one QTensor whose parameters start where `weight()` is that QTensor's dequantized value.
 
     offsets  [down, across, elements of a tile] or None: added before rounding
-    scales   [down, across] or None: relative change of the scale ("factor") or of the upper limit ("range")
+    scales   [down, across] or None: relative change of the upper limit ("range"), or ("factor") change of the scale by
+             which the grid's end moves by so many steps, 2**(bits - 1) times the relative change: what a weight can be
+             wrong by is a part of a step, so one learning rate suits all widths
     lows     [down, across] or None: relative change of the lower limit ("range" of asymmetric formats)
     shifts   [down, across] or None: added to real zero points
     All float32, zero at first, on the device of the codes.
@@ -70,6 +72,7 @@ class LearnedWeight:
         if mode == "range" and not integer:
             mode = "factor"
         self._mode: ScaleMode = mode
+        self.unit = scale_unit(q) if mode == "factor" else 1.0
         self._steps = scale_values(q.scale)
         self._zero = None if q.zero is None else q.zero.to(torch.float32)
         self._values = spec.format.decode(to_tiles(q.codes, spec.granularity))
@@ -95,7 +98,7 @@ class LearnedWeight:
             self.offsets.clamp_(-0.5, 0.5)
         for tensor in (self.scales, self.lows):
             if tensor is not None:
-                tensor.clamp_(_FACTOR[0] - 1, _FACTOR[1] - 1)
+                tensor.clamp_((_FACTOR[0] - 1) / self.unit, (_FACTOR[1] - 1) / self.unit)
 
     def weight(self) -> Tensor:
         """float32 [out, in]: what the parameters stand for now, differentiable by all of them."""
@@ -144,7 +147,7 @@ class LearnedWeight:
         if self.scales is None:
             return steps, self._shifted(zero)
         if self._mode == "factor" or zero is None:
-            return self._round_scale(steps * (1 + self.scales)), self._shifted(zero)
+            return self._round_scale(steps * (1 + self.unit * self.scales)), self._shifted(zero)
         assert self.lows is not None
         # the limits are (low - z) s and (high - z) s; written relative to s, nothing changes where nothing is learned
         span = spec.high - spec.low
@@ -192,6 +195,11 @@ def learned_weights(
         view = LearnedWeight(q, learn, None if weights is None else weights[name])
         if view.parameters():
             yield name, view
+
+
+def scale_unit(q: QTensor) -> float:
+    """2**(1 - bits): the relative change of a scale that moves the grid's end by about one step."""
+    return 2.0 ** (1 - q.spec.format.bits)
 
 
 def _divisor(steps: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, tw
 from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.gather import gather_moments
-from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer, wants_moments
 from bitgrain.pipeline.blockwise.local import block_settings, tune_locally
 from bitgrain.pipeline.blockwise.rewrite import Rewriter
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
@@ -77,11 +77,7 @@ class BlockSolver:
         self.advance = advance or (lambda _elements, _note: None)
         blockwise = self.recipe.tuning.blockwise
         self.tuning = None if blockwise is None else block_settings(blockwise)
-        self.needs_moments = (
-            self.solver.needs_calibration
-            or self.recipe.target is not None
-            or any(layer.scheme.weight.range.name == "weighted" for layer in plan.quantized.values())
-        )
+        self.needs_moments = wants_moments(plan)
 
     def solve(self, index: int, flow: Flow, weights_of_tokens: Any = None) -> SolvedBlock:
         """Solve block `index` and move `flow` behind it."""
@@ -312,7 +308,9 @@ class _Block:
         """Write what was solved into the block; parameters that several tensors fill are put together anew."""
         targets = {target for name in names for target in self.weights[name].targets}
         together = {weight.tensor for target in targets for weight in self.joined[target]}
+        device = self.stream.device
         tensors = {name: self.dense[name] if name in self.dense else self._original(name) for name in together}
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}  # they are joined
         for name, tensor in convert_tensors(self.stream.model, tensors).items():
             parameter = block.get_parameter(name.removeprefix(self.prefix))
             parameter.data.copy_(tensor)

@@ -36,8 +36,12 @@ def solve_blockwise(plan: Plan, work: Work, device: torch.device, progress: Prog
     """
     if work.has(FINISHED):
         return
-    total = sum(layer.elements for layer in plan.quantized.values())
-    progress.start(total, "weights", f"quantize {plan.source.name}")
+    total, done = 0, 0
+    for name, layer in plan.quantized.items():
+        block = plan.anatomy.block_of[name]
+        total += layer.elements
+        done += layer.elements if work.has(OUTSIDE if block is None else block_file(block)) else 0
+    progress.start(total, "weights", f"quantize {plan.source.name}", done=done)
     return_freed_memory()
     try:
         experts_run_one_by_one(plan.config)
@@ -145,10 +149,6 @@ class _Pass:
                 mine[:] = [saved[f"{name}.{i}"].to(self.stream.device) for i in range(len(mine))]
             if flow.probe is not None:
                 flow.probe.hidden = saved["probe"].to(self.stream.device)
-        done = [weight for weight in self.stream.anatomy.weights if weight.block is not None and weight.block < first]
-        sizes = [self.plan.quantized[weight.tensor].elements for weight in done if weight.tensor in self.plan.quantized]
-        if sizes:
-            self.progress.advance(sum(sizes), f"{first} blocks were done before")
         return flow
 
     def _needs_full(self) -> bool:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.models.anatomy import Weight
 from bitgrain.pipeline.layers import matrices, record, report, to_cpu
+from bitgrain.pipeline.plan import Plan
 from bitgrain.recipes.recipe import Target
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, Solver, get_solver
@@ -17,6 +19,17 @@ from bitgrain.solvers.guard import solve_guarded
 from bitgrain.solvers.target import target_weight
 
 UNREACHED = "the calibration text never reached it: rounded to nearest"
+
+
+def wants_moments(plan: Plan, weight: Weight | None = None) -> bool:
+    """Whether the moments of inputs are needed: in all blocks, or (`weight`) of one layer outside them."""
+    recipe = plan.recipe
+    if get_solver(recipe.solver).needs_calibration or recipe.target is not None:
+        return True
+    layers = list(plan.quantized.values())
+    if weight is not None and weight.block is None:
+        layers = [plan.quantized[weight.tensor]]
+    return any(layer.scheme.weight.range.name == "weighted" for layer in layers)
 
 
 def solve_layer(

@@ -12,7 +12,7 @@ from bitgrain.models.stream import StreamedModel
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.block import Flow, SolvedBlock
 from bitgrain.pipeline.blockwise.gather import gather_moments
-from bitgrain.pipeline.blockwise.layer import loss_note, record_of, solve_layer
+from bitgrain.pipeline.blockwise.layer import loss_note, record_of, solve_layer, wants_moments
 from bitgrain.pipeline.blockwise.runs import Seen
 from bitgrain.pipeline.blockwise.stages import Stage
 from bitgrain.pipeline.blockwise.static import choose_inputs
@@ -42,7 +42,7 @@ def solve_outside(
         key = Key(weight.memory)
         original = changed[weight.tensor] if weight.tensor in changed else plan.checkpoint.read(weight.tensor)
         moments: dict[Key, Moments] = {}
-        measured = solver.needs_calibration or target is not None or layer.scheme.weight.range.name == "weighted"
+        measured = wants_moments(plan, weight)
         if weight.role != "embedding" and (measured or layer.static_input is not None):
             stage = Stage((weight.memory,), shared=True)
             hidden = flow.quantized or flow.full

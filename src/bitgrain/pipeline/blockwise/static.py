@@ -59,11 +59,7 @@ def require_reached(names: Sequence[str]) -> None:
 
 def stored_inputs(layer: StoredLayer, chosen: Mapping[str, Chosen]) -> list[StaticInput]:
     """What `Layout.encode` wants for a layer: its scale for each stacked matrix; none where inputs are not static."""
-    if layer.static_input is None:
-        return []
-    static = chosen[layer.tensor].static
-    zero = None if static.zero is None else static.zero.clone()
-    return [StaticInput(static.scale.clone(), zero)] * layer.experts  # files hold no tensor twice
+    return [] if layer.static_input is None else [chosen[layer.tensor].static] * layer.experts
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Work:
         path, scratch = self._path(name), self.folder / "scratch"
         with output_errors(path):
             metadata = {"record": json.dumps(record or {})}
-            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, scratch, metadata)
+            save_file(_apart(tensors), scratch, metadata)
             fsync_file(scratch)
             os.replace(scratch, path)
         fsync_folder(self.folder)
@@ -62,6 +62,17 @@ class Work:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own, as safetensors wants them: fused layers may share a scale."""
+    found: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        found[key] = tensor.clone() if tensor.data_ptr() in known else tensor
+        known.add(tensor.data_ptr())
+    return found
 
 
 def block_file(index: int) -> str:

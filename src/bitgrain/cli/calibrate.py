@@ -1,0 +1,58 @@
+"""Run a model over text once, and save what each of its layers is given.
+
+`bitgrain quantize MODEL --statistics STATS` then needs no text: calibrate once, emit many bit widths, methods and
+formats. STATS appears only when it is whole. What quantizes with it sees inputs as the full-precision model gives
+them; recipes that follow the quantized model, or learn by gradients, need text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from bitgrain.cli.options import add_calibration, add_device, add_model, add_source, add_workers, calibration_from
+from bitgrain.cli.terminal import hide_download_bars, make_console, print_json
+from bitgrain.errors import OutputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("-o", "--out", required=True, metavar="STATS", help="the new folder")
+    add_calibration(parser)
+    add_device(parser)
+    add_workers(parser)
+    add_source(parser)
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, a summary on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json or args.quiet:
+        hide_download_bars()
+    from bitgrain import api
+    from bitgrain.checkpoints.job_folder import check_parent
+    from bitgrain.progress import make_progress
+    from bitgrain.report.calibration import calibrated_to_json, render_calibrated
+
+    out = Path(args.out).absolute()
+    check_parent(out)
+    if out.exists():  # said now, not after a download
+        raise OutputError(f"{args.out}: exists already, and is never overwritten. Remove it, or choose another name.")
+    began = time.monotonic()
+    found = api.calibrate(
+        args.model,
+        out,
+        calibration=calibration_from(args),
+        device=args.device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        workers=args.workers,
+        progress=make_progress("json" if args.json else "quiet" if args.quiet else "rich"),
+    )
+    seconds = time.monotonic() - began
+    if args.json:
+        print_json(calibrated_to_json(found, seconds))
+    else:
+        render_calibrated(found, seconds, make_console(stderr=args.quiet), args.model, args.out, quiet=args.quiet)
+    return 0

@@ -1,0 +1,113 @@
+"""Solving with saved statistics: every layer by itself, with the moments that `pipeline.statistics` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitgrain.calibration.statistics import layer_key
+from bitgrain.calibration.statistics_file import StatisticsFile
+from bitgrain.models.anatomy import Weight
+from bitgrain.pipeline.blockwise.layer import record_of, solve_layer, wants_moments
+from bitgrain.pipeline.blockwise.static import Chosen, choose_input, require_reached, static_layers, stored_inputs
+from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
+from bitgrain.pipeline.plan import Plan, Unit
+from bitgrain.pipeline.statistics import group_key
+from bitgrain.runtime.watch import Key
+from bitgrain.solvers import Moments, get_solver
+
+
+def solve_saved_unit(
+    plan: Plan, unit: Unit, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The output tensors of a unit, and what is to be known of each quantized layer.
+
+    The same bytes as from a job with `activations: full` on the text of the statistics. Raises StatisticsError
+    (damaged, or without what a range needs), PlanError (a static scale for a layer that calibration never reached).
+    """
+    assert plan.statistics is not None
+    weights = {weight.tensor: weight for weight in plan.anatomy.weights}
+    layers = {name: plan.quantized[name] for name in unit.tensors if name in plan.quantized}
+    outer = outer_scales(layers, plan.fused_groups, plan.checkpoint.read, device)
+    inputs = _inputs(plan, plan.statistics, weights, list(layers))
+    outputs: dict[str, Tensor] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for name in unit.tensors:
+        layer = layers.get(name)
+        if layer is None:
+            outputs[name] = kept(plan.checkpoint, name)
+            continue
+        weight, original = weights[name], plan.checkpoint.read(name)
+        experts: Sequence[int | None] = range(layer.experts) if layer.experts > 1 else [weight.expert]
+        keys = [Key(_parameter(weight), expert) for expert in experts]
+        wanted = weight.role != "embedding" and wants_moments(plan, weight)
+        moments: Mapping[Key, Moments] = _Saved(plan.statistics, device) if wanted else {}
+        solver = get_solver("rtn" if weight.role == "embedding" else plan.recipe.solver)
+        solutions = solve_layer(layer, original, moments, keys, solver, None, outer.get(name), device)
+        told = inputs[name].record if name in inputs else {}
+        records[name] = {**record_of(layer, original, solutions), **told}
+        parts = [to_cpu(solution.q) for solution in solutions]
+        outputs.update(plan.layout.encode(layer, parts, stored_inputs(layer, inputs)))
+    return outputs, records
+
+
+def saved_record(statistics: StatisticsFile) -> dict[str, Any]:
+    """What the manifest says of the calibration."""
+    return {**statistics.about.text, "statistics": dict(statistics.about.settings)}
+
+
+class _Saved(Mapping[Key, Moments]):
+    """Moments out of the file, read when they are asked for."""
+
+    def __init__(self, statistics: StatisticsFile, device: torch.device) -> None:
+        self._statistics, self._device = statistics, device
+
+    def __getitem__(self, key: Key) -> Moments:
+        name = layer_key(key.name, key.expert)
+        if name not in self._statistics:
+            raise KeyError(key)
+        moments = self._statistics.read(name).moments
+        return Moments(moments.hessian.to(self._device), moments.tokens)
+
+    def __iter__(self) -> Iterator[Key]:
+        raise TypeError("moments are read one by one")
+
+    def __len__(self) -> int:
+        return len(self._statistics.keys)
+
+
+def _parameter(weight: Weight) -> str:
+    return weight.targets[0] if weight.block is not None else weight.memory
+
+
+def _inputs(
+    plan: Plan, statistics: StatisticsFile, weights: Mapping[str, Weight], names: Sequence[str]
+) -> dict[str, Chosen]:
+    """The static scales of layers, each chosen together with all that read the same inputs."""
+    found: dict[str, Chosen] = {}
+    for name in static_layers(plan.quantized, names):
+        if name in found:
+            continue
+        key = _static_key(statistics, weights[name])
+        if key is None:
+            require_reached([name])
+            continue
+        place, spec = statistics.place(key), plan.quantized[name].static_input
+        sharers = [
+            other
+            for other in static_layers(plan.quantized, plan.quantized)
+            if plan.quantized[other].static_input == spec
+            and (theirs := _static_key(statistics, weights[other])) is not None
+            and statistics.place(theirs) == place
+        ]
+        chosen = choose_input(statistics.read(key), sharers, plan.quantized, plan.checkpoint.read)
+        found.update(dict.fromkeys(sharers, chosen))
+    return found
+
+
+def _static_key(statistics: StatisticsFile, weight: Weight) -> str | None:
+    parameter = _parameter(weight)
+    return next((key for key in (group_key(parameter), parameter) if key in statistics), None)
