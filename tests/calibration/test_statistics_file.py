@@ -1,6 +1,7 @@
 """Statistics on disk: the same bits back, whole or not there, and an error for everything that does not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def layer(seed: int, width: int = 6, **options: bool) -> LayerStatistics:
 
 
 def equal(a: LayerStatistics, b: LayerStatistics) -> bool:
-    for name in ("hessian", "mean_abs", "low", "high", "ends", "counts"):
+    for name in ("hessian", "mean_abs", "low", "high", "ends", "counts", "rows"):
         x, y = getattr(a, name), getattr(b, name)
         if (x is None) != (y is None) or (x is not None and not torch.equal(x, y)):
             return False
@@ -42,7 +43,10 @@ def blocks() -> list[dict[str, LayerStatistics]]:
     shared = layer(0, histogram=True)
     return [
         {"0.q": shared, "0.k": shared, "0.o": layer(1, 9)},
-        {"1.q": layer(2, hessian=False, histogram=True), "1.experts[1]": Accumulator(4, "e").finish()},
+        {
+            "1.q": replace(layer(2, hessian=False, histogram=True), rows=torch.arange(18.0).view(3, 6)),
+            "1.experts[1]": Accumulator(4, "e").finish(),
+        },
     ]
 
 
@@ -94,10 +98,17 @@ def test_nothing_has_the_name_before_it_is_whole(tmp_path: Path):
     assert not out.exists()
     with pytest.raises(StatisticsError, match=r"stats holds no statistics \(statistics\.json is missing\)"):
         open_statistics(out)
-    again = StatisticsWriter(out, ABOUT)  # after a kill: what was left is replaced
-    again.add(blocks()[1])
+    other = StatisticsWriter(out, About("other", {}, {}))  # what another run left is replaced
+    other.add(blocks()[1])
+    assert other.files == 1
+    again = StatisticsWriter(out, About("other", {}, {}))  # what the same run left, before it was killed, is taken up
+    assert again.files == 1
+    assert again.tokens == {"1.q": 70, "1.experts[1]": 0}
+    again.add(blocks()[0])
+    (again.partial / "work").mkdir()
     again.finish()
-    assert open_statistics(out).keys == ("1.q", "1.experts[1]")
+    assert open_statistics(out).keys == ("1.q", "1.experts[1]", "0.q", "0.k", "0.o")
+    assert sorted(path.name for path in out.iterdir()) == [*(f"block-0000{i}.safetensors" for i in range(2)), MANIFEST]
     assert [path.name for path in out.parent.iterdir()] == ["stats"]
     with pytest.raises(OutputError, match="stats exists already"):
         StatisticsWriter(out, ABOUT)

@@ -369,19 +369,28 @@ def test_a_resumed_job_solves_only_what_is_left(
 # --- tuning ------------------------------------------------------------------------------------------------------
 
 
-def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path):
-    tuning = {"end_to_end": {"steps": 6, "scale_rate": 1e-3, "warmup": 0, "checks": 6, "validation": 0}}
-    head = [{"match": "lm_head", "scheme": "W4A16"}]
+INPUTS_TOO = {
+    "weight": {"format": "int4", "granularity": "per_group(128)"},
+    "input": {"format": "int4", "granularity": "per_token", "dynamic": True},
+}
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", INPUTS_TOO], ids=["weights", "inputs-too"])
+def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path, scheme: str | dict[str, Any]):
+    tuning = {"end_to_end": {"steps": 6, "warmup": 0, "checks": 6, "validation": 0}}
+    head = [{"match": "lm_head", "scheme": scheme}]
     run(readable("llama"), tmp_path / "balanced", recipe_of("balanced", text, solver="gptq", rules=head))
     tuned = recipe_of("best", text, solver="gptq", rules=head, tuning=tuning)
     result = run(readable("llama"), tmp_path / "best", tuned)
     told = result.manifest["tuning"]
-    assert told["kl_after"] < told["kl_before"]
-    assert 1 <= told["steps"] <= 6
+    assert told["kl_after"] <= told["kl_before"]
+    assert (told["kl_after"] < told["kl_before"]) == (told["steps"] > 0)
     before, after = zoo.read_tensors(tmp_path / "balanced"), zoo.read_tensors(tmp_path / "best")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any(name.endswith("weight_scale") for name in changed)
-    assert "model.norm.weight" in changed
+    if scheme == "W4A16":  # the coarse inputs of the other head drown what so few steps can do
+        assert told["steps"] > 0
+        assert any(name.endswith("weight_scale") for name in changed)
+        assert "model.norm.weight" in changed
     assert not any(name.endswith("weight_packed") for name in changed)  # codes stay
     # what is told is what is written: the divergence from the full-precision model, head and all, on this text
     ids = calibration_windows(str(text), load_tokenizer(readable("llama")), windows=5, seqlen=24).ids
@@ -390,7 +399,21 @@ def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path):
     for name, figure in (("balanced", told["kl_before"]), ("best", told["kl_after"])):
         loaded: Any = bitgrain.load(tmp_path / name)
         found = [divergence(loaded, model, batch) for batch in batches]
-        assert sum(found) / len(found) == pytest.approx(figure, rel=1e-3)
+        assert sum(found) / len(found) == pytest.approx(figure, rel=1e-3, abs=2e-7)  # float32
+
+
+def test_joined_experts_with_other_schemes_and_quantized_inputs_are_tuned(readable: Make, text: Path, tmp_path: Path):
+    """w1 and w3 of all experts are one parameter in memory, and the inputs of each product are rounded."""
+    source = readable("mixtral", num_local_experts=2)
+    experts = "model.layers.0.block_sparse_moe.experts"
+    weights_only = [{"match": f"{experts}.1.w1", "keep": True}, {"match": f"{experts}.0.w3", "scheme": "W8A16"}]
+    for scheme, rules in (("W4A16", weights_only), ("W8A8", [])):
+        settings = recipe_of("best", text, scheme, solver="gptq", rules=rules, **TUNED)
+        result = run(source, tmp_path / scheme, settings)
+        assert result.manifest["tuning"]["kl_after"] <= result.manifest["tuning"]["kl_before"]
+        assert not [one for one in bitgrain.verify(tmp_path / scheme, against=source) if one.ok is False]
+    kept = f"{experts}.1.w1.weight"
+    assert torch.equal(zoo.read_tensors(tmp_path / "W4A16")[kept], zoo.read_tensors(source)[kept])
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 import bitgrain
 import zoo
 from bitgrain.calibration.statistics import layer_key
-from bitgrain.calibration.statistics_file import MANIFEST, open_statistics
+from bitgrain.calibration.statistics_file import MANIFEST, StatisticsWriter, open_statistics
 from bitgrain.errors import NumericsError, OutputError, PlanError, RecipeError, ResumeError, StatisticsError, TextError
 from bitgrain.pipeline import statistics as statistics_job
 from bitgrain.pipeline.statistics import group_key
@@ -109,6 +109,39 @@ def test_a_folder_is_the_same_however_it_is_made(calibrated: Make, tmp_path: Pat
     monkeypatch.setattr(statistics_job, "HOLD_BYTES", 0)
     bitgrain.calibrate(folder, tmp_path / "lean", calibration=text_of(folder), device="cpu", workers=2)
     assert zoo.contents(tmp_path / "lean") == expected
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_killed_run_goes_on(killed_at: int, calibrated: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At the second block, and at lm_head; with other text it begins anew."""
+    folder, statistics = calibrated("mixtral")
+    settings: dict[str, Any] = {"device": "cpu", "workers": 1}
+    blocks: list[int] = []
+    walk, add = statistics_job._Walk._block, StatisticsWriter.add
+
+    def counted(self: Any, index: int, *args: Any) -> Any:
+        blocks.append(index)
+        return walk(self, index, *args)
+
+    def killed(self: StatisticsWriter, layers: Any) -> None:
+        if self.files == killed_at:
+            raise KeyboardInterrupt
+        add(self, layers)
+
+    monkeypatch.setattr(statistics_job._Walk, "_block", counted)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(StatisticsWriter, "add", killed)
+            with pytest.raises(KeyboardInterrupt):
+                bitgrain.calibrate(folder, tmp_path / "out", calibration=text_of(folder), **settings)
+    assert blocks == {1: [0, 1, 1], 2: [0, 1]}[killed_at]
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "other.partial")
+    bitgrain.calibrate(folder, tmp_path / "out", calibration=text_of(folder), **settings)
+    assert zoo.contents(tmp_path / "out") == zoo.contents(statistics)
+    blocks.clear()
+    bitgrain.calibrate(folder, tmp_path / "other", calibration={**text_of(folder), "windows": 6}, **settings)
+    assert blocks == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 def test_what_is_kept_of_experts(calibrated: Make):

@@ -181,3 +181,10 @@ def test_what_cannot_be_learned():
     assert [name for name, _ in learned_weights(start, Learn())] == ["b"]
     with pytest.raises(SchemeError, match="'kept', 'factor' or 'range', not 'free'"):
         Learn(scales="free")  # type: ignore[arg-type]
+
+
+def test_sparse_outliers_are_passed_over():
+    spec = replace(int_weight(4, 32), outliers=0.05)
+    q = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), spec)
+    assert q.outliers is not None
+    assert list(learned_weights({"w": q}, Learn(False, "factor"))) == []

@@ -36,6 +36,8 @@ from bitgrain.errors import OutputError, StatisticsError
 __all__ = ["About", "StatisticsFile", "StatisticsWriter", "open_statistics", "save_statistics"]
 
 MANIFEST = "statistics.json"
+UNFINISHED = "unfinished.json"
+"""The manifest of the blocks that are there, while more are to come."""
 LAYOUT_VERSION = 1
 _FIELDS = ("mean_abs", "low", "high", "ends")
 
@@ -55,20 +57,29 @@ class About:
 class StatisticsWriter:
     """Writes `folder` block by block: `add` each block, then `finish`. Until then all is in `<folder>.partial`.
 
-    Litter of an earlier run that was killed is replaced. Raises OutputError if `folder` exists or cannot be written.
+    A run with the same `about` that was killed is gone on with: `files` blocks are there already. Litter of another is
+    replaced. What the caller puts into `<folder>.partial/work` is removed in the end. Raises OutputError if `folder`
+    exists or cannot be written.
     """
 
     def __init__(self, folder: str | Path, about: About) -> None:
         self._folder, self._about = Path(folder), about
         self.partial = self._folder.with_name(self._folder.name + ".partial")
         self._layers: dict[str, dict[str, Any]] = {}
-        self._files = 0
+        self.files = 0
         if self._folder.exists():
             raise OutputError(f"{self._folder} exists already: name another folder for the statistics, or remove it")
+        if self._go_on():
+            return
         with output_errors(self.partial):
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many tokens each layer written so far has seen."""
+        return {key: entry["tokens"] for key, entry in self._layers.items()}
 
     def add(self, layers: Mapping[str, LayerStatistics]) -> None:
         """Write one block's layers, by `layer_key`; an object given under several keys is stored once.
@@ -78,7 +89,7 @@ class StatisticsWriter:
         twice = sorted(layers.keys() & self._layers.keys())
         if twice:
             raise ValueError(f"statistics of {twice[0]} are written already")
-        file = f"block-{self._files:05d}.safetensors"
+        file = f"block-{self.files:05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         places: dict[int, str] = {}
         sums: dict[str, str] = {}
@@ -103,23 +114,43 @@ class StatisticsWriter:
             except SafetensorError as error:
                 raise OutputError(f"{path}: cannot be written ({error}); check the disk") from error
         fsync_file(path)
-        self._files += 1
+        self.files += 1
+        self._write(UNFINISHED)
 
     def finish(self) -> None:
         """Write the manifest and give the folder its name."""
-        manifest = {
+        self._write(MANIFEST)
+        with output_errors(self._folder):
+            (self.partial / UNFINISHED).unlink(missing_ok=True)
+            if (self.partial / "work").exists():
+                shutil.rmtree(self.partial / "work")
+            os.rename(self.partial, self._folder)
+        fsync_folder(self._folder.parent)
+
+    def _head(self) -> dict[str, Any]:
+        return {
             "version": LAYOUT_VERSION,
             "bitgrain": version("bitgrain"),
             "model": self._about.model,
             "text": dict(self._about.text),
             "settings": dict(self._about.settings),
-            "layers": self._layers,
         }
-        data = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-        replace_file(self.partial / MANIFEST, data, self.partial / (MANIFEST + ".part"))
-        with output_errors(self._folder):
-            os.rename(self.partial, self._folder)
-        fsync_folder(self._folder.parent)
+
+    def _write(self, name: str) -> None:
+        data = (json.dumps({**self._head(), "layers": self._layers}, indent=1, ensure_ascii=False) + "\n").encode()
+        replace_file(self.partial / name, data, self.partial / (name + ".part"))
+
+    def _go_on(self) -> bool:
+        """Take up what an earlier run with the same settings left."""
+        try:
+            manifest: dict[str, Any] = json.loads((self.partial / UNFINISHED).read_bytes())
+        except (OSError, ValueError):
+            return False
+        layers = manifest.pop("layers", {})
+        if manifest != json.loads(json.dumps(self._head())):
+            return False
+        self._layers, self.files = layers, len({entry["file"] for entry in layers.values()})
+        return True
 
 
 def save_statistics(folder: str | Path, about: About, blocks: Iterable[Mapping[str, LayerStatistics]]) -> None:

@@ -1,13 +1,15 @@
 """Run a model over text once, and save what each of its layers is given.
 
 `bitgrain quantize MODEL --statistics STATS` then needs no text: calibrate once, emit many bit widths, methods and
-formats. STATS appears only when it is whole. What quantizes with it sees inputs as the full-precision model gives
-them; recipes that follow the quantized model, or learn by gradients, need text.
+formats. STATS appears only when it is whole; stopped at any moment, the same command goes on where it was. What
+quantizes with it sees inputs as the full-precision model gives them; recipes that follow the quantized model, or learn
+by gradients, need text.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -40,16 +42,22 @@ def run(args: argparse.Namespace) -> int:
     if out.exists():  # said now, not after a download
         raise OutputError(f"{args.out}: exists already, and is never overwritten. Remove it, or choose another name.")
     began = time.monotonic()
-    found = api.calibrate(
-        args.model,
-        out,
-        calibration=calibration_from(args),
-        device=args.device,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        workers=args.workers,
-        progress=make_progress("json" if args.json else "quiet" if args.quiet else "rich"),
-    )
+    try:
+        found = api.calibrate(
+            args.model,
+            out,
+            calibration=calibration_from(args),
+            device=args.device,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            workers=args.workers,
+            progress=make_progress("json" if args.json else "quiet" if args.quiet else "rich"),
+        )
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
     seconds = time.monotonic() - began
     if args.json:
         print_json(calibrated_to_json(found, seconds))

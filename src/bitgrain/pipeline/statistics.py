@@ -27,6 +27,7 @@ from bitgrain.pipeline.blockwise.outside import inputs_outside
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Seen
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.blockwise.static import Observed, Wanted, group_name, merge_observed, observe_inputs
+from bitgrain.pipeline.blockwise.work import Work, hidden_file
 from bitgrain.pipeline.cost import HOLD_BYTES, STREAMS
 from bitgrain.pipeline.load import experts_run_one_by_one
 from bitgrain.pipeline.plan import Plan
@@ -59,9 +60,9 @@ def run_calibration(
 ) -> Calibrated:
     """Write the statistics of every matrix of `plan`'s model on its calibration text into the new folder `out`.
 
-    What the plan would quantize does not matter. Progress is counted in weights. Raises PlanError (problems in the
-    plan), OutputError (`out` exists), NumericsError (NaN, Inf among the activations), ModelError (a model that cannot
-    run block by block).
+    What the plan would quantize does not matter. Killed at any moment, the same call goes on at the block where it was;
+    the result is byte-identical. Progress is counted in weights. Raises PlanError (problems in the plan), OutputError
+    (`out` exists), NumericsError (NaN, Inf among the activations), ModelError (a model that cannot run block by block).
     """
     plan.require_possible()
     assert plan.calibration is not None
@@ -78,8 +79,8 @@ def run_calibration(
         skeleton = build_skeleton(plan.config, plan.trust_remote_code)
         stream = StreamedModel(skeleton, plan.anatomy, plan.checkpoint.read, device=where)
         with Pool(1 if where.type == "cuda" else plan.workers) as pool:
-            walk = _Walk(plan, weights, stream, pool, progress, writer)
-            walk.run()
+            _Walk(plan, weights, stream, pool, progress, writer).run()
+        experts = _experts(weights, stream, writer.tokens)
         writer.finish()
     except (NumericsError, ModelError):
         shutil.rmtree(writer.partial)
@@ -87,7 +88,7 @@ def run_calibration(
     finally:
         progress.finish()
     widest = max((weight.in_features for weight in weights), default=0)
-    found = examine(plan.calibration.ids, widest=widest, experts_tokens=walk.experts)
+    found = examine(plan.calibration.ids, widest=widest, experts_tokens=experts)
     notes = dict.fromkeys([*plan.calibration.notes, *(finding.message for finding in found)])
     return Calibrated(Path(out), about, len(weights), tuple(notes))
 
@@ -108,21 +109,33 @@ class _Walk:
         assert plan.calibration is not None
         self.ids = list(plan.calibration.ids.split(plan.recipe.calibration.batch))
         self.windows = [len(ids) for ids in self.ids]
-        self.experts: dict[str, list[int]] = {}
+        (writer.partial / "work").mkdir(exist_ok=True)
+        self.work = Work(writer.partial / "work")
 
     def run(self) -> None:
         batches = [self.stream.capture(ids) for ids in self.ids]
         share_calls(batches)
+        blocks = [index for index in range(len(self.stream.anatomy.block_names)) if index in batches[0].calls]
+        outside = [weight for weight in self.weights if weight.block is None]
+        done = min(self.writer.files, len(blocks))
         hidden = [batch.hidden for batch in batches]
-        for index in range(len(self.stream.anatomy.block_names)):
-            if index in batches[0].calls:
-                hidden = self._block(index, hidden, batches)
-        for weight in self.weights:
-            if weight.block is None:
-                self._outside(weight, hidden)
+        if done:
+            saved = self.work.tensors(hidden_file(done))
+            hidden = [saved[str(i)].to(self.stream.device) for i in range(len(hidden))]
+            before = [weight for weight in self.weights if weight.block in blocks[:done]]
+            self.progress.advance(sum(weight.elements for weight in before), f"{done} blocks were done before")
+        for place in range(done, len(blocks)):
+            layers, hidden = self._block(blocks[place], hidden, batches)
+            self.work.save(hidden_file(place + 1), {str(i): one for i, one in enumerate(hidden)})
+            self.writer.add(layers)
+            self.work.remove(hidden_file(place))
+        for weight in outside[max(0, self.writer.files - len(blocks)) :]:
+            self._outside(weight, hidden)
 
-    def _block(self, index: int, hidden: Sequence[Tensor], batches: Sequence[Captured]) -> list[Tensor]:
-        """Write the statistics of a block; its outputs."""
+    def _block(
+        self, index: int, hidden: Sequence[Tensor], batches: Sequence[Captured]
+    ) -> tuple[dict[str, LayerStatistics], list[Tensor]]:
+        """The statistics of a block, and its outputs."""
         prefix = self.stream.anatomy.block_names[index] + "."
         weights = [weight for weight in self.weights if weight.block == index]
         block = self.stream.load_block(index)
@@ -133,9 +146,7 @@ class _Walk:
         layers: dict[str, LayerStatistics] = {}
         with self._runs(block, hidden, calls, reached, max((w.in_features for w in weights), default=0)) as walk:
             for place, stage in enumerate(reached):
-                found = self._stage(stage, lambda batch, place=place: walk.seen(batch, place), self.pool, prefix)
-                layers |= found
-                self._count(stage, found, block, prefix)
+                layers |= self._stage(stage, lambda batch, place=place: walk.seen(batch, place), self.pool, prefix)
                 walk.release(place)
                 of_stage = [weight for weight in weights if weight.targets[0].removeprefix(prefix) in stage.names]
                 self.progress.advance(sum(weight.elements for weight in of_stage), prefix + stage.names[0])
@@ -143,8 +154,7 @@ class _Walk:
         if not all(bool(torch.isfinite(output.sum()).item()) for output in outputs):
             raise NumericsError(f"{prefix.removesuffix('.')}: its output holds NaN or Inf on calibration text")
         self.stream.free_block(index)
-        self.writer.add(layers)
-        return outputs
+        return layers, outputs
 
     def _runs(
         self, block: nn.Module, hidden: Sequence[Tensor], calls: Sequence[Call], stages: Sequence[Stage], widest: int
@@ -185,13 +195,6 @@ class _Walk:
                 found[group_key(prefix + name)] = observed[group]
         return found
 
-    def _count(self, stage: Stage, found: Mapping[str, LayerStatistics], block: nn.Module, prefix: str) -> None:
-        for name in stage.names:
-            parameter = block.get_parameter(name)
-            if parameter.ndim > 2:
-                seen = [found.get(layer_key(prefix + name, i)) for i in range(len(parameter))]
-                self.experts[prefix + name.rpartition(".")[0]] = [0 if one is None else one.tokens for one in seen]
-
     def _outside(self, weight: Weight, hidden: Sequence[Tensor]) -> None:
         stage = Stage((weight.memory,), shared=True)
 
@@ -202,6 +205,16 @@ class _Walk:
         with Pool(1) as alone:
             self.writer.add(self._stage(stage, seen, alone, ""))
         self.progress.advance(weight.elements, weight.memory)
+
+
+def _experts(weights: Sequence[Weight], stream: StreamedModel, tokens: Mapping[str, int]) -> dict[str, list[int]]:
+    """How many tokens each expert of a module saw."""
+    found: dict[str, list[int]] = {}
+    for name in dict.fromkeys(target for weight in weights if weight.role == "expert" for target in weight.targets):
+        stack = stream.model.get_parameter(name).shape
+        if len(stack) > 2:
+            found[name.rpartition(".")[0]] = [tokens.get(layer_key(name, i), 0) for i in range(stack[0])]
+    return found
 
 
 def _place(key: Key) -> str:

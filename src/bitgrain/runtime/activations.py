@@ -124,7 +124,8 @@ def quantize_expert_inputs(module: nn.Module, quantizers: dict[str, InputQuantiz
     forward = module.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        seen = {module.get_parameter(name).untyped_storage().data_ptr(): q for name, q in quantizers.items()}
+        # by attribute: in functional_call it is no Parameter
+        seen = {getattr(module, name).untyped_storage().data_ptr(): q for name, q in quantizers.items()}
         with _ExpertInputs(seen):
             return forward(*args, **kwargs)
 

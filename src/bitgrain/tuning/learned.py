@@ -190,8 +190,13 @@ class LearnedWeight:
 def learned_weights(
     start: Mapping[str, QTensor], learn: Learn, weights: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, LearnedWeight]]:
-    """The views of those QTensors of which something can be learned; the others are passed over."""
+    """The views of those QTensors of which something can be learned; the others are passed over.
+
+    So are those with sparse outliers, which were chosen for the codes that they correct.
+    """
     for name, q in start.items():
+        if q.outliers is not None:
+            continue
         view = LearnedWeight(q, learn, None if weights is None else weights[name])
         if view.parameters():
             yield name, view

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from bitgrain.pipeline.layers import matrices, to_cpu
 from bitgrain.pipeline.load import attach_input_quantizers
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
+from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.solvers.base import make_with_settings
 from bitgrain.tuning.end_to_end import EndToEndSettings, tune_end_to_end
 
@@ -35,16 +37,15 @@ _CHUNK = 1 << 26
 
 
 def settings_of(plan: Plan) -> EndToEndSettings:
-    """The recipe's settings; rates that it does not give follow from how coarse the grids are.
+    """The recipe's settings; rates of scales and gains are in units of each grid's step already (`EndToEndSettings`).
 
-    A scale may move by a fixed part of a code's step, so rates fall with 2^bits: 0.01 at 2 bits, 0.0025 at 4. Codes are
-    learned too where there are less than three bits: only there it was worth its time.
+    Codes are learned too where there are less than three bits: only there it was worth its time.
     Raises SchemeError for a setting that does not exist.
     """
     elements = sum(layer.elements for layer in plan.quantized.values())
     total = sum(layer.elements * layer.scheme.weight.format.bits for layer in plan.quantized.values())
     step = 2.0 ** -(total / max(1, elements))
-    rates = {"scale_rate": 0.04 * step, "extra_rate": 0.024 * step}
+    rates: dict[str, float] = {}
     if total < _CODES_BELOW * elements and not plan.recipe.transforms:
         rates["code_rate"] = 0.004 * step
     given = {**rates, **(plan.recipe.tuning.end_to_end or {})}
@@ -116,7 +117,7 @@ class _Reference:
 
     def divergence(self, logits: Tensor, index: int) -> Tensor:
         """KL(full || quantized), mean over the tokens of a batch."""
-        with torch.no_grad():
+        with torch.no_grad(), _inputs_as_they_are(self._stream.model):
             output = self._stream.tail(self._ids[index], self._hidden[index])
             if getattr(output, "logits", None) is None:
                 raise ModelError(f"{self._stream.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")
@@ -130,6 +131,19 @@ class _Reference:
             expected = theirs.log_softmax(-1)
             total = total + (expected.exp() * (expected - mine.float().log_softmax(-1))).sum()
         return total / (logits.numel() // vocabulary)
+
+
+@contextmanager
+def _inputs_as_they_are(model: nn.Module) -> Generator[None]:
+    """Without the input quantizers: these belong to the quantized model, also where they stand before the head."""
+    quantizers = [module for module in model.modules() if isinstance(module, InputQuantizer)]
+    for quantizer in quantizers:
+        quantizer.forward = lambda x: x  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            del quantizer.forward
 
 
 def _load(
