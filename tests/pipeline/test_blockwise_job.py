@@ -392,6 +392,14 @@ def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path, scheme
         assert any(name.endswith("weight_scale") for name in changed)
         assert "model.norm.weight" in changed
     assert not any(name.endswith("weight_packed") for name in changed)  # codes stay
+    kept = {name for name in before if name.endswith("norm.weight")}
+    assert set(result.manifest["changed"]) == kept
+    checks = {one.name: one for one in bitgrain.verify(tmp_path / "best", against=readable("llama"))}
+    assert all(one.ok is not False for one in checks.values())
+    assert f"{len(kept)} were changed by transforms or tuning" in checks["kept tensors"].detail
+    zoo.edited(readable("llama"), tmp_path / "other", model__embed_tokens__weight=torch.ones(128, 128))
+    (wrong,) = [one for one in bitgrain.verify(tmp_path / "best", against=tmp_path / "other") if one.ok is False]
+    assert wrong.detail == "model.embed_tokens.weight differs from the original"
     # what is told is what is written: the divergence from the full-precision model, head and all, on this text
     ids = calibration_windows(str(text), load_tokenizer(readable("llama")), windows=5, seqlen=24).ids
     model: Any = bitgrain.load(readable("llama"))
@@ -411,7 +419,8 @@ def test_joined_experts_with_other_schemes_and_quantized_inputs_are_tuned(readab
         settings = recipe_of("best", text, scheme, solver="gptq", rules=rules, **TUNED)
         result = run(source, tmp_path / scheme, settings)
         assert result.manifest["tuning"]["kl_after"] <= result.manifest["tuning"]["kl_before"]
-        assert not [one for one in bitgrain.verify(tmp_path / scheme, against=source) if one.ok is False]
+        (check,) = [one for one in bitgrain.verify(tmp_path / scheme, against=source) if one.name == "kept tensors"]
+        assert check.ok, check.detail
     kept = f"{experts}.1.w1.weight"
     assert torch.equal(zoo.read_tensors(tmp_path / "W4A16")[kept], zoo.read_tensors(source)[kept])
 

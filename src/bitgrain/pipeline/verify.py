@@ -2,7 +2,7 @@
 
 1. Every file has the size and hash that the manifest says.
 2. Every quantized layer, read by safetensors and decoded by compressed-tensors, equals what bitgrain decodes; every
-   kept tensor equals the original's bytes (with the original at hand).
+   kept tensor equals the original's bytes (with the original at hand), but those that transforms or tuning changed.
 3. transformers loads the folder, and its logits equal those of `bitgrain.load`.
 """
 
@@ -132,18 +132,32 @@ def _check_layers(stored: QuantizedCheckpoint) -> Check:
 
 def _check_kept(stored: QuantizedCheckpoint, original: Path) -> Check:
     before = open_checkpoint(original)
-    kept = stored.kept()
+    kept, changed = stored.kept(), _changed(stored.folder)
     wrong = [
         name
         for name in kept
-        if name not in before.entries
-        or not torch.equal(_bytes(before.read(name)), _bytes(stored.checkpoint.read(name)))
+        if name not in before.entries or not _is_kept(before.read(name), stored.checkpoint.read(name), name in changed)
     ]
     lost = [name for name in before.entries if name not in kept and name not in stored.layers]
     problems = [f"{name} differs from the original" for name in wrong] + [f"{name} is lost" for name in lost]
-    return Check(
-        "kept tensors", not problems, "; ".join(problems[:5]) or f"{len(kept)} tensors are the original's bytes"
-    )
+    same = f"{len(set(kept) - changed)} tensors are the original's bytes"
+    more = f", {len(changed)} were changed by transforms or tuning" if changed else ""
+    return Check("kept tensors", not problems, "; ".join(problems[:5]) or same + more)
+
+
+def _changed(folder: Path) -> set[str]:
+    """Tensors that the job gave other values, as its manifest tells."""
+    try:
+        return set(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("changed", ()))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return set()
+
+
+def _is_kept(before: Tensor, after: Tensor, changed: bool) -> bool:
+    if changed:
+        fits = before.shape == after.shape and before.dtype == after.dtype
+        return fits and bool(torch.isfinite(after.float()).all().item())
+    return torch.equal(_bytes(before), _bytes(after))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -116,8 +116,16 @@ class _Pass:
         if self.plan.recipe.tuning.end_to_end is not None:
             tensors, told["tuning"] = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
             self.work.save(TUNED, tensors)
-        self.work.save(FINISHED, {}, told)
+        changed = self._changed(count)
+        self.work.save(FINISHED, {}, {**told, "changed": changed} if changed else told)
         self.work.remove(hidden_file(count))
+
+    def _changed(self, count: int) -> list[str]:
+        """Tensors that are not quantized, and that transforms or tuning gave other values."""
+        files = [OUTSIDE, *(block_file(i) for i in range(count)), *([TUNED] if self.work.has(TUNED) else [])]
+        held = set[str]().union(*(self.work.keys(file) for file in files))
+        kept = self.plan.checkpoint.entries.keys() - self.plan.quantized.keys()
+        return sorted(held.intersection(kept))
 
     def _findings(self, count: int) -> list[str]:
         """What the doctor says of the experts."""
