@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 import zoo
+from calibrated_jobs import TEXT
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A zoo model with a tokenizer, made once, beside a short text."""
+    folder = tmp_path_factory.mktemp("readable")
+    (folder / "text.txt").write_text(TEXT)
+
+    def make(name: str, **changes: object) -> Path:
+        path = folder / "-".join([name, *map(str, changes.values())])
+        if not path.exists():
+            zoo.save_tokenizer(zoo.save(name, path, **changes))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def text(readable: Callable[..., Path]) -> Path:
+    """The text beside the models of `readable`."""
+    return readable("llama").parent / "text.txt"
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,8 @@ def twin(x: list[float], bits: int, fit_scale: bool, settings: HQQ) -> list[floa
         return sum(abs(a - b) ** settings.norm for a, (_, b) in zip(x, decoded(s, z), strict=True))
 
     start, beta = (scale, zero), settings.beta
+    if bits == 4 and not fit_scale:
+        zero = round(zero)
     for _ in range(settings.iterations):
         aims = []
         for a, (code, b) in zip(x, decoded(scale, zero), strict=True):

@@ -41,6 +41,7 @@ class HQQ:
     kappa       factor of beta from step to step
     iterations  steps; the authors' settings are norm 0.7, beta 10, kappa 1.01, 20 iterations
     scales      fit the scales too (always so for symmetric specs)
+    round_zero  begin with real zero points rounded to integers; None: as the authors do, at 4 bits with scales held
 
     A tile keeps its start, the spec's range, unless sum |W - W_hat|^p as stored has fallen.
     """
@@ -50,6 +51,7 @@ class HQQ:
     kappa: float = 1.01
     iterations: int = 20
     scales: bool = True
+    round_zero: bool | None = None
     needs_calibration: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -87,6 +89,9 @@ class HQQ:
         start = scale, zero
         count = row_sums(torch.ones_like(x) if mask is None else mask)
         beta = self.beta
+        rounded = (not self.scales and spec.format.bits == 4) if self.round_zero is None else self.round_zero
+        if zero is not None and rounded:
+            zero = zero.round()
         for _ in range(self.iterations):
             steps, stored = as_stored(scale, zero, spec)
             v = to_grid(x, steps, stored, spec)
