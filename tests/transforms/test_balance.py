@@ -65,12 +65,21 @@ def test_tokens_are_taken_evenly():
     for batch in range(view.samples):
         view.run(batch)
     handle.remove()
-    x = Balance(tokens=32)._inputs(view, "mlp.down_proj.weight")
-    assert x is not None
-    torch.testing.assert_close(x, torch.cat([one[::3] for one in seen]))
-    everything = Balance()._inputs(view, "mlp.down_proj.weight")
-    assert everything is not None
-    assert len(everything) == sum(map(len, seen))
+    name = "mlp.down_proj.weight"
+    found = Balance(tokens=32)._inputs(view, [name])
+    torch.testing.assert_close(found[name], torch.cat([one[::3] for one in seen]))
+    both = Balance()._inputs(view, [name, "self_attn.o_proj.weight"])
+    assert {key: len(x) for key, x in both.items()} == dict.fromkeys(both, sum(map(len, seen)))
+    assert len(both) == 2
+
+
+def test_mean_squares_are_enough_for_weights_alone():
+    sample, weight = sample_and_weight()
+    layers = [(weight, *SPECS[2])]
+    few, scale = weighted(sample.x, layers), torch.rand(64) + 0.5
+    many = weighted(sample.x, [(weight, *SPECS[0])])
+    assert few.x.shape == (1, 64)
+    torch.testing.assert_close(expected_error(few, layers, scale), expected_error(many, layers, scale))
 
 
 def test_tokens_with_large_outputs_count_less():

@@ -213,6 +213,7 @@ def make_plan(
     skeleton = build_skeleton(config, trust_remote_code)
     anatomy = read_anatomy(skeleton, checkpoint.entries)
     schemes = recipe.assign(anatomy.weights)
+    recipe = recipe.for_schemes(schemes)
     saved = None if statistics is None else open_statistics(statistics, model=content_sha256(checkpoint))
     calibration = None
     if saved is None and (calibrate or recipe.needs_calibration or needs_text(recipe, schemes)):

@@ -30,9 +30,9 @@ from bitgrain.errors import RecipeError, SchemeError
 from bitgrain.numerics import QuantSpec, get_format, parse_granularity
 from bitgrain.numerics.ranges import get_range
 from bitgrain.recipes.scheme import Scheme, get_scheme
+from bitgrain.recipes.steps import read_step
 from bitgrain.solvers import get_solver
 from bitgrain.solvers.base import make_with_settings
-from bitgrain.transforms import get_transform
 from bitgrain.tuning import BlockSettings, EndToEndSettings, Learn
 
 OnIndivisible = Literal["error", "pad", "channel", "skip"]
@@ -214,8 +214,8 @@ class Recipe(_Strict):
     def _names_exist(self) -> Recipe:
         try:
             get_solver(self.solver)
-            for name in self.transforms:
-                get_transform(name)
+            for step in self.transforms:
+                read_step(step)
             self.tuning.check()
             _build(self.scheme, self.range, self.input_range)
             for rule in self.rules:
@@ -246,6 +246,11 @@ class Recipe(_Strict):
         """Whether text must be shown to the model, whatever its schemes."""
         learns = self.tuning.blockwise is not None or self.tuning.end_to_end is not None
         return bool(get_solver(self.solver).needs_calibration or self.transforms or self.target or learns)
+
+    def for_schemes(self, schemes: Sequence[Scheme | None]) -> Recipe:
+        """The recipe with those transforms only that are wanted for layers with these schemes."""
+        wanted = tuple(step for step in self.transforms if read_step(step).wanted(schemes))
+        return self if wanted == self.transforms else self.model_copy(update={"transforms": wanted})
 
     def to_yaml(self) -> str:
         """The recipe with every default written out, readable back by `load_recipe`."""

@@ -45,8 +45,10 @@ class Sample:
 
 _MOST_ROWS = 1024
 """Rows of a weight that are looked at; more are thinned out evenly."""
+_WEIGHTS_ONLY = 8192
+"""Tokens that are looked at where inputs are not rounded."""
 _MOST_BYTES = 2**28
-"""Of the sample of inputs."""
+"""Of the samples of inputs of a block."""
 
 
 @register_transform("balance")
@@ -81,11 +83,16 @@ class Balance:
     def apply(self, block: BlockView) -> dict[str, Any]:
         routed, largest = routes(block.module), 0.0
         gains: dict[str, float] = {}
-        for pair in block.pairs:
-            readers = [name for name in quantized_readers(block, pair) if _is_simple(block, name)]
-            if self.pairs not in (pair.kind, "all") or not readers:
-                continue
-            x = self._inputs(block, readers[0])
+        chosen = [
+            (pair, readers)
+            for pair in block.pairs
+            if self.pairs in (pair.kind, "all")
+            and (readers := [name for name in quantized_readers(block, pair) if _is_simple(block, name)])
+        ]
+        # one pass for all: what a pair is rescaled by changes the inputs of its own readers only
+        inputs = self._inputs(block, [readers[0] for _, readers in chosen])
+        for pair, readers in chosen:
+            x = inputs.pop(readers[0], None)
             if x is None:
                 continue
             layers = [(_thinned(reader_of(block.module, pair, name)), *block.specs[name]) for name in readers]
@@ -127,31 +134,43 @@ class Balance:
         best = found.index(min(found))
         return ends[best].exp(), found[best] / found[0]
 
-    def _inputs(self, block: BlockView, name: str) -> Tensor | None:
-        """[tokens, in]: what a parameter is given; None where it is not reached."""
-        width = max(block.module.get_parameter(name).shape)
-        most = min(self.tokens, max(self.batch, _MOST_BYTES // (4 * width)))
-        share = max(1, most // block.samples)
-        parts: list[Tensor] = []
+    def _inputs(self, block: BlockView, names: Sequence[str]) -> dict[str, Tensor]:
+        """Parameter -> [tokens, in], what it is given; those that no token reaches are left out.
 
-        def product(_: Key, x: Tensor) -> None:
+        Where only weights are rounded the inputs' mean squares are all that counts, and some thousand tokens tell.
+        """
+        share: dict[str, int] = {}
+        for name in names:
+            width = max(block.module.get_parameter(name).shape)
+            most = self.tokens if block.specs[name][1] is not None else min(self.tokens, _WEIGHTS_ONLY)
+            fits = _MOST_BYTES // (4 * width * len(names))
+            share[name] = max(1, min(most, max(self.batch, fits)) // block.samples)
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def product(key: Key, x: Tensor) -> None:
             x = x.reshape(-1, x.shape[-1])
-            parts.append(x[:: -(-len(x) // share)].float())
+            parts[key.name].append(x[:: -(-len(x) // share[key.name])].float())
 
-        with torch.no_grad(), Watch(parameters_of(block.module, [name]), product):
-            for i in range(block.samples):
+        with torch.no_grad(), Watch(parameters_of(block.module, names), product):
+            for i in range(block.samples if names else 0):
                 block.run(i)
-        return torch.cat(parts) if parts else None
+        return {name: torch.cat(found) for name, found in parts.items() if found}
 
 
 def weighted(x: Tensor, layers: Sequence[Layer]) -> Sample:
-    """The inputs [tokens, in], each counting by the inverse of its outputs' power (plus the median power)."""
+    """The inputs [tokens, in], each counting by the inverse of its outputs' power (plus the median power).
+
+    Where no inputs are rounded, their mean squares say all: the sample is one token of that size.
+    """
     power = torch.stack([(x @ weight.T).square().sum(1) for weight, _, _ in layers]).sum(0)
     if not bool(power.any()):
         return Sample(x, torch.full_like(power, 1 / len(x)))
     typical = power.median() if bool(power.median() > 0) else power.mean()
     share = 1 / (1 + power / typical)
-    return Sample(x, share / share.sum())
+    share /= share.sum()
+    if all(spec is None for _, _, spec in layers):
+        return Sample((x.square() * share[:, None]).sum(0, keepdim=True).sqrt(), torch.ones_like(share[:1]))
+    return Sample(x, share)
 
 
 def expected_error(sample: Sample, layers: Sequence[Layer], scale: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class _Pass:
         self.progress.finish()
         assert self.plan.calibration is not None
         told: dict[str, Any] = {"calibration": self.plan.calibration.description}
-        told["notes"] = [*self.plan.notes, *self._findings(count)]
+        told["notes"] = [*self.plan.notes, *solver.rewriter.left_out, *self._findings(count)]
         if self.plan.recipe.transforms:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}

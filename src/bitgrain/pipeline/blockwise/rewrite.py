@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitgrain.errors import ModelError
+from bitgrain.errors import ModelError, NumericsError
 from bitgrain.models.naming import revert_tensors
 from bitgrain.models.pairs import find_pairs
 from bitgrain.models.residual import find_outside, find_stream
@@ -18,8 +18,8 @@ from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.runs import observe
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.plan import Plan
-from bitgrain.transforms import get_transform
-from bitgrain.transforms.base import BlockView, OutsideView
+from bitgrain.recipes.steps import read_step
+from bitgrain.transforms.base import BlockView, OutsideView, Transform
 
 PROBE = (4, 32)
 """Windows, and tokens of each, on which pairs are discovered and proved."""
@@ -30,16 +30,55 @@ class Rewriter:
 
     def __init__(self, plan: Plan, stream: StreamedModel, pool: Pool) -> None:
         self.plan, self.stream, self.pool = plan, stream, pool
-        self.transforms = [get_transform(choice) for choice in plan.recipe.transforms]
+        self.steps = [read_step(choice) for choice in plan.recipe.transforms]
+        self.left_out: list[str] = []
+        """Why optional transforms are not applied."""
         assert plan.calibration is not None
         self.probe = plan.calibration.ids[: PROBE[0], : PROBE[1]]
 
     def outside(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Rewrite what lies outside the blocks: changed tensors, and one record for each transform that did.
 
-        Raises ModelError, NumericsError where a transform does not hold for this model.
+        To be called first, also by a job that goes on. Raises ModelError, NumericsError where a transform that is not
+        optional does not hold for this model.
         """
-        wanted = [transform for transform in self.transforms if transform.whole_model]
+        self._rehearse()
+        return self._outside([step.transform for step in self.steps])
+
+    def _rehearse(self) -> None:
+        """Leave out the optional transforms that this model refuses, tried on one block of each kind."""
+        optional = [step for step in self.steps if step.optional]
+        if not optional:
+            return
+        captured = self.stream.capture(self.probe)
+        for step in optional:
+            kept = {name: self.plan.checkpoint.read(name) for name in self.stream.names(None)}
+            try:
+                self._outside([step.transform])
+                for index in self._kinds(captured.calls):
+                    block = self.stream.load_block(index)
+                    try:
+                        call = captured.calls[index]
+                        self._rewrite([step.transform], index, block, [captured.hidden], [call], captured.hidden, call)
+                    finally:
+                        self.stream.free_block(index)
+            except (ModelError, NumericsError) as error:
+                self.left_out.append(f"{step.name} is left out: {error}")
+                self.steps.remove(step)
+            finally:
+                self.stream.put(kept)
+
+    def _kinds(self, reached: Collection[int]) -> list[int]:
+        """The first block of each kind: its class, and the names and shapes of its parameters."""
+        first: dict[Any, int] = {}
+        for index in sorted(reached):
+            block = self.stream.block(index)
+            shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+            first.setdefault((type(block), shapes), index)
+        return list(first.values())
+
+    def _outside(self, transforms: Sequence[Transform]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        wanted = [transform for transform in transforms if transform.whole_model]
         if not wanted:
             return {}, []
 
@@ -64,8 +103,19 @@ class Rewriter:
 
         full, calls   the calibration batches that enter it; hidden, call: the probe
         """
-        if not self.transforms:
-            return {}, []
+        transforms = [step.transform for step in self.steps]
+        return self._rewrite(transforms, index, block, full, calls, hidden, call) if transforms else ({}, [])
+
+    def _rewrite(
+        self,
+        transforms: Sequence[Transform],
+        index: int,
+        block: nn.Module,
+        full: Sequence[Tensor],
+        calls: Sequence[Call],
+        hidden: Tensor,
+        call: Call,
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         before = self._exported(index, block)
         for name, tensor in before.items():
             if not torch.equal(tensor, self.plan.checkpoint.read(name).to(tensor)):
@@ -79,7 +129,7 @@ class Rewriter:
             return _output(block, full[batch], calls[batch])
 
         with single_threaded(), torch.no_grad():
-            for transform in self.transforms:
+            for transform in transforms:
                 pairs = find_pairs(block, probe)
                 inputs = _Measured(lambda: self._sizes(index, block, full, calls))
                 view = BlockView(
