@@ -18,6 +18,7 @@ from bitgrain.pipeline.blockwise.layer import UNREACHED
 from calibrated_jobs import HEAD, TEXT, TUNED, activations, layers_of, recipe_of, run
 
 Make = Callable[..., Path]
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def nothing_left(out: Path) -> bool:
@@ -188,12 +189,17 @@ INPUTS_TOO = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", INPUTS_TOO], ids=["weights", "inputs-too"])
-def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path, scheme: str | dict[str, Any]):
+@pytest.mark.parametrize(
+    ("scheme", "rotated"),
+    [("W4A16", False), (INPUTS_TOO, False), (INPUTS_TOO, True)],
+    ids=["weights", "inputs-too", "rotated"],
+)
+def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path, scheme: str | dict[str, Any], rotated: bool):
     tuning = {"end_to_end": {"steps": 6, "warmup": 0, "checks": 6, "validation": 0}}
+    cheap: dict[str, Any] = {"solver": "gptq", "transforms": ["rotate"] if rotated else []}
     head = [{"match": "lm_head", "scheme": scheme}]
-    run(readable("llama"), tmp_path / "balanced", recipe_of("balanced", text, solver="gptq", rules=head))
-    tuned = recipe_of("best", text, solver="gptq", rules=head, tuning=tuning)
+    run(readable("llama"), tmp_path / "balanced", recipe_of("balanced", text, rules=head, **cheap))
+    tuned = recipe_of("best", text, rules=head, tuning=tuning, **cheap)
     result = run(readable("llama"), tmp_path / "best", tuned)
     told = result.manifest["tuning"]
     assert told["kl_after"] <= told["kl_before"]
@@ -205,14 +211,15 @@ def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path, scheme
         assert any(name.endswith("weight_scale") for name in changed)
         assert "model.norm.weight" in changed
     assert not any(name.endswith("weight_packed") for name in changed)  # codes stay
-    kept = {name for name in before if name.endswith("norm.weight")}
+    kept = {name for name in before if name.endswith("norm.weight")} | ({EMBEDDING} if rotated else set())
     assert set(result.manifest["changed"]) == kept
     checks = {one.name: one for one in bitgrain.verify(tmp_path / "best", against=readable("llama"))}
     assert all(one.ok is not False for one in checks.values())
     assert f"{len(kept)} were changed by transforms or tuning" in checks["kept tensors"].detail
-    zoo.edited(readable("llama"), tmp_path / "other", model__embed_tokens__weight=torch.ones(128, 128))
-    (wrong,) = [one for one in bitgrain.verify(tmp_path / "best", against=tmp_path / "other") if one.ok is False]
-    assert wrong.detail == "model.embed_tokens.weight differs from the original"
+    if not rotated:
+        zoo.edited(readable("llama"), tmp_path / "other", model__embed_tokens__weight=torch.ones(128, 128))
+        (wrong,) = [one for one in bitgrain.verify(tmp_path / "best", against=tmp_path / "other") if one.ok is False]
+        assert wrong.detail == f"{EMBEDDING} differs from the original"
     # what is told is what is written: the divergence from the full-precision model, head and all, on this text
     ids = calibration_windows(str(text), load_tokenizer(readable("llama")), windows=5, seqlen=24).ids
     model: Any = bitgrain.load(readable("llama"))

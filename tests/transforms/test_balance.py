@@ -114,6 +114,27 @@ def test_stacks_and_floating_point_formats_are_left_alone():
     assert Balance(steps=1).apply(Blocks(build("llama"), "FP8_DYNAMIC").view())["expected_error"] == {}
 
 
+def test_weights_alone_are_rescaled_only_where_much_is_gained():
+    view = Blocks(build("llama"), "W4A16_ASYM").view()
+    before = {name: parameter.clone() for name, parameter in view.module.named_parameters()}
+    figures = Balance(steps=40).apply(view)
+    assert all(0.5 < gain <= 1 for gain in figures["expected_error"].values())
+    assert all(parameter.equal(before[name]) for name, parameter in view.module.named_parameters())
+    norm = view.module.post_attention_layernorm.weight.data
+    outlier = torch.ones_like(norm)
+    outlier[::16] = 50.0
+    norm *= outlier
+    for name in ("gate_proj", "up_proj"):
+        view.module.mlp.get_submodule(name).weight.data.div_(outlier)
+    figures = Balance(steps=40).apply(view)
+    assert figures["expected_error"]["post_attention_layernorm"] < 0.5
+    assert float(norm[::16].mean() / norm[1::16].mean()) < 10
+    eager = Balance(steps=40, worth=1.0).apply(Blocks(build("llama"), "W4A16_ASYM").view())
+    assert min(eager["expected_error"].values()) < 1
+
+
 def test_settings():
     with pytest.raises(SchemeError, match="balance: steps"):
         Balance(steps=0)
+    with pytest.raises(SchemeError, match="balance: worth"):
+        Balance(worth=0.0)

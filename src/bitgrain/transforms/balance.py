@@ -46,7 +46,8 @@ class Sample:
 _MOST_ROWS = 1024
 """Rows of a weight that are looked at; more are thinned out evenly."""
 _WEIGHTS_ONLY = 8192
-"""Tokens that are looked at where inputs are not rounded."""
+_FEW_BATCHES = 4
+"""Tokens, and batches, that are looked at where inputs are not rounded."""
 _MOST_BYTES = 2**28
 """Of the samples of inputs of a block."""
 
@@ -59,6 +60,8 @@ class Balance:
     rate     first learning rate on log s; falls to 0
     batch    tokens that one step looks at
     tokens   of all calibration batches together, taken evenly (fewer where they would need more than 256 MiB)
+    worth    a pair is rescaled only where its expected error falls below this part of what it was; None: 1 where inputs
+             are rounded, 0.5 where only weights are, for solvers then make up for what little there is to gain
     Only integer formats: the steps of floating-point formats follow each number, and gain nothing from scales.
     Stacks of experts are left alone.
     """
@@ -68,11 +71,14 @@ class Balance:
     rate: float = 0.05
     batch: int = 1024
     tokens: int = 65536
+    worth: float | None = None
     whole_model: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.tokens < 1 or not self.rate > 0:
             raise SchemeError("balance: steps, batch and tokens are at least 1, and rate is above 0")
+        if self.worth is not None and not 0 < self.worth <= 1:
+            raise SchemeError(f"balance: worth is above 0 and at most 1, not {self.worth}")
         check_kinds(self.pairs, "balance")
 
     def apply_outside(self, view: OutsideView) -> dict[str, Any]:
@@ -95,14 +101,21 @@ class Balance:
             x = inputs.pop(readers[0], None)
             if x is None:
                 continue
-            layers = [(_thinned(reader_of(block.module, pair, name)), *block.specs[name]) for name in readers]
+            layers = [_layer(reader_of(block.module, pair, name), *block.specs[name]) for name in readers]
             factors, gain = self.descend(pair, weighted(x, layers), layers)
             gains[pair.writer] = gain
+            if not gain < self._least(layers):
+                continue
             before = block.run(0)
             rescale(block.module, pair, factors)
             difference = check_same(before, block.run(0), block.path, f"balancing {pair}", routed)
             largest = max(largest, difference)
         return {"expected_error": gains, "difference": largest}
+
+    def _least(self, layers: Sequence[Layer]) -> float:
+        if self.worth is not None:
+            return self.worth
+        return 0.5 if _weights_only(layers) else 1.0
 
     def descend(self, pair: Pair, sample: Sample, layers: Sequence[Layer]) -> tuple[Tensor, float]:
         """(factors [width], their expected error relative to that of no factors)."""
@@ -120,8 +133,9 @@ class Balance:
         log_s = starts[found.index(min(found))].clone().requires_grad_(True)
         adam = torch.optim.Adam([log_s], self.rate)
         generator = torch.Generator().manual_seed(0)
-        for step in range(self.steps):
-            adam.param_groups[0]["lr"] = self.rate * (1 - step / self.steps)
+        steps = max(1, self.steps // 4) if _weights_only(layers) else self.steps  # there is no noise of batches
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = self.rate * (1 - step / steps)
             rows = torch.randint(0, len(sample.x), (self.batch,), generator=generator).to(log_s.device)
             with torch.enable_grad():
                 adam.zero_grad()
@@ -140,11 +154,13 @@ class Balance:
         Where only weights are rounded the inputs' mean squares are all that counts, and some thousand tokens tell.
         """
         share: dict[str, int] = {}
+        rounded = any(block.specs[name][1] is not None for name in names)
+        batches = range(0, block.samples, 1 if rounded else max(1, block.samples // _FEW_BATCHES))
         for name in names:
             width = max(block.module.get_parameter(name).shape)
             most = self.tokens if block.specs[name][1] is not None else min(self.tokens, _WEIGHTS_ONLY)
             fits = _MOST_BYTES // (4 * width * len(names))
-            share[name] = max(1, min(most, max(self.batch, fits)) // block.samples)
+            share[name] = max(1, min(most, max(self.batch, fits)) // len(batches))
         parts: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def product(key: Key, x: Tensor) -> None:
@@ -152,7 +168,7 @@ class Balance:
             parts[key.name].append(x[:: -(-len(x) // share[key.name])].float())
 
         with torch.no_grad(), Watch(parameters_of(block.module, names), product):
-            for i in range(block.samples if names else 0):
+            for i in batches if names else ():
                 block.run(i)
         return {name: torch.cat(found) for name, found in parts.items() if found}
 
@@ -168,7 +184,7 @@ def weighted(x: Tensor, layers: Sequence[Layer]) -> Sample:
     typical = power.median() if bool(power.median() > 0) else power.mean()
     share = 1 / (1 + power / typical)
     share /= share.sum()
-    if all(spec is None for _, _, spec in layers):
+    if _weights_only(layers):
         return Sample((x.square() * share[:, None]).sum(0, keepdim=True).sqrt(), torch.ones_like(share[:1]))
     return Sample(x, share)
 
@@ -212,5 +228,11 @@ def _is_simple(block: BlockView, name: str) -> bool:
     return block.module.get_parameter(name).ndim == 2 and all(isinstance(one, IntFormat) for one in formats)
 
 
-def _thinned(weight: Tensor) -> Tensor:
-    return weight[:: -(-len(weight) // _MOST_ROWS)].contiguous()
+def _weights_only(layers: Sequence[Layer]) -> bool:
+    return all(inputs is None for _, _, inputs in layers)
+
+
+def _layer(weight: Tensor, spec: QuantSpec, inputs: QuantSpec | None) -> Layer:
+    """With some of the rows only, evenly taken."""
+    most = _MOST_ROWS if inputs is not None else _MOST_ROWS // 4
+    return weight[:: -(-len(weight) // most)].contiguous(), spec, inputs

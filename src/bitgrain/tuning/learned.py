@@ -192,12 +192,13 @@ def learned_weights(
 ) -> Iterator[tuple[str, LearnedWeight]]:
     """The views of those QTensors of which something can be learned; the others are passed over.
 
-    So are those with sparse outliers, which were chosen for the codes that they correct.
+    So are those with sparse outliers, which were chosen for the codes that they correct. A weight that is missing
+    starts from the dequantized value.
     """
     for name, q in start.items():
         if q.outliers is not None:
             continue
-        view = LearnedWeight(q, learn, None if weights is None else weights[name])
+        view = LearnedWeight(q, learn, None if weights is None else weights.get(name))
         if view.parameters():
             yield name, view
 

@@ -199,7 +199,12 @@ class _Pass:
         for name, tensor in solved.changed.items():
             if name not in solved.parts:
                 tensors[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)
-        record = {"layers": solved.records, "transforms": solved.transforms, "experts": solved.experts}
+        record: dict[str, Any] = {
+            "layers": solved.records,
+            "transforms": solved.transforms,
+            "experts": solved.experts,
+            "rewritten": sorted(self.plan.quantized.keys() & solved.changed.keys()),
+        }
         self.work.save(file, tensors, record)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -36,17 +36,18 @@ _CHUNK = 1 << 26
 """Logits that are compared at a time, in bytes of float32."""
 
 
-def settings_of(plan: Plan) -> EndToEndSettings:
+def settings_of(plan: Plan, rewritten: Collection[str] = ()) -> EndToEndSettings:
     """The recipe's settings; rates of scales and gains are in units of each grid's step already (`EndToEndSettings`).
 
-    Codes are learned too where there are less than three bits: only there it was worth its time.
+    Codes are learned too where there are less than three bits: only there it was worth its time. They need the weights
+    that were rounded, which are gone where transforms had `rewritten` them.
     Raises SchemeError for a setting that does not exist.
     """
     elements = sum(layer.elements for layer in plan.quantized.values())
     total = sum(layer.elements * layer.scheme.weight.format.bits for layer in plan.quantized.values())
     step = 2.0 ** -(total / max(1, elements))
     rates: dict[str, float] = {}
-    if total < _CODES_BELOW * elements and not plan.recipe.transforms:
+    if total < _CODES_BELOW * elements and not rewritten:
         rates["code_rate"] = 0.004 * step
     given = {**rates, **(plan.recipe.tuning.end_to_end or {})}
     return make_with_settings(EndToEndSettings, given, "tuning.end_to_end")
@@ -61,7 +62,9 @@ def tune_whole(
     Raises ModelError for a model without logits over a vocabulary.
     """
     assert plan.calibration is not None
-    settings = settings_of(plan)
+    files = [OUTSIDE, *(block_file(i) for i in range(len(stream.anatomy.block_names)))]
+    rewritten = {name for file in files for name in work.record(file).get("rewritten", [])}
+    settings = settings_of(plan, rewritten)
     ids = plan.calibration.ids.split(WINDOWS)
     reference = _Reference(stream, list(ids), torch.cat(list(full)).split(WINDOWS))
     start, extras, inputs = _load(plan, work, stream)
@@ -84,7 +87,7 @@ def tune_whole(
                 loss,
                 len(ids),
                 settings,
-                weights=_originals(plan, stream) if settings.code_rate else None,
+                weights=_originals(plan, stream, rewritten) if settings.code_rate else None,
                 progress=lambda _, kl: progress.advance(1, f"KL {kl:.5f}"),
             )
     finally:
@@ -100,11 +103,12 @@ def tune_whole(
     return tensors, record
 
 
-def _originals(plan: Plan, stream: StreamedModel) -> dict[str, Tensor]:
-    """The weights before they were quantized, by the names of their QTensors."""
+def _originals(plan: Plan, stream: StreamedModel, rewritten: Collection[str]) -> dict[str, Tensor]:
+    """The weights before they were quantized, by the names of their QTensors, without the `rewritten`."""
     return {
         f"{name}#{i}": matrix.to(stream.device, torch.float32)
         for name, layer in plan.quantized.items()
+        if name not in rewritten
         for i, matrix in enumerate(matrices(plan.checkpoint.read(name), layer))
     }
 
