@@ -37,16 +37,13 @@ def tokens(seed: int, count: int, width: int = WIDTH) -> Tensor:
     return (torch.randn(count, width, generator=generator) + 0.5) * sizes
 
 
-def gathered(
-    stage: Stage, seen: list[Seen], full: list[Seen] | None = None, weights: list[Tensor | None] | None = None
-) -> dict[Key, Moments]:
+def gathered(stage: Stage, seen: list[Seen], full: list[Seen] | None = None) -> dict[Key, Moments]:
     with Pool(2) as pool:
         return gather_moments(
             stage,
             len(seen),
             seen.__getitem__,
             None if full is None else full.__getitem__,
-            None if weights is None else lambda name, batch: None if name == "a" else weights[batch],
             pool,
             "layers.3",
         )
@@ -71,11 +68,10 @@ def parts(x: Tensor, cuts: list[int]) -> list[Tensor]:
 def test_any_split_into_batches_gives_the_moments_of_all_tokens(cuts: list[int], seed: int):
     now, then = tokens(seed, 300), tokens(seed, 300) + 0.1 * tokens(seed + 1, 300)
     stream, target = tokens(seed + 2, 300, ROWS), tokens(seed + 3, 300, ROWS)
-    share = tokens(seed + 4, 300, 1).square().flatten()
-    split = [parts(one, cuts) for one in (now, then, stream, target, share)]
+    split = [parts(one, cuts) for one in (now, then, stream, target)]
     seen = [Seen({A: x}, {"b": r}) for x, r in zip(split[0], split[2], strict=True)]
     full = [Seen({A: x}, {"b": r}) for x, r in zip(split[1], split[3], strict=True)]
-    found = gathered(SHARED, seen, full, list(split[4]))
+    found = gathered(SHARED, seen, full)
     assert found.keys() == {Key("a"), Key("b")}
     for name in ("a", "b"):
         moments = found[Key(name)]
@@ -83,13 +79,11 @@ def test_any_split_into_batches_gives_the_moments_of_all_tokens(cuts: list[int],
         close(moments.hessian, now, now)
         close(moments.cross, then, now)
     assert found[A].residual is None
-    assert found[A].sensitivity is None
     lacking = found[Key("b")].residual
     assert lacking is not None
     exact = (target.double() - stream.double()).T @ now.double() / 300
     size = torch.maximum(target.abs(), stream.abs()).double().square().mean(0).sqrt()[:, None]
     assert bool(((lacking - exact).abs() <= 2 * TOLERANCE * size * now.double().square().mean(0).sqrt()).all())
-    close(found[Key("b")].sensitivity, now, now * share[:, None])
     assert torch.equal(found[A].importance, found[A].hessian.diagonal())
 
 
@@ -100,7 +94,7 @@ def test_batches_are_added_in_their_order():
     found: list[Tensor] = []
     for workers in (1, 2, 5):
         with Pool(workers) as pool:
-            found.append(gather_moments(SHARED, len(seen), seen.__getitem__, None, None, pool, "x")[A].hessian)
+            found.append(gather_moments(SHARED, len(seen), seen.__getitem__, None, pool, "x")[A].hessian)
     total = torch.zeros(WIDTH, WIDTH)
     for i, part in enumerate(x.split(7)):
         total = part.T @ part if i == 0 else total + part.T @ part
@@ -138,7 +132,7 @@ def test_experts_in_a_list_are_not_compared_with_other_tokens():
 
 def test_without_the_full_model_there_is_nothing_to_compare():
     found = gathered(SHARED, [Seen({A: tokens(0, 9)}, {"b": tokens(1, 9, ROWS)})])
-    assert all(moments.cross is moments.residual is moments.sensitivity is None for moments in found.values())
+    assert all(moments.cross is moments.residual is None for moments in found.values())
 
 
 @pytest.mark.parametrize("worst", [float("nan"), float("inf"), 1e30])
@@ -156,7 +150,7 @@ def test_of_a_real_block(tiny: Tiny):
     hidden = torch.cat([one.reshape(-1, one.shape[-1]) for one in block.inputs])
     normed = block.module.get_submodule("input_layernorm")(hidden)
     with Kept(block.module, block.inputs, block.calls, stages) as walk, Pool(2) as pool:
-        found = gather_moments(stages[0], 3, lambda batch: walk.seen(batch, 0), None, None, pool, "layers.0")
+        found = gather_moments(stages[0], 3, lambda batch: walk.seen(batch, 0), None, pool, "layers.0")
         assert {key.name for key in found} == set(stages[0].names)
         assert all(moments.tokens == len(hidden) for moments in found.values())
         close(found[Key(stages[0].names[0])].hessian, normed, normed)

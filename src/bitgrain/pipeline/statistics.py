@@ -180,7 +180,7 @@ class _Walk:
             parts[batch] = observe_inputs(stage, given, wanted, batch, self.windows, label)
             return given
 
-        moments = gather_moments(stage, len(self.ids), noted, None, None, pool, label)
+        moments = gather_moments(stage, len(self.ids), noted, None, pool, label)
         observed = merge_observed(parts[batch] for batch in range(len(self.ids)))
         found: dict[str, LayerStatistics] = {}
         for key, known in moments.items():

@@ -24,14 +24,12 @@ class Moments:
     tokens       how many tokens were seen; 0 for an expert that none was routed to
     cross        [in, in]: x_full x^T, the inputs of the full-precision model against x (GPTAQ, arXiv 2504.02692)
     residual     [out, in]: r x^T, r being what the residual stream lacks of the full-precision model's at that place
-    sensitivity  [in, in]: |g|^2 x x^T, g being the gradient of the loss by the layer's output
     """
 
     hessian: Tensor
     tokens: int
     cross: Tensor | None = None
     residual: Tensor | None = None
-    sensitivity: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:

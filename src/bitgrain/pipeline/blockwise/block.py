@@ -79,17 +79,16 @@ class BlockSolver:
         self.tuning = None if blockwise is None else block_settings(blockwise)
         self.needs_moments = wants_moments(plan)
 
-    def solve(self, index: int, flow: Flow, weights_of_tokens: Any = None) -> SolvedBlock:
+    def solve(self, index: int, flow: Flow) -> SolvedBlock:
         """Solve block `index` and move `flow` behind it."""
-        return _Block(self, index, flow, weights_of_tokens).solve()
+        return _Block(self, index, flow).solve()
 
 
 class _Block:
-    def __init__(self, owner: BlockSolver, index: int, flow: Flow, token_weights: Any) -> None:
+    def __init__(self, owner: BlockSolver, index: int, flow: Flow) -> None:
         self.owner, self.index, self.flow = owner, index, flow
         self.plan, self.stream, self.pool = owner.plan, owner.stream, owner.pool
         self.prefix = self.stream.anatomy.block_names[index] + "."
-        self.token_weights = token_weights
         here = [weight for weight in self.stream.anatomy.weights if weight.block == index]
         self.weights = {weight.tensor: weight for weight in here if weight.tensor in self.plan.quantized}
         self.layers = {name: self.plan.quantized[name] for name in self.weights}
@@ -257,7 +256,6 @@ class _Block:
             count,
             lambda batch: now.seen(batch, place),
             None if then is None or self.owner.recipe.target is None else lambda batch: then.seen(batch, place),
-            self.token_weights,
             self.pool,
             label,
         )

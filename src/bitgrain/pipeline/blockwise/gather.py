@@ -23,18 +23,16 @@ class _Sums:
     tokens: int
     cross: Tensor | None = None
     residual: dict[str, Tensor] = field(default_factory=dict)
-    sensitivity: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, other: _Sums) -> None:
         self.tokens += other.tokens
         self.hessian += other.hessian
         self.cross = None if self.cross is None or other.cross is None else self.cross.add_(other.cross)
-        for mine, theirs in ((self.residual, other.residual), (self.sensitivity, other.sensitivity)):
-            for name, tensor in theirs.items():
-                if name in mine:
-                    mine[name] += tensor
-                else:
-                    mine[name] = tensor
+        for name, tensor in other.residual.items():
+            if name in self.residual:
+                self.residual[name] += tensor
+            else:
+                self.residual[name] = tensor
 
 
 def gather_moments(
@@ -42,7 +40,6 @@ def gather_moments(
     batches: int,
     seen: Callable[[int], Seen],
     full: Callable[[int], Seen] | None,
-    weights: Callable[[str, int], Tensor | None] | None,
     pool: Pool,
     label: str,
 ) -> dict[Key, Moments]:
@@ -50,7 +47,6 @@ def gather_moments(
 
     seen     batch -> inputs as the quantized layers see them
     full     batch -> inputs of the full-precision model at the same place, for the cross moments; None: none
-    weights  (name, batch) -> |g|^2 of each token [tokens], or None where there is no gradient of that batch
     Raises NumericsError that names the layer for NaN or Inf among the activations.
     """
 
@@ -66,10 +62,6 @@ def gather_moments(
                 for name in members:
                     if name in now.residuals and name in then.residuals:
                         sums.residual[name] = (then.residuals[name] - now.residuals[name]).T @ x
-            for name in members if weights is not None and key.expert is None else ():
-                weight = weights(name, batch) if weights is not None else None
-                if weight is not None and len(weight) == len(x):
-                    sums.sensitivity[name] = x.T @ (x * weight[:, None])
             found[key] = sums
         return found
 
@@ -93,12 +85,11 @@ def gather_moments(
         hessian = symmetric(sums.hessian.div_(n))
         cross = None if sums.cross is None else sums.cross.div_(n)
         for name in stage.names if stage.shared else (key.name,):
-            residual, sensitivity = sums.residual.get(name), sums.sensitivity.get(name)
+            residual = sums.residual.get(name)
             result[Key(name, key.expert)] = Moments(
                 hessian,
                 n,
                 cross,
                 None if residual is None else residual / n,
-                None if sensitivity is None else sensitivity / n,
             )
     return result

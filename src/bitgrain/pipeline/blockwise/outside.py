@@ -74,7 +74,7 @@ def solve_outside(
                     static = [result.inputs[weight.tensor].static] if layer.static_input is not None else []
                     rounding.append(input_quantizer_for(spec, static=static))
                 if measured:
-                    moments = gather_moments(stage, len(ids), seen, full if compare else None, None, alone, "the model")
+                    moments = gather_moments(stage, len(ids), seen, full if compare else None, alone, "the model")
         keys = [key] * layer.experts
         chosen = get_solver("rtn") if weight.role == "embedding" else solver
         solutions = next(
