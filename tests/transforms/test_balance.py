@@ -39,6 +39,43 @@ def test_expected_is_measured(weight_spec: QuantSpec, input_spec: QuantSpec | No
     assert measured == pytest.approx(expected, rel=0.15)
 
 
+def test_a_static_limit_clips():
+    sample, weight = sample_and_weight()
+    static = QuantSpec(IntFormat(8), per_tensor(), restricted=True)
+    layers, ones = [(weight, SPECS[0][0], static)], torch.ones(64)
+    top = float(sample.x.abs().max())
+    rounded = fake_quantize(weight, SPECS[0][0])
+    for limit in (top, 0.6 * top, 0.3 * top):
+        step = limit / 127
+        given = (sample.x / step).round().clamp(-127, 127) * step
+        measured = float((given @ rounded.T - sample.x @ weight.T).square().sum(1).mean())
+        expected = float(expected_error(sample, layers, ones, torch.tensor(limit))) / 12
+        assert measured == pytest.approx(expected, rel=0.25)  # what is clipped of two channels may add up
+    assert float(expected_error(sample, layers, ones, torch.tensor(top))) == pytest.approx(
+        float(expected_error(sample, layers, ones))
+    )
+
+
+def test_scales_for_static_inputs_leave_less_error_than_a_formula():
+    sample, weight = sample_and_weight()
+    sample.x[::50] *= 4  # tokens that are seldom: what they need is not what the others need
+    static = QuantSpec(IntFormat(8), per_tensor(), restricted=True)
+    pair = Pair("linear", "up.weight", ("down.weight",), 64)
+    factors, _ = Balance(batch=400).descend(pair, sample, [(weight, SPECS[0][0], static)])
+
+    def least(scale: torch.Tensor) -> float:
+        x, w = sample.x / scale, fake_quantize(weight * scale, SPECS[0][0])
+        found: list[float] = []
+        for part in (1.0, 0.8, 0.6, 0.4, 0.3, 0.2):
+            step = part * float(x.abs().max()) / 127
+            given = (x / step).round().clamp(-127, 127) * step
+            found.append(float((given @ w.T - sample.x @ weight.T).square().sum()))
+        return min(found)
+
+    formula = smoothing(sample.x.abs().amax(0), weight.abs().amax(0), 0.5)
+    assert least(factors) < 0.8 * min(least(formula), least(torch.ones(64)))
+
+
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_descent_is_better_than_a_formula(repeats: int):
     sample, weight = sample_and_weight()

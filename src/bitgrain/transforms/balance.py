@@ -6,14 +6,16 @@ noise of y, summed over outputs and averaged over tokens t, is
       E_t sum_tiles d(t, tile)^2 sum_{j in tile} s_j^2 |w_j|^2           from the inputs
     + sum_rows sum_tiles d(row, tile)^2 sum_{j in tile} E[x_j^2] / s_j^2   from the weights
 
-with steps d that follow from the largest |x_j| / s_j and |w_rj| s_j of their tiles. Both are known from a sample of
-inputs, and s is found by stochastic gradient (Adam, Kingma and Ba, arXiv 1412.6980) on log s, beginning with
+with steps d that follow from the largest |x_j| / s_j and |w_rj| s_j of their tiles. Static scales of inputs may clip:
+then d follows from a limit that is found along with s, and what lies beyond it counts as it is. All is known from a
+sample of inputs, and s is found by stochastic gradient (Adam, Kingma and Ba, arXiv 1412.6980) on log s, beginning with
 SmoothQuant's (arXiv 2211.10438, equation 4) or no scales, whichever is better. Noise counts relative to the token's
 output, since a norm follows sooner or later. Many tokens are needed: largest values are seldom.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import IntFormat, QuantSpec, per_group
+from bitgrain.numerics import IntFormat, QuantSpec, per_group, per_tensor
 from bitgrain.numerics.granularity import to_tiles
 from bitgrain.runtime.watch import Key, Watch, parameters_of
 from bitgrain.transforms.base import BlockView, OutsideView, Pair, register_transform
@@ -48,6 +50,9 @@ _MOST_ROWS = 1024
 _WEIGHTS_ONLY = 8192
 _FEW_BATCHES = 4
 """Tokens, and batches, that are looked at where inputs are not rounded."""
+_LIMITS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
+_FOR_LIMIT = 8192
+"""Parts of the largest value that are tried for a static limit at the start, and on how many tokens."""
 _MOST_BYTES = 2**28
 """Of the samples of inputs of a block."""
 
@@ -120,18 +125,30 @@ class Balance:
     def descend(self, pair: Pair, sample: Sample, layers: Sequence[Layer]) -> tuple[Tensor, float]:
         """(factors [width], their expected error relative to that of no factors)."""
 
-        def error(part: Sample, log_s: Tensor) -> Tensor:
-            return expected_error(part, layers, to_columns(pair, log_s.exp()))
+        def error(part: Sample, log_s: Tensor, log_limit: Tensor | None) -> Tensor:
+            limit = None if log_limit is None else log_limit.exp()
+            return expected_error(part, layers, to_columns(pair, log_s.exp()), limit)
+
+        def limit_of(log_s: Tensor) -> Tensor | None:
+            if not any(_clips(inputs) for _, _, inputs in layers):
+                return None
+            few = _part(sample, slice(None, None, -(-len(sample.x) // _FOR_LIMIT)))
+            top = (few.x / to_columns(pair, log_s.exp())).abs().amax().log()
+            tried = [top + math.log(part) for part in _LIMITS]
+            return min(tried, key=lambda log_limit: float(error(few, log_s, log_limit)))
 
         largest_x = to_channels(pair, sample.x.abs().amax(0)).amax(-2)
         largest_w = to_channels(pair, torch.stack([w.abs().amax(0) for w, _, _ in layers]).amax(0)).amax(-2)
         starts = (torch.zeros_like(largest_x), smoothing(largest_x, largest_w, 0.5).log())
-        found = [float(error(sample, start)) for start in starts]
+        limits = [limit_of(start) for start in starts]
+        found = [float(error(sample, start, limit)) for start, limit in zip(starts, limits, strict=True)]
         if not found[0] > 0:
             return starts[0].exp(), 1.0
         unseen = (largest_x == 0) | (largest_w == 0)  # what their scales should be is unknown
-        log_s = starts[found.index(min(found))].clone().requires_grad_(True)
-        adam = torch.optim.Adam([log_s], self.rate)
+        best = found.index(min(found))
+        learned = [start.clone().requires_grad_(True) for start in (starts[best], limits[best]) if start is not None]
+        log_s, log_limit = learned[0], learned[1] if len(learned) > 1 else None
+        adam = torch.optim.Adam(learned, self.rate)
         generator = torch.Generator().manual_seed(0)
         steps = max(1, self.steps // 4) if _weights_only(layers) else self.steps  # there is no noise of batches
         for step in range(steps):
@@ -139,12 +156,12 @@ class Balance:
             rows = torch.randint(0, len(sample.x), (self.batch,), generator=generator).to(log_s.device)
             with torch.enable_grad():
                 adam.zero_grad()
-                error(Sample(sample.x[rows], sample.share[rows] / sample.share[rows].sum()), log_s).log().backward()
+                error(_part(sample, rows), log_s, log_limit).log().backward()
             if log_s.grad is not None:
                 log_s.grad[unseen] = 0.0
             adam.step()
         ends = (*starts, log_s.detach())
-        found.append(float(error(sample, ends[-1])))
+        found.append(float(error(sample, log_s.detach(), None if log_limit is None else log_limit.detach())))
         best = found.index(min(found))
         return ends[best].exp(), found[best] / found[0]
 
@@ -189,10 +206,11 @@ def weighted(x: Tensor, layers: Sequence[Layer]) -> Sample:
     return Sample(x, share)
 
 
-def expected_error(sample: Sample, layers: Sequence[Layer], scale: Tensor) -> Tensor:
+def expected_error(sample: Sample, layers: Sequence[Layer], scale: Tensor, limit: Tensor | None = None) -> Tensor:
     """The formula above up to the factor 1/12, summed over layers with the same inputs.
 
     scale  float32 [in], by which weights are multiplied and inputs divided; gradients pass
+    limit  [] at which static inputs are clipped once they are divided; None: at their largest
     """
     total = sample.x.new_zeros(())
     scaled_x = sample.x / scale
@@ -202,7 +220,12 @@ def expected_error(sample: Sample, layers: Sequence[Layer], scale: Tensor) -> Te
         rows = weight_spec.granularity.tile(tuple(weight.shape))[0]
         total = total + rows * _noise(scaled, weight_spec, power).sum()
         if input_spec is not None:
-            of_token = _noise(scaled_x, input_spec, scaled.square().sum(0))
+            power_w = scaled.square().sum(0)
+            if limit is not None and _clips(input_spec):
+                beyond = (scaled_x.abs() - limit).clamp_min(0).square() @ power_w
+                of_token = (limit / input_spec.high).square() * power_w.sum() + 12 * beyond
+            else:
+                of_token = _noise(scaled_x, input_spec, power_w)
             total = total + ((of_token * sample.share).sum() if len(of_token) > 1 else of_token.sum())
     return total
 
@@ -226,6 +249,16 @@ def _is_simple(block: BlockView, name: str) -> bool:
     weight, inputs = block.specs[name]
     formats = [weight.format] + ([inputs.format] if inputs is not None else [])
     return block.module.get_parameter(name).ndim == 2 and all(isinstance(one, IntFormat) for one in formats)
+
+
+def _clips(inputs: QuantSpec | None) -> bool:
+    """Whether one static scale serves all tokens, which may then be chosen to clip some."""
+    return inputs is not None and not inputs.dynamic and inputs.symmetric and inputs.granularity == per_tensor()
+
+
+def _part(sample: Sample, rows: Tensor | slice) -> Sample:
+    share = sample.share[rows]
+    return Sample(sample.x[rows], share / share.sum())
 
 
 def _weights_only(layers: Sequence[Layer]) -> bool:
