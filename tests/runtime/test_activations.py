@@ -70,16 +70,17 @@ def test_ties_go_to_the_even_code():
     assert input_quantizer_for(INPUTS["W8A8"])(x).tolist() == [[127.0, 0.0, 2.0, 2.0, 0.0, -2.0, -126.0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LIBRARY)
 @LAWS
 @given(x=activations(), shape=st.sampled_from([(1, -1, 256), (-1, 256), (-1, 1, 256), (-1, 2, 1, 128)]))
-def test_transformers_rounding_is_the_librarys(name: str, x: torch.Tensor, shape: tuple[int, ...]):
-    """compute_dynamic_scales_and_zp and fake_quantize of compressed-tensors, bit for bit in float32."""
+def test_transformers_rounding_is_the_librarys(name: str, dtype: torch.dtype, x: torch.Tensor, shape: tuple[int, ...]):
+    """compute_dynamic_scales_and_zp and fake_quantize of compressed-tensors, bit for bit, in the dtype of the model."""
     spec = INPUTS[name]
     arguments = QuantizationArgs.model_validate(_activation(spec))
     quantizer = input_quantizer_for(spec, "transformers")
     shared = None if quantizer.outer_scale is None else torch.tensor([1 / quantizer.outer_scale])
-    batch = x.reshape(shape)
+    batch = x.to(dtype).reshape(shape)
     scale, zero = compute_dynamic_scales_and_zp(batch, arguments, nn.Linear(1, 1), global_scale=shared)
     theirs = library_fake_quantize(batch, scale, zero, arguments, global_scale=shared)
     assert torch.equal(quantizer(batch), theirs)

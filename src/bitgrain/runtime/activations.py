@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec, fake_quantize, per_token
-from bitgrain.numerics.granularity import to_tiles
+from bitgrain.numerics.formats import FP32
+from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.observers import StaticInput
 
 Rounding = Literal["vllm", "transformers"]
@@ -49,11 +50,8 @@ class InputQuantizer(nn.Module):
         self.static_spec = replace(spec, restricted=False)
         # compressed-tensors 0.20 gives a matrix [tokens, features] (OPT's MLP has such inputs) one scale for all tokens
         self.by_batch = rounding == "transformers" and spec.granularity == per_token()
-        # ... and with a static scale it divides and multiplies in the dtype of the model
+        # ... and it chooses scales, divides and multiplies in the dtype of the model
         self.in_own_dtype = rounding == "transformers"
-        # the step of transformers' symmetric integers: half the width of the range, over all codes
-        full = spec.dynamic and spec.restricted and rounding == "transformers"
-        self.full_range = replace(spec, restricted=False) if full else None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
@@ -65,14 +63,20 @@ class InputQuantizer(nn.Module):
     def _round(self, x: Tensor) -> Tensor:
         if self.static is not None:
             return self._round_static(x, self.static)
-        if self.full_range is not None:
-            largest = to_tiles(x.float(), self.spec.granularity).abs().amax(-1)
-            step = largest / ((self.full_range.high - self.full_range.low) / 2)
-            return fake_quantize(x, self.full_range, scale=torch.where(step > 0, step, torch.ones_like(step)))
+        if self.in_own_dtype and self.spec.symmetric and self.spec.scale == FP32:
+            return self._round_as_transformers(x)
         outer = None
         if self.outer_scale is not None:
             outer = torch.full((1, 1), self.outer_scale, device=x.device)
         return fake_quantize(x, self.spec, outer_scale=outer)
+
+    def _round_as_transformers(self, x: Tensor) -> Tensor:
+        """The step of symmetric integers there: half the width of the range, over all codes."""
+        tiles, low, high = to_tiles(x, self.spec.granularity), self.static_spec.low, self.static_spec.high
+        step = tiles.abs().amax(-1, keepdim=True) / torch.tensor((high - low) / 2, dtype=x.dtype, device=x.device)
+        step = torch.where(step == 0, torch.finfo(x.dtype).eps, step)
+        codes = self.spec.format.round((tiles / step).clamp(low, high).float()).to(x.dtype)
+        return from_tiles(codes * step, self.spec.granularity, tuple(x.shape))
 
     def _round_static(self, x: Tensor, static: StaticInput) -> Tensor:
         scale, zero = static.scale.to(x.device), None if static.zero is None else static.zero.to(x.device)

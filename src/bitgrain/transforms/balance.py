@@ -50,6 +50,8 @@ _MOST_ROWS = 1024
 _WEIGHTS_ONLY = 8192
 _FEW_BATCHES = 4
 """Tokens, and batches, that are looked at where inputs are not rounded."""
+_HOPELESS = 1.5
+"""What descent was never seen to make up for: a formula's error above so many times that which would be worth it."""
 _LIMITS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
 _FOR_LIMIT = 8192
 """Parts of the largest value that are tried for a static limit at the start, and on how many tokens."""
@@ -146,6 +148,8 @@ class Balance:
             return starts[0].exp(), 1.0
         unseen = (largest_x == 0) | (largest_w == 0)  # what their scales should be is unknown
         best = found.index(min(found))
+        if _weights_only(layers) and found[best] > _HOPELESS * self._least(layers) * found[0]:
+            return starts[0].exp(), 1.0
         learned = [start.clone().requires_grad_(True) for start in (starts[best], limits[best]) if start is not None]
         log_s, log_limit = learned[0], learned[1] if len(learned) > 1 else None
         adam = torch.optim.Adam(learned, self.rate)
