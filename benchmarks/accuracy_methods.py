@@ -71,7 +71,7 @@ def _own(data: Mapping[str, Any], scheme: str | float, recipe: str, named: Mappi
     if base is not None:
         if base not in named:
             raise ValueError(f"there is no recipe {recipe!r}, here or in the package ({', '.join(named)})")
-        keys["text"] = named[base]  # a row is measured anew when the recipe changes
+        keys["text"] = yaml.safe_load(named[base])  # a row is measured anew when the recipe changes
     if isinstance(scheme, str):
         # a preset by its name, a scheme of the file's own by its keys
         own = data["schemes"].get(scheme)

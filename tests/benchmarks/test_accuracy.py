@@ -54,10 +54,13 @@ def test_every_row_is_a_valid_recipe(model: str):
 def test_named_recipes_are_taken_from_the_package_and_watched():
     data = read_methods()
     before = {m.name: digest(m.settings) for m in methods_of(data, "llama", NAMED)}
-    after = {m.name: digest(m.settings) for m in methods_of(data, "llama", {**NAMED, "best": "# changed"})}
+    after = {
+        m.name: digest(m.settings)
+        for m in methods_of(data, "llama", {**NAMED, "best": "solver: rtn", "fast": f"# a comment\n{NAMED['fast']}"})
+    }
     changed = {name for name in before if before[name] != after[name]}
-    assert {"W4A16_ASYM/best", "4.15 bits/best", "W8A8/rotate-best"} <= changed
-    assert "W4A16_ASYM/balanced" not in changed
+    assert {"W4A16_ASYM/best", "4.15 bits/best", "W8A8/best"} <= changed
+    assert not {"W4A16_ASYM/balanced", "W4A16_ASYM/fast"} & changed
     data["recipes"] = {}
     with pytest.raises(ValueError, match="there is no recipe 'rtn'"):
         methods_of(data, "llama", NAMED)

@@ -63,7 +63,8 @@ class Rewriter:
                     finally:
                         self.stream.free_block(index)
             except (ModelError, NumericsError) as error:
-                self.left_out.append(f"{step.name} is left out: {error}")
+                reason = str(error).partition("; ")[0]  # the remedy after it is to leave it out
+                self.left_out.append(f"{step.name} is left out: {reason}")
                 self.steps.remove(step)
             finally:
                 self.stream.put(kept)
