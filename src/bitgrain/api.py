@@ -78,6 +78,7 @@ def plan(
     calibration: Mapping[str, Any] | str | Path | None = None,
     statistics: str | Path | None = None,
     keep: Sequence[str] = (),
+    fallback: Sequence[str] = (),
     bits: float | None = None,
     engine: str = "compressed-tensors",
     revision: str | None = None,
@@ -93,6 +94,7 @@ def plan(
     calibration  the text that solvers may learn from, or keys of `recipes.Calibration`
     statistics   a folder that `calibrate` wrote, in place of text: for any scheme, and any solver that learns from it
     keep         layers to be left in full precision, as `match` in a recipe's rules
+    fallback     layers to get 8 bits a weight (`recipes.scheme.eight_bits`), named likewise
     bits         stored bits a weight on average, allocated by sensitivity, which is measured now (`pipeline.mixed`);
                  `scheme` then only says how activations are quantized; engine: whose formats may be chosen
     """
@@ -102,8 +104,13 @@ def plan(
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
     chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration)
-    if keep:
-        rules = [*chosen.rules, *({"match": name, "keep": True} for name in keep)]
+    if keep or fallback:
+        eight = chosen.fallback().model_dump() if fallback else None
+        rules = [
+            *chosen.rules,
+            *({"match": name, "scheme": eight} for name in fallback),
+            *({"match": name, "keep": True} for name in keep),
+        ]
         chosen = make_recipe(**{**chosen.model_dump(), "rules": rules})
     settings: dict[str, Any] = {
         "revision": revision,
@@ -131,8 +138,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, bits, engine, revision,
-              trust_remote_code, max_shard_bytes, workers
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, fallback, bits, engine,
+              revision, trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
     cache = bits_cache(out)

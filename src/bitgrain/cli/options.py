@@ -114,6 +114,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep", action="append", metavar="NAME", help="a layer to leave as it is; may be repeated")
     parser.add_argument(
+        "--fallback", action="append", metavar="NAME", help="a layer to get 8 bits a weight; may be repeated"
+    )
+    parser.add_argument(
         "--on-indivisible",
         choices=INDIVISIBLE,
         help="layers that groups do not divide: stop (default), pad, use one scale a channel, or keep them as they are",
@@ -157,6 +160,7 @@ def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache:
         calibration=calibration_from(args),
         statistics=args.statistics,
         keep=args.keep or (),
+        fallback=args.fallback or (),
         bits=args.bits,
         engine=args.engine or "compressed-tensors",
         device=getattr(args, "device", "auto"),

@@ -66,18 +66,24 @@ def allocate_bits(
 ) -> Mix:
     """Choose a scheme for each layer so that they average `bits` and lose least.
 
-    recipe    its scheme says how activations are quantized, its rules which layers are kept; its calibration is used
+    recipe    its scheme says how activations are quantized, its rules which layers are kept or have a scheme already
+              (their bits count); its calibration is used
     engine    whose candidates there are to choose from (`search.candidates`); settings: as for `make_plan`
     cache     a file for what was measured, so that a killed job need not measure again
     Raises PlanError for a budget below the least possible, SchemeError for an unknown engine, what `make_plan` raises.
     """
     draft = make_plan(model, recipe, calibrate=True, **settings)
-    layers = {name: layer for name, layer in draft.quantized.items() if draft.anatomy.block_of[name] is not None}
+    inside = {name: layer for name, layer in draft.quantized.items() if draft.anatomy.block_of[name] is not None}
+    fixed = _fixed(draft, inside)
+    layers = {name: layer for name, layer in inside.items() if name not in fixed}
+    if not layers:
+        raise PlanError("the recipe's rules leave no layer whose bits could be chosen")
     choices = {name: _specs(layer, engine, bits) for name, layer in layers.items()}
     costs = _measured(draft, layers, choices, cache, engine, bits, device, progress)
     groups = _groups(draft, layers, choices, costs, engine)
-    elements = sum(layer.elements for layer in layers.values())
-    found = allocate(groups, int(bits * elements))
+    elements = sum(layer.elements for layer in inside.values())
+    taken = sum(_size(inside[name].scheme.weight, inside[name]) for name in fixed)
+    found = allocate(groups, int(bits * elements) - taken)
     rules = list(recipe.rules)
     used = Counter[str]()
     for group, candidate in zip(groups, found.chosen, strict=True):
@@ -86,10 +92,20 @@ def allocate_bits(
             scheme = Scheme(_scheme_name(candidate.choice, layer.scheme), candidate.choice, layer.scheme.input)
             rules.append(Rule(match=layer.module, scheme=SchemeModel.of(scheme)))
             used[scheme.name] += layer.elements
+    for name in fixed:
+        used[inside[name].scheme.name] += inside[name].elements
+    average = (found.bits + taken) / elements
     shares = ", ".join(f"{name} {count / elements:.0%}" for name, count in sorted(used.items()))
-    notes = (f"{found.bits / elements:.3f} bits a weight allocated by sensitivity (16-bit scales): {shares}",)
+    notes = (f"{average:.3f} bits a weight allocated by sensitivity (16-bit scales): {shares}",)
     mixed = make_recipe(**{**recipe.model_dump(), "rules": [rule.model_dump() for rule in rules]})
-    return Mix(mixed, found.bits / elements, found.cost, notes)
+    return Mix(mixed, average, found.cost, notes)
+
+
+def _fixed(plan: Plan, layers: dict[str, StoredLayer]) -> set[str]:
+    """Those layers to which a rule of the recipe gives a scheme."""
+    rules = [rule for rule in plan.recipe.rules if rule.scheme is not None]
+    weights = {weight.tensor: weight for weight in plan.anatomy.weights}
+    return {name for name in layers if any(rule.matches(weights[name]) for rule in rules)}
 
 
 def _specs(layer: StoredLayer, engine: str, bits: float) -> list[QuantSpec]:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from bitgrain.errors import RecipeError, SchemeError
 from bitgrain.numerics import QuantSpec, get_format, parse_granularity
 from bitgrain.numerics.ranges import get_range
-from bitgrain.recipes.scheme import Scheme, get_scheme
+from bitgrain.recipes.scheme import Scheme, eight_bits, get_scheme
 from bitgrain.recipes.steps import read_step
 from bitgrain.solvers import get_solver
 from bitgrain.solvers.base import make_with_settings
@@ -251,6 +251,10 @@ class Recipe(_Strict):
         """The recipe with those transforms only that are wanted for layers with these schemes."""
         wanted = tuple(step for step in self.transforms if read_step(step).wanted(schemes))
         return self if wanted == self.transforms else self.model_copy(update={"transforms": wanted})
+
+    def fallback(self) -> SchemeModel:
+        """Eight bits for layers that the recipe's scheme would harm: see `scheme.eight_bits`."""
+        return SchemeModel.of(eight_bits(_build(self.scheme, self.range, self.input_range)))
 
     def to_yaml(self) -> str:
         """The recipe with every default written out, readable back by `load_recipe`."""

@@ -142,3 +142,13 @@ def get_scheme(name: str) -> Scheme:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise SchemeError(f"unknown scheme {name!r}{hint} Known schemes: {', '.join(known)}")
+
+
+def eight_bits(scheme: Scheme) -> Scheme:
+    """What a layer falls back to that `scheme` would harm: int8 weights with its integer inputs, or with none (W8A8,
+    W8A16); FP8_DYNAMIC where inputs are floating-point."""
+    if scheme.input is None:
+        return PRESETS["W8A16"]
+    if not isinstance(scheme.input.format, IntFormat):
+        return PRESETS["FP8_DYNAMIC"]
+    return replace(PRESETS["W8A8"], name=f"{scheme.name}_FALLBACK", input=scheme.input)

@@ -84,12 +84,16 @@ def measure_costs(
         names = list(dict.fromkeys(weight.targets[0].removeprefix(prefix) for weight in here))
         sums, flowing = _backward(block, index, names, inputs, flowing, batches, pool)
 
-        def one(weight: Weight, prefix: str = prefix, sums: Mapping[Key, _Sums] = sums) -> list[float]:
+        def one(
+            weight: Weight, prefix: str = prefix, sums: Mapping[Key, _Sums] = sums, block: nn.Module = block
+        ) -> list[float]:
             layer = layers[weight.tensor]
             parameter = weight.targets[0].removeprefix(prefix)
             experts = range(layer.experts) if layer.experts > 1 else [weight.expert]
             found = [sums.get(Key(parameter, expert)) for expert in experts]
-            return _costs(layer, stream.read(weight.tensor), found, candidates(layer), stream.device)
+            original = stream.read(weight.tensor)
+            rows = _rows_in(block.get_parameter(parameter), weight, original)
+            return _costs(layer, original, found, candidates(layer), rows, stream.device)
 
         for weight, found in zip(here, pool.map(one, here), strict=True):
             costs[weight.tensor] = found
@@ -167,11 +171,26 @@ def _backward(
     return totals, passed
 
 
+def _rows_in(parameter: Tensor, weight: Weight, original: Tensor) -> slice | None:
+    """Which rows of the parameter's outputs are those of a tensor that is joined with others in memory (w1 and w3 of
+    an expert); all where it is alone, None where they are not in one piece."""
+    if weight.expert is None:
+        return slice(None) if parameter.numel() == original.numel() else None
+    stacked = parameter[weight.expert]
+    stacked = stacked if stacked.shape[-1] == original.shape[-1] else stacked.mT
+    height = len(original)
+    for start in range(0, len(stacked) - height + 1, height):
+        if stacked[start : start + height].equal(original.to(stacked)):
+            return slice(start, start + height)
+    return None
+
+
 def _costs(
     layer: StoredLayer,
     original: Tensor,
     sums: Sequence[_Sums | None],
     specs: Sequence[QuantSpec],
+    rows: slice | None,
     device: torch.device,
 ) -> list[float]:
     totals = [0.0] * len(specs)
@@ -182,12 +201,13 @@ def _costs(
         weight = matrix.to(device, torch.float32)
         moments = Moments(known.hessian / known.fisher.tokens, known.fisher.tokens)
         share = known.fisher.tokens / every  # an expert counts as often as it is used
+        shares = None if rows is None else known.fisher.output_shares()[rows]
         for place, spec in enumerate(specs):
             try:
                 q = GPTQ().solve(weight, spec, moments, name=layer.tensor).q
             except NumericsError:
                 q = RoundToNearest().round(weight, spec, moments.importance, name=layer.tensor)
             totals[place] += share * quantization_cost(
-                weight, q.dequantize(), known.fisher.mean(), known.fisher.output_shares(), layer.tensor
+                weight, q.dequantize(), known.fisher.mean(), shares, layer.tensor
             )
     return totals
