@@ -82,7 +82,7 @@ def test_kept_layers_and_those_with_a_scheme_stay_so(readable: Make, text: Path)
     assert by_kind["down_proj"] == {"W8A16"}
     assert bits_of(plan) <= 4.0
     assert all("W8A16" not in names for kind, names in by_kind.items() if kind != "down_proj")
-    with pytest.raises(PlanError, match=r"3\.0|bits"):
+    with pytest.raises(PlanError, match="less than is possible here"):
         planned(readable("llama"), text, bits=2.2, fallback=["down_proj", "up_proj", "gate_proj"])
     with pytest.raises(PlanError, match="no layer whose bits could be chosen"):
         planned(readable("llama"), text, bits=8.5, fallback=["Linear"])
@@ -118,7 +118,7 @@ def test_a_killed_job_need_not_measure_again(readable: Make, text: Path, tmp_pat
 
 
 def test_a_budget_that_cannot_be(readable: Make, text: Path):
-    with pytest.raises(BitgrainError, match="least"):
+    with pytest.raises(BitgrainError, match=r"1\.1 bits a weight are less than is possible here, 2\.\d+: raise --bits"):
         planned(readable("llama"), text, bits=1.1)
 
 

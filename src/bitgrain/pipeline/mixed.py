@@ -79,10 +79,15 @@ def allocate_bits(
     if not layers:
         raise PlanError("the recipe's rules leave no layer whose bits could be chosen")
     choices = {name: _specs(layer, engine, bits) for name, layer in layers.items()}
-    costs = _measured(draft, layers, choices, cache, engine, bits, device, progress)
-    groups = _groups(draft, layers, choices, costs, engine)
     elements = sum(layer.elements for layer in inside.values())
     taken = sum(_size(inside[name].scheme.weight, inside[name]) for name in fixed)
+    unknown = {name: [0.0] * len(specs) for name, specs in choices.items()}
+    smallest = [min(one.bits for one in group.candidates) for group in _groups(draft, layers, choices, unknown, engine)]
+    if taken + sum(smallest) > int(bits * elements):  # said before anything is measured
+        least = (taken + sum(smallest)) / elements
+        raise PlanError(f"{bits:g} bits a weight are less than is possible here, {least:.3f}: raise --bits")
+    costs = _measured(draft, layers, choices, cache, engine, bits, device, progress)
+    groups = _groups(draft, layers, choices, costs, engine)
     found = allocate(groups, int(bits * elements) - taken)
     rules = list(recipe.rules)
     used = Counter[str]()
