@@ -13,7 +13,8 @@ import zoo
 from bitgrain.errors import PlanError, RecipeError, TextError
 from bitgrain.pipeline import plan as planning
 from bitgrain.pipeline.engines import Verdict
-from bitgrain.pipeline.plan import Plan, make_plan, plan_to_json
+from bitgrain.pipeline.plan import Plan, make_plan
+from bitgrain.pipeline.plan_json import plan_to_json
 from bitgrain.recipes import Scheme, make_recipe
 
 Tiny = Callable[[str], Path]

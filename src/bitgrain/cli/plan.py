@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.json:
         hide_download_bars()
-    from bitgrain.pipeline.plan import plan_to_json
+    from bitgrain.pipeline.plan_json import plan_to_json
     from bitgrain.report.plan import render_plan
 
     plan = plan_from(args)

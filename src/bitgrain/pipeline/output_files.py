@@ -19,7 +19,8 @@ from bitgrain.checkpoints.reader import INDEX_FILE
 from bitgrain.checkpoints.shard_writer import PART
 from bitgrain.checkpoints.shards import ShardLayout, index_bytes
 from bitgrain.pipeline.card import model_card
-from bitgrain.pipeline.plan import Plan, plan_to_json
+from bitgrain.pipeline.plan import Plan
+from bitgrain.pipeline.plan_json import plan_to_json
 
 MANIFEST, RECIPE = "manifest.json", "recipe.yaml"
 _VERSIONS = ("bitgrain", "torch", "transformers", "safetensors", "compressed-tensors")

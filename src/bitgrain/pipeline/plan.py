@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -406,35 +405,3 @@ def _needs_bfloat16(layers: Iterable[StoredLayer]) -> bool:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-
-
-def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON, for scripts (`bitgrain plan --json`)."""
-    return {
-        "model": plan.source.name,
-        "architecture": plan.anatomy.architecture,
-        "layout": plan.layout.name,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-        "bits_per_weight": plan.bits_per_weight,
-        "bits_per_parameter": plan.bits_per_parameter,
-        "peak_ram_bytes": plan.peak_ram,
-        "parameters": sum(plan.anatomy.sizes.values()),
-        "coverage": plan.coverage(),
-        "shards": [{"file": shard.file, "bytes": shard.nbytes} for shard in plan.shards],
-        "layers": [
-            {
-                "module": planned.weight.module,
-                "role": planned.weight.role,
-                "shape": [planned.weight.out_features, planned.weight.in_features],
-                "experts": planned.weight.experts,
-                "scheme": planned.layer.scheme.name if planned.layer else None,
-                "weight": planned.layer.scheme.weight.describe() if planned.layer else None,
-                "note": planned.note,
-            }
-            for planned in plan.layers
-        ],
-        "engines": [{"engine": v.engine, "loads": v.loads, "reasons": list(v.reasons)} for v in plan.engines],
-        "problems": list(plan.problems),
-        "notes": list(plan.notes),
-    }
