@@ -152,9 +152,8 @@ def measure(job: Job, arguments: argparse.Namespace) -> None:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             try:
                 list(pool.map(one, enumerate(todo, 1)))
-            except BaseException:
+            finally:  # an interruption leaves some running
                 runner.processes.stop()
-                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if arguments.peers_results is not None:

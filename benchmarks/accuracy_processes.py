@@ -42,10 +42,8 @@ class Processes:
             end(process)
             process.communicate()
             raise ValueError(f"it ran for more than {timeout:g} s") from None
-        except BaseException:  # the caller was interrupted
-            end(process)
-            raise
         finally:
+            end(process)  # where the caller was interrupted
             with self._lock:
                 self._running.discard(process)
         return process.returncode, out, errors
@@ -59,6 +57,6 @@ class Processes:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """A process that was not waited for, with its group."""
+    """Kill a process and its group, unless it is known to have ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
@@ -46,6 +48,13 @@ def resident_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)
+
+
+def random_llama(model: Path) -> Path:
+    """`model`: random weights of 1.1 billion parameters, made where they are absent."""
+    if not model.exists():
+        subprocess.run([sys.executable, ROOT / "tools" / "make_random_llama.py", model], check=True)
+    return model
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, machine_line, resident_bytes, table, write_results
+from common import ROOT, machine_line, random_llama, resident_bytes, table, write_results
 
 MODEL = ROOT / "build" / "random-llama-1.1b"
 SCHEMES = ("W4A16", "W4A16_ASYM", "W3A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4A16", "NVFP4A16")
@@ -186,8 +186,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(quantize_here(arguments.model, arguments.out, arguments.child, arguments.workers)))
         return
-    if not arguments.model.exists():
-        subprocess.run([sys.executable, ROOT / "tools" / "make_random_llama.py", arguments.model], check=True)
+    random_llama(arguments.model)
     schemes = SCHEMES if arguments.schemes == "all" else tuple(arguments.schemes.split(","))
     scratch = Path(tempfile.mkdtemp(prefix="bitgrain-bench-", dir=arguments.scratch))
     try:

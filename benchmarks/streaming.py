@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, machine_line, resident_bytes, table, write_results
+from common import ROOT, machine_line, random_llama, resident_bytes, table, write_results
 
 MODEL = ROOT / "build" / "random-llama-1.1b"
 MB = 1e6
@@ -58,9 +58,7 @@ def quantize_here(request: dict[str, Any]) -> dict[str, Any]:
 
 def prepared(model: Path) -> Path:
     """`model`, made where it is absent, with a tokenizer."""
-    if not model.exists():
-        subprocess.run([sys.executable, ROOT / "tools" / "make_random_llama.py", model], check=True)
-    if not (model / "tokenizer.json").exists():
+    if not (random_llama(model) / "tokenizer.json").exists():
         from bitgrain.demo import demo_model_path
 
         for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import zoo
@@ -44,6 +45,13 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def text(readable: Callable[..., Path]) -> Path:
     """The text beside the models of `readable`."""
     return readable("llama").parent / "text.txt"
+
+
+@pytest.fixture(autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
 
 
 @pytest.fixture(autouse=True)

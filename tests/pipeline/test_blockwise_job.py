@@ -1,6 +1,6 @@
 """Calibrated jobs on tiny models: what is chosen and told, the same bytes in every way to get there, bad input."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -333,10 +333,3 @@ def test_a_text_that_is_a_little_short_is_told(readable: Make, text: Path, tmp_p
     told = result.manifest["calibration"]
     assert told["windows"] < told["windows_asked"] == 60
     assert any("enough for" in note and "less accurate" in note for note in result.manifest["notes"])
-
-
-@pytest.fixture(autouse=True)
-def threads_of_torch() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    assert torch.get_num_threads() == before

@@ -1,7 +1,7 @@
 """The same bytes in every way to get there: any number of workers, any memory, killed and resumed anywhere."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,3 @@ def test_a_resumed_job_solves_only_what_is_left(
     assert (unit, total, done) == ("weights", sum(sizes.values()), sum(sizes.values()))
     assert before == sum(size for name, size in sizes.items() if ".layers.0." in name)
     assert last == "bytes"
-
-
-@pytest.fixture(autouse=True)
-def threads_of_torch() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    assert torch.get_num_threads() == before

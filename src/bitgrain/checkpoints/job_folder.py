@@ -221,6 +221,13 @@ def _exists(out: Path) -> OutputError:
     return OutputError(f"{out}: exists already, and is never overwritten. Remove it, or choose another name.")
 
 
+def check_new(out: Path, *, resumed: bool = False) -> None:
+    """Raise OutputError unless a folder `out` can be made, and there is none (unless a job goes on)."""
+    check_parent(out)
+    if out.exists() and not resumed:
+        raise _exists(out)
+
+
 def check_parent(out: Path) -> None:
     """Raise OutputError unless a folder `out` can be made."""
     if not out.name:

@@ -13,9 +13,17 @@ import sys
 import time
 from pathlib import Path
 
-from bitgrain.cli.options import add_calibration, add_device, add_model, add_source, add_workers, calibration_from
+from bitgrain.cli.options import (
+    add_calibration,
+    add_device,
+    add_model,
+    add_output_style,
+    add_source,
+    add_workers,
+    calibration_from,
+    progress_from,
+)
 from bitgrain.cli.terminal import hide_download_bars, make_console, print_json
-from bitgrain.errors import OutputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,22 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_workers(parser)
     add_source(parser)
-    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    parser.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, a summary on stdout")
+    add_output_style(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json or args.quiet:
         hide_download_bars()
     from bitgrain import api
-    from bitgrain.checkpoints.job_folder import check_parent
-    from bitgrain.progress import make_progress
+    from bitgrain.checkpoints.job_folder import check_new
     from bitgrain.report.calibration import calibrated_to_json, render_calibrated
 
     out = Path(args.out).absolute()
-    check_parent(out)
-    if out.exists():  # said now, not after a download
-        raise OutputError(f"{args.out}: exists already, and is never overwritten. Remove it, or choose another name.")
+    check_new(out)  # said now, not after a download
     began = time.monotonic()
     try:
         found = api.calibrate(
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,
             workers=args.workers,
-            progress=make_progress("json" if args.json else "quiet" if args.quiet else "rich"),
+            progress=progress_from(args),
         )
     except KeyboardInterrupt:
         if args.debug:

@@ -66,6 +66,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output_style(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    parser.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, a summary on stdout")
+
+
+def progress_from(args: argparse.Namespace) -> Progress:
+    """As `add_output_style` says."""
+    from bitgrain.progress import make_progress
+
+    return make_progress("json" if args.json else "quiet" if args.quiet else "rich")
+
+
 def add_json_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE as JSON; - for stdout, nothing else")
 

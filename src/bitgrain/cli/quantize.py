@@ -11,9 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from bitgrain.cli.options import add_device, add_job, plan_from
+from bitgrain.cli.options import add_device, add_job, add_output_style, plan_from, progress_from
 from bitgrain.cli.terminal import hide_download_bars, make_console, print_error, print_json
-from bitgrain.errors import OutputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,26 +20,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder")
     add_device(parser)
     parser.add_argument("--restart", action="store_true", help="throw a half-done run of OUT away and start over")
-    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    parser.add_argument("--json", action="store_true", help="progress as JSON lines on stderr, a summary on stdout")
+    add_output_style(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.json or args.quiet:
         hide_download_bars()
     from bitgrain.api import bits_cache
-    from bitgrain.checkpoints.job_folder import check_parent, partial_folder
+    from bitgrain.checkpoints.job_folder import check_new, partial_folder
     from bitgrain.pipeline.quantize import run_plan
-    from bitgrain.progress import make_progress
     from bitgrain.report.plan import problem_lines, render_short_plan
     from bitgrain.report.result import render_result, result_to_json, warning_lines
 
     out = Path(args.out).absolute()
-    check_parent(out)
     partial = partial_folder(out)
-    if out.exists() and not partial.exists():  # said now, not after a download
-        raise OutputError(f"{args.out}: exists already, and is never overwritten. Remove it, or choose another name.")
-    progress = make_progress("json" if args.json else "quiet" if args.quiet else "rich")
+    check_new(out, resumed=partial.exists())  # said now, not after a download
+    progress = progress_from(args)
     cache = bits_cache(out)
     plan = plan_from(args, progress, cache)
     silent = args.json or args.quiet

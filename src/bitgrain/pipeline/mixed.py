@@ -20,19 +20,16 @@ from bitgrain.checkpoints.durable import replace_file
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import PlanError
 from bitgrain.models.anatomy import Weight
-from bitgrain.models.skeleton import build_skeleton
-from bitgrain.models.stream import StreamedModel
 from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.formats import FP16
-from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.sensitivity import measure_costs
-from bitgrain.pipeline.load import experts_run_one_by_one
+from bitgrain.pipeline.blockwise.streamed import streamed
 from bitgrain.pipeline.plan import Plan, make_plan
 from bitgrain.progress import Progress
 from bitgrain.recipes import Recipe, Scheme, make_recipe
 from bitgrain.recipes.recipe import Rule, SchemeModel
 from bitgrain.runtime.device import resolve_device
-from bitgrain.search.budget import Candidate, Group, allocate
+from bitgrain.search.budget import Candidate, Group, allocate, least_bits
 from bitgrain.search.candidates import candidate_specs
 
 SENSITIVITY_WINDOWS = 32
@@ -82,10 +79,9 @@ def allocate_bits(
     elements = sum(layer.elements for layer in inside.values())
     taken = sum(_size(inside[name].scheme.weight, inside[name]) for name in fixed)
     unknown = {name: [0.0] * len(specs) for name, specs in choices.items()}
-    smallest = [min(one.bits for one in group.candidates) for group in _groups(draft, layers, choices, unknown, engine)]
-    if taken + sum(smallest) > int(bits * elements):  # said before anything is measured
-        least = (taken + sum(smallest)) / elements
-        raise PlanError(f"{bits:g} bits a weight are less than is possible here, {least:.3f}: raise --bits")
+    least = taken + least_bits(_groups(draft, layers, choices, unknown, engine))
+    if least > int(bits * elements):  # said before anything is measured
+        raise PlanError(f"{bits:g} bits a weight are less than is possible here, {least / elements:.3f}: raise --bits")
     costs = _measured(draft, layers, choices, cache, engine, bits, device, progress)
     groups = _groups(draft, layers, choices, costs, engine)
     found = allocate(groups, int(bits * elements) - taken)
@@ -183,12 +179,9 @@ def _measured(
         if known["key"] == key:
             return known["costs"]
     where = resolve_device(device)
-    experts_run_one_by_one(plan.config)
-    skeleton = build_skeleton(plan.config, plan.trust_remote_code)
-    stream = StreamedModel(skeleton, plan.anatomy, plan.checkpoint.read, device=where)
     progress.start(sum(x.elements for x in layers.values()), "weights", f"weigh the layers of {plan.source.name}")
     try:
-        with Pool(1 if where.type == "cuda" else plan.workers) as pool:
+        with streamed(plan, where) as (stream, pool):
             costs = measure_costs(
                 stream, ids.split(_BATCH), layers, lambda layer: choices[layer.tensor], pool, progress.advance
             )

@@ -19,7 +19,6 @@ from bitgrain.calibration.statistics_file import About, StatisticsWriter
 from bitgrain.checkpoints.content import content_sha256
 from bitgrain.errors import ModelError, NumericsError
 from bitgrain.models.anatomy import Weight
-from bitgrain.models.skeleton import build_skeleton
 from bitgrain.models.stream import Call, Captured, StreamedModel, share_calls
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.gather import gather_moments
@@ -27,9 +26,9 @@ from bitgrain.pipeline.blockwise.outside import inputs_outside
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Seen
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.blockwise.static import Observed, Wanted, group_name, merge_observed, observe_inputs
+from bitgrain.pipeline.blockwise.streamed import streamed
 from bitgrain.pipeline.blockwise.work import Work, hidden_file
 from bitgrain.pipeline.cost import HOLD_BYTES, STREAMS
-from bitgrain.pipeline.load import experts_run_one_by_one
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
@@ -75,10 +74,7 @@ def run_calibration(
     progress.start(sum(weight.elements for weight in weights), "weights", f"calibrate {plan.source.name}")
     return_freed_memory()
     try:
-        experts_run_one_by_one(plan.config)
-        skeleton = build_skeleton(plan.config, plan.trust_remote_code)
-        stream = StreamedModel(skeleton, plan.anatomy, plan.checkpoint.read, device=where)
-        with Pool(1 if where.type == "cuda" else plan.workers) as pool:
+        with streamed(plan, where) as (stream, pool):
             _Walk(plan, weights, stream, pool, progress, writer).run()
         experts = _experts(weights, stream, writer.tokens)
         writer.finish()

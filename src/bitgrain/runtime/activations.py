@@ -47,7 +47,7 @@ class InputQuantizer(nn.Module):
         self.outer_scale = outer_scale
         self.static = None if spec.dynamic else static
         # a clipped input reaches the most negative code in every engine, also where the scale leaves it out
-        self.static_spec = replace(spec, restricted=False)
+        self.all_codes = replace(spec, restricted=False)
         # compressed-tensors 0.20 gives a matrix [tokens, features] (OPT's MLP has such inputs) one scale for all tokens
         self.by_batch = rounding == "transformers" and spec.granularity == per_token()
         # ... and it chooses scales, divides and multiplies in the dtype of the model
@@ -72,19 +72,20 @@ class InputQuantizer(nn.Module):
 
     def _round_as_transformers(self, x: Tensor) -> Tensor:
         """The step of symmetric integers there: half the width of the range, over all codes."""
-        tiles, low, high = to_tiles(x, self.spec.granularity), self.static_spec.low, self.static_spec.high
+        tiles, low, high = to_tiles(x, self.spec.granularity), self.all_codes.low, self.all_codes.high
         step = tiles.abs().amax(-1, keepdim=True) / torch.tensor((high - low) / 2, dtype=x.dtype, device=x.device)
         step = torch.where(step == 0, torch.finfo(x.dtype).eps, step)
-        codes = self.spec.format.round((tiles / step).clamp(low, high).float()).to(x.dtype)
-        return from_tiles(codes * step, self.spec.granularity, tuple(x.shape))
+        return from_tiles(self._in_own_dtype(tiles, step), self.spec.granularity, tuple(x.shape))
 
     def _round_static(self, x: Tensor, static: StaticInput) -> Tensor:
         scale, zero = static.scale.to(x.device), None if static.zero is None else static.zero.to(x.device)
         if self.in_own_dtype:
-            scale, shift = scale.to(x.dtype), 0 if zero is None else zero.to(x.dtype)
-            v = (x / scale + shift).clamp(self.static_spec.low, self.static_spec.high)
-            return (self.spec.format.round(v.float()).to(x.dtype) - shift) * scale
-        return fake_quantize(x, self.static_spec, scale=scale.float(), zero=zero)
+            return self._in_own_dtype(x, scale.to(x.dtype), 0 if zero is None else zero.to(x.dtype))
+        return fake_quantize(x, self.all_codes, scale=scale.float(), zero=zero)
+
+    def _in_own_dtype(self, x: Tensor, scale: Tensor, zero: Tensor | int = 0) -> Tensor:
+        v = (x / scale + zero).clamp(self.all_codes.low, self.all_codes.high)
+        return (self.spec.format.round(v.float()).to(x.dtype) - zero) * scale
 
     def extra_repr(self) -> str:
         return self.spec.describe()

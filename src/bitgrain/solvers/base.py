@@ -76,6 +76,13 @@ class Solver(Protocol):
         ...
 
 
+def required(moments: Moments | None, solver: str, name: str) -> Moments:
+    """`moments`, for a solver that cannot do without. Raises SchemeError where there are none."""
+    if moments is None:
+        raise SchemeError(f"{name}: {solver} needs the second moments of the layer's inputs; calibrate first")
+    return moments
+
+
 _SOLVERS: dict[str, Callable[..., Solver]] = {}
 
 

@@ -28,10 +28,10 @@ from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite, store_scale, straight_through
 from bitgrain.numerics.ranges import scale_from_limits
 from bitgrain.solvers.apart import solve_apart
-from bitgrain.solvers.base import Moments, Solution, register_solver
+from bitgrain.solvers.base import Moments, Solution, register_solver, required
 from bitgrain.solvers.linalg import check_hessian
 from bitgrain.solvers.objective import quadratic, row_errors
-from bitgrain.solvers.rtn import RoundToNearest
+from bitgrain.solvers.rtn import round_without_tokens
 
 _ROWS = 4096  # rows that are learned together; fixed, so results never depend on the machine
 _STRONGEST, _WEAKEST = 0.05, 0.982  # sigmoid(4), with which the authors begin
@@ -77,13 +77,11 @@ class Clip:
         name: str = "weight",
     ) -> Solution:
         """See `Solver.solve`. Without tokens the weights are rounded to nearest, and a note says so."""
-        if moments is None:
-            raise SchemeError(f"{name}: clip needs the second moments of the layer's inputs; calibrate first")
+        moments = required(moments, "clip", name)
         if spec.outliers:
             return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         if moments.tokens == 0:
-            found = RoundToNearest().solve(weight, spec, None, outer_scale=outer_scale, name=name)
-            return Solution(found.q, "rtn", notes=("calibration sent it no tokens: rounded to nearest",))
+            return round_without_tokens(weight, spec, outer_scale=outer_scale, name=name)
         x = weight.to(torch.float32)
         check_finite(x, name)
         check_hessian(moments.hessian, x.shape[1], name)

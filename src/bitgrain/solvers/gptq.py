@@ -19,10 +19,10 @@ from bitgrain.numerics import Granularity, QTensor, QuantSpec
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.ranges import Range, get_range
 from bitgrain.solvers.apart import solve_apart
-from bitgrain.solvers.base import Moments, Solution, register_solver
+from bitgrain.solvers.base import Moments, Solution, register_solver, required
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.refine import refine
-from bitgrain.solvers.rtn import RoundToNearest
+from bitgrain.solvers.rtn import round_without_tokens
 from bitgrain.solvers.steps import Lanes, Steps, Storage, fit
 
 _LANES = 4096  # rows (times candidates) that are worked on together; fixed, so results never depend on the machine
@@ -71,13 +71,11 @@ class GPTQ:
         name: str = "weight",
     ) -> Solution:
         """See `Solver.solve`. Without tokens the weights are rounded to nearest, and a note says so."""
-        if moments is None:
-            raise SchemeError(f"{name}: gptq needs the second moments of the layer's inputs; calibrate first")
+        moments = required(moments, "gptq", name)
         if spec.outliers:
             return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         if moments.tokens == 0:
-            found = RoundToNearest().solve(weight, spec, None, outer_scale=outer_scale, name=name)
-            return Solution(found.q, "rtn", notes=("calibration sent it no tokens: rounded to nearest",))
+            return round_without_tokens(weight, spec, outer_scale=outer_scale, name=name)
         x = weight.to(torch.float32)
         check_finite(x, name)
         check_hessian(moments.hessian, x.shape[1], name)

@@ -14,6 +14,7 @@ takes the least-squares value for the same codes and W - W_e in each step as wel
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.affine import as_stored, from_grid, to_grid
-from bitgrain.numerics.ranges.search import tile_error, tile_pieces
+from bitgrain.numerics.ranges.search import tile_error
 from bitgrain.numerics.ranges.weighted import fit_both, fit_scale
 from bitgrain.numerics.sums import row_sums
 from bitgrain.solvers.apart import solve_apart
@@ -71,16 +72,10 @@ class HQQ:
         if spec.outliers:
             return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         tiles = Tiles.of(weight, spec, None if moments is None else moments.importance, name)
-        scale, zero = tiles.scale.clone(), None if tiles.zero is None else tiles.zero.clone()
-        mask = None if tiles.counts is None else (tiles.counts > 0).to(torch.float32)
-        for part in tile_pieces(*tiles.x.shape):
-            start = tiles.scale[part], None if tiles.zero is None else tiles.zero[part]
-            found = self._improve(tiles.x[part], None if mask is None else mask[part], *start, spec)
-            scale[part] = found[0]
-            if zero is not None and found[1] is not None:
-                zero[part] = found[1]
-        flat = replace(tiles, counts=mask)
-        return Solution(flat.pack_better(scale, zero, self.norm, outer_scale, name), "hqq")
+        if tiles.counts is not None:  # importance chooses the start only
+            tiles = replace(tiles, counts=(tiles.counts > 0).to(torch.float32))
+        scale, zero = tiles.improved(partial(self._improve, spec=spec))
+        return Solution(tiles.pack_better(scale, zero, self.norm, outer_scale, name), "hqq")
 
     def _improve(
         self, x: Tensor, mask: Tensor | None, scale: Tensor, zero: Tensor | None, spec: QuantSpec

@@ -11,6 +11,7 @@ Each step can only lower sum w (x - x_hat)^2. For the codebooks of few numbers t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec, get_format
 from bitgrain.numerics.affine import as_stored, to_grid
-from bitgrain.numerics.ranges.search import tile_error, tile_pieces
+from bitgrain.numerics.ranges.search import tile_error
 from bitgrain.numerics.ranges.weighted import fit_both, fit_scale
 from bitgrain.numerics.sums import row_sums
 from bitgrain.solvers.apart import solve_apart
@@ -61,14 +62,7 @@ class LeastSquares:
         if spec.outliers:
             return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         tiles = Tiles.of(weight, spec, None if moments is None else moments.importance, name)
-        scale, zero = tiles.scale.clone(), None if tiles.zero is None else tiles.zero.clone()
-        for part in tile_pieces(*tiles.x.shape):
-            counts = None if tiles.counts is None else tiles.counts[part]
-            start_zero = None if tiles.zero is None else tiles.zero[part]
-            best = self._improve(tiles.x[part], counts, tiles.scale[part], start_zero, spec)
-            scale[part] = best[0]
-            if zero is not None and best[1] is not None:
-                zero[part] = best[1]
+        scale, zero = tiles.improved(partial(self._improve, spec=spec))
         return Solution(tiles.pack_better(scale, zero, 2.0, outer_scale, name), "least_squares")
 
     def _improve(

@@ -17,9 +17,9 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.solvers.apart import solve_apart
-from bitgrain.solvers.base import Moments, Solution, register_solver
+from bitgrain.solvers.base import Moments, Solution, register_solver, required
 from bitgrain.solvers.linalg import damp
-from bitgrain.solvers.rtn import RoundToNearest
+from bitgrain.solvers.rtn import round_without_tokens
 from bitgrain.solvers.steps import Storage, fit, per_element
 
 _LARGEST = 1024
@@ -57,8 +57,7 @@ class OBQ:
 
         Without tokens the weights are rounded to nearest, and a note says so.
         """
-        if moments is None:
-            raise SchemeError(f"{name}: obq needs the second moments of the layer's inputs; calibrate first")
+        moments = required(moments, "obq", name)
         if spec.outliers:
             return solve_apart(self.solve, weight, spec, moments, outer_scale=outer_scale, name=name)
         if weight.shape[1] > _LARGEST:
@@ -67,8 +66,7 @@ class OBQ:
                 "their cube for every row; use gptq"
             )
         if moments.tokens == 0:
-            found = RoundToNearest().solve(weight, spec, None, outer_scale=outer_scale, name=name)
-            return Solution(found.q, "rtn", notes=("calibration sent it no tokens: rounded to nearest",))
+            return round_without_tokens(weight, spec, outer_scale=outer_scale, name=name)
         x = weight.to(torch.float32)
         check_finite(x, name)
         damped = damp(moments.hessian, self.damping, name=name)

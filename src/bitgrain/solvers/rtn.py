@@ -78,6 +78,14 @@ class RoundToNearest:
         return QTensor(codes, _join(scales), torch.cat(zeros) if zeros else None, spec)
 
 
+def round_without_tokens(
+    weight: Tensor, spec: QuantSpec, *, outer_scale: Tensor | None = None, name: str = "weight"
+) -> Solution:
+    """What a solver that learns from inputs does with a layer that calibration sent none."""
+    q = RoundToNearest().round(weight, spec, outer_scale=outer_scale, name=name)
+    return Solution(q, "rtn", notes=("calibration sent it no tokens: rounded to nearest",))
+
+
 def _piece_rows(rows: int, cols: int, spec: QuantSpec) -> int:
     """How many rows are rounded at once: whole tiles, or any rows where one tile spans them all."""
     tile_rows = spec.granularity.rows or 1

@@ -21,10 +21,10 @@ from bitgrain.numerics.granularity import to_tiles
 from bitgrain.numerics.leave_one_out import fill_gaps, find_outliers
 from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.quantize import check_finite
-from bitgrain.solvers.base import Moments, Solution, register_solver
+from bitgrain.solvers.base import Moments, Solution, register_solver, required
 from bitgrain.solvers.gptq import ORDERS, column_order, descend
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
-from bitgrain.solvers.rtn import RoundToNearest
+from bitgrain.solvers.rtn import round_without_tokens
 from bitgrain.solvers.steps import Lanes, Steps, Storage
 
 _LANES = 4096  # rows that are worked on together; fixed, so results never depend on the machine
@@ -64,11 +64,9 @@ class SpQR:
 
         Figures: damping, and the share of the elements that are outliers.
         """
-        if moments is None:
-            raise SchemeError(f"{name}: spqr needs the second moments of the layer's inputs; calibrate first")
+        moments = required(moments, "spqr", name)
         if moments.tokens == 0:
-            found = RoundToNearest().solve(weight, spec, None, outer_scale=outer_scale, name=name)
-            return Solution(found.q, "rtn", notes=("calibration sent it no tokens: rounded to nearest",))
+            return round_without_tokens(weight, spec, outer_scale=outer_scale, name=name)
         x = weight.to(torch.float32)
         check_finite(x, name)
         check_hessian(moments.hessian, x.shape[1], name)

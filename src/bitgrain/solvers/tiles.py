@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,11 @@ from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import to_tiles
 from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite, store_scale
-from bitgrain.numerics.ranges.search import real_elements
+from bitgrain.numerics.ranges.search import real_elements, tile_pieces
 from bitgrain.numerics.sums import row_sums
+
+Improve = Callable[[Tensor, Tensor | None, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""(tiles [t, n], their counts, scales [t], zero points) -> better scales and zero points."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ class Tiles:
             scale.reshape(-1),
             None if zero is None else zero.reshape(-1),
         )
+
+    def improved(self, improve: Improve) -> tuple[Tensor, Tensor | None]:
+        """What `improve` makes of the ideal scales and zero points [t], a piece of the tiles at a time."""
+        scale, zero = self.scale.clone(), None if self.zero is None else self.zero.clone()
+        for part in tile_pieces(*self.x.shape):
+            counts = None if self.counts is None else self.counts[part]
+            found = improve(self.x[part], counts, self.scale[part], None if self.zero is None else self.zero[part])
+            scale[part] = found[0]
+            if zero is not None and found[1] is not None:
+                zero[part] = found[1]
+        return scale, zero
 
     def pack_better(
         self, scale: Tensor, zero: Tensor | None, norm: float, outer_scale: Tensor | None, name: str

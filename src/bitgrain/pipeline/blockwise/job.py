@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bitgrain.calibration.doctor import examine
 from bitgrain.errors import ModelError
-from bitgrain.models.skeleton import build_skeleton
 from bitgrain.models.stream import StreamedModel, share_calls
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.block import BlockSolver, Flow, SolvedBlock
@@ -17,10 +16,10 @@ from bitgrain.pipeline.blockwise.layer import UNREACHED, loss_note, record_of, s
 from bitgrain.pipeline.blockwise.outside import solve_outside
 from bitgrain.pipeline.blockwise.rewrite import PROBE
 from bitgrain.pipeline.blockwise.static import require_reached, static_layers, stored_inputs
+from bitgrain.pipeline.blockwise.streamed import streamed
 from bitgrain.pipeline.blockwise.whole import tune_whole
 from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
-from bitgrain.pipeline.load import experts_run_one_by_one
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress
 from bitgrain.runtime.memory import return_freed_memory
@@ -44,10 +43,7 @@ def solve_blockwise(plan: Plan, work: Work, device: torch.device, progress: Prog
     progress.start(total, "weights", f"quantize {plan.source.name}", done=done)
     return_freed_memory()
     try:
-        experts_run_one_by_one(plan.config)
-        skeleton = build_skeleton(plan.config, plan.trust_remote_code)
-        stream = StreamedModel(skeleton, plan.anatomy, plan.checkpoint.read, device=device)
-        with Pool(1 if device.type == "cuda" else plan.workers) as pool:
+        with streamed(plan, device) as (stream, pool):
             _Pass(plan, work, stream, pool, progress).run()
     finally:
         progress.finish()

@@ -52,7 +52,8 @@ class Rewriter:
             return
         captured = self.stream.capture(self.probe)
         for step in optional:
-            kept = {name: self.plan.checkpoint.read(name) for name in self.stream.names(None)}
+            names = self.stream.names(None) if step.transform.whole_model else []
+            kept = {name: self.plan.checkpoint.read(name) for name in names}
             try:
                 self._outside([step.transform])
                 for index in self._kinds(captured.calls):
