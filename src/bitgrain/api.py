@@ -19,6 +19,7 @@ from bitgrain.pipeline.load import load
 from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
+from bitgrain.pipeline.sensitive import spare_layers
 from bitgrain.pipeline.statistics import Calibrated, run_calibration
 from bitgrain.pipeline.verify import Check, verify
 from bitgrain.progress import Progress, make_progress
@@ -79,6 +80,7 @@ def plan(
     statistics: str | Path | None = None,
     keep: Sequence[str] = (),
     fallback: Sequence[str] = (),
+    include: Sequence[str] = (),
     bits: float | None = None,
     engine: str = "compressed-tensors",
     revision: str | None = None,
@@ -93,8 +95,10 @@ def plan(
 
     calibration  the text that solvers may learn from, or keys of `recipes.Calibration`
     statistics   a folder that `calibrate` wrote, in place of text: for any scheme, and any solver that learns from it
-    keep         layers to be left in full precision, as `match` in a recipe's rules
-    fallback     layers to get 8 bits a weight (`recipes.scheme.eight_bits`), named likewise
+    keep         layers to be left in full precision, as `match` in a recipe's rules; "2%": the most sensitive ones that
+                 hold this share of the weights (`pipeline.sensitive`)
+    fallback     layers to get 8 bits a weight (`recipes.scheme.eight_bits`), named likewise, or a share
+    include      layers that no scheme reaches by itself (lm_head, embeddings) to be quantized too, named likewise
     bits         stored bits a weight on average, allocated by sensitivity, which is measured now (`pipeline.mixed`);
                  `scheme` then only says how activations are quantized; engine: whose formats may be chosen
     """
@@ -104,12 +108,18 @@ def plan(
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
     chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration)
-    if keep or fallback:
+    kept, fallen = _share(keep), _share(fallback)
+    if bits is not None and (kept or fallen):
+        raise RecipeError("bits weighs every layer itself: name those to keep or to fall back, or leave bits out")
+    if statistics is not None and (kept or fallen):
+        raise RecipeError("shares of keep and fallback need gradients, which statistics do not hold: give calibration")
+    if keep or fallback or include:
         eight = chosen.fallback().model_dump() if fallback else None
         rules = [
             *chosen.rules,
-            *({"match": name, "scheme": eight} for name in fallback),
-            *({"match": name, "keep": True} for name in keep),
+            *({"match": name, "include": True} for name in include),
+            *({"match": name, "scheme": eight} for name in fallback if not is_share(name)),
+            *({"match": name, "keep": True} for name in keep if not is_share(name)),
         ]
         chosen = make_recipe(**{**chosen.model_dump(), "rules": rules})
     settings: dict[str, Any] = {
@@ -119,10 +129,13 @@ def plan(
         "workers": workers,
     }
     notes: tuple[str, ...] = ()
+    measuring: dict[str, Any] = {"device": device, "cache": cache, "progress": progress or make_progress("quiet")}
     if bits is not None:
-        quiet = progress or make_progress("quiet")
-        mix = allocate_bits(model, chosen, bits, engine=engine, device=device, cache=cache, progress=quiet, **settings)
+        mix = allocate_bits(model, chosen, bits, engine=engine, **measuring, **settings)
         chosen, notes = mix.recipe, mix.notes
+    elif kept or fallen:
+        spared = spare_layers(model, chosen, keep=kept, fallback=fallen, **measuring, **settings)
+        chosen, notes = spared.recipe, spared.notes
     return make_plan(model, chosen, notes=notes, statistics=statistics, **settings)
 
 
@@ -138,8 +151,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, fallback, bits, engine,
-              revision, trust_remote_code, max_shard_bytes, workers
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, fallback, include, bits,
+              engine, revision, trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
     cache = bits_cache(out)
@@ -170,6 +183,23 @@ def calibrate(
     settings: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "workers": workers}
     draft = make_plan(model, recipe, calibrate=True, **settings)
     return run_calibration(draft, out, device=device, progress=progress)
+
+
+def is_share(text: str) -> bool:
+    """Whether `text` is a percentage in place of a layer's name."""
+    return text.endswith("%")
+
+
+def _share(names: Sequence[str]) -> float:
+    """The percentage among `names` as a part of 1; 0 for none."""
+    shares = [name for name in names if is_share(name)]
+    try:
+        found = [float(name[:-1]) for name in shares]
+    except ValueError:
+        found = [-1.0]
+    if len(found) > 1 or not all(0 < share < 100 for share in found):
+        raise RecipeError(f"{', '.join(shares)}: one percentage between 0% and 100% can be given, beside names")
+    return found[0] / 100 if found else 0.0
 
 
 def bits_cache(out: str | Path) -> Path:

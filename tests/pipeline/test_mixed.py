@@ -11,7 +11,7 @@ import bitgrain
 import zoo
 from bitgrain.errors import BitgrainError, PlanError
 from bitgrain.numerics.formats import FP16
-from bitgrain.pipeline import mixed
+from bitgrain.pipeline import mixed, weigh
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
 
@@ -101,15 +101,36 @@ def test_fallback_follows_the_inputs(readable: Make, scheme: str, falls_back_to:
     assert not plan.problems
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # with a head of its own, and with a tied one
+def test_what_is_included_is_chosen_for_too(readable: Make, text: Path, name: str):
+    inside = planned(readable(name), text, bits=4.0)
+    names = ["lm_head", "embed_tokens"] if name == "llama" else ["wte"]
+    plan = planned(readable(name), text, bits=4.0, include=names)
+    added = plan.quantized.keys() - inside.quantized.keys()
+    assert len(added) == len(names)
+    assert 3.6 < bits_of(plan) <= 4.0
+    assert not plan.problems
+    with pytest.raises(PlanError, match="vllm has no format that fits it"):
+        planned(readable(name), text, bits=6.0, include=names, engine="vllm")
+
+
+def test_an_embedding_that_is_included_has_no_inputs_to_round(readable: Make):
+    plan = bitgrain.plan(readable("llama"), "W8A8", include=["lm_head", "embed_tokens"])
+    inputs = {x.role: x.scheme.input for x in plan.quantized.values()}
+    assert inputs["embedding"] is None
+    assert inputs["lm_head"] == inputs["linear"] is not None
+    assert not plan.problems
+
+
 def test_a_killed_job_need_not_measure_again(readable: Make, text: Path, tmp_path: Path, monkeypatch):
     cache, measured = tmp_path / "x.json", list[int]()
-    real = mixed.measure_costs
+    real = weigh.measure_costs
 
     def watched(*args: Any) -> Any:
         measured.append(1)
         return real(*args)
 
-    monkeypatch.setattr(mixed, "measure_costs", watched)
+    monkeypatch.setattr(weigh, "measure_costs", watched)
     first = planned(readable("llama"), text, bits=3.2, cache=cache)
     again = planned(readable("llama"), text, bits=3.2, cache=cache)
     assert (len(measured), first.recipe) == (1, again.recipe)

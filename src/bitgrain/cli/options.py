@@ -124,9 +124,17 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", metavar="E", help="with --bits: whose formats may be chosen (compressed-tensors, vllm, ...)"
     )
-    parser.add_argument("--keep", action="append", metavar="NAME", help="a layer to leave as it is; may be repeated")
     parser.add_argument(
-        "--fallback", action="append", metavar="NAME", help="a layer to get 8 bits a weight; may be repeated"
+        "--keep",
+        action="append",
+        metavar="NAME",
+        help="a layer to leave as it is; or 2%%, the most sensitive up to that share of the weights; repeatable",
+    )
+    parser.add_argument(
+        "--fallback", action="append", metavar="NAME", help="a layer to get 8 bits a weight; or 10%%, as for --keep"
+    )
+    parser.add_argument(
+        "--include", action="append", metavar="NAME", help="quantize this too: lm_head, an embedding. Repeatable"
     )
     parser.add_argument(
         "--on-indivisible",
@@ -150,8 +158,10 @@ def _complain(args: argparse.Namespace) -> str | None:
         return "--engine limits what --bits may choose; without --bits it has no meaning"
     if args.statistics is not None and calibration_from(args) is not None:
         return "--statistics stand in place of text: leave out --calibration, --windows and --seqlen"
-    if args.statistics is not None and args.bits is not None:
-        return "--bits needs gradients, which --statistics do not hold: give --calibration TEXT instead"
+    weighed = [name for name in (*(args.keep or ()), *(args.fallback or ())) if name.endswith("%")]
+    if args.statistics is not None and (args.bits is not None or weighed):
+        what = "--bits needs" if args.bits is not None else f"{weighed[0]} of the weights need"
+        return f"{what} gradients, which --statistics do not hold: give --calibration TEXT instead"
     return None
 
 
@@ -173,6 +183,7 @@ def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache:
         statistics=args.statistics,
         keep=args.keep or (),
         fallback=args.fallback or (),
+        include=args.include or (),
         bits=args.bits,
         engine=args.engine or "compressed-tensors",
         device=getattr(args, "device", "auto"),

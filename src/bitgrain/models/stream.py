@@ -187,6 +187,17 @@ class StreamedModel:
 
         return self._run(ids, replace, grad)
 
+    def entering(self, ids: Tensor) -> Tensor:
+        """What enters the first block for token ids, with the graph of what led there."""
+        found: list[Tensor] = []
+
+        def note(index: int, hidden: Tensor, call: Call) -> Tensor:
+            found.append(hidden)
+            raise _Stop
+
+        self._run(ids, note, grad=True)
+        return found[0]
+
     def around(self, ids: Tensor) -> Any:
         """The model's output for token ids if each block handed on its input: what lies outside the blocks, alone."""
         return self._run(ids, lambda _, hidden, __: hidden)

@@ -117,11 +117,13 @@ class SchemeModel(_Strict):
 
 
 class Rule(_Strict):
-    """Layers that `match` get `scheme`, or are kept as they are."""
+    """Layers that `match` get `scheme`, are kept as they are, or are included: they get the recipe's own scheme though
+    none reaches them by itself (`QUANTIZED_ROLES`), embeddings without its inputs; `--bits` chooses for them too."""
 
     match: str = Field(min_length=1)
     scheme: str | SchemeModel | None = None
     keep: bool = False
+    include: bool = False
 
     @field_validator("match")
     @classmethod
@@ -135,8 +137,8 @@ class Rule(_Strict):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
-        if self.keep == (self.scheme is not None):
-            raise ValueError(f"the rule for {self.match!r} needs either a scheme or keep: true")
+        if self.keep + self.include + (self.scheme is not None) != 1:
+            raise ValueError(f"the rule for {self.match!r} needs either a scheme or keep: true or include: true")
         return self
 
     def matches(self, layer: Layer) -> bool:
@@ -238,7 +240,8 @@ class Recipe(_Strict):
             if not hits:
                 raise RecipeError(_idle(rule, layers))
             for i in hits:
-                schemes[i] = scheme
+                looked_up = rule.include and layers[i].role == "embedding"
+                schemes[i] = replace(default, input=None) if looked_up else default if rule.include else scheme
         return schemes
 
     @property

@@ -53,6 +53,7 @@ ENGINES: dict[str, tuple[Kinds, ...]] = {
     # blocks of 32 with one half-precision scale: Q4_0, Q5_0, Q8_0
     "llama.cpp": (Kinds((4, 5, 8), (32,), False, in_multiple=32, scale=FP16),),
 }
+_NO_EMBEDDINGS = ("vllm", "sglang", "transformers")
 
 
 def candidate_specs(
@@ -61,16 +62,20 @@ def candidate_specs(
     *,
     around: float | None = None,
     scale: Format = FP32,
+    role: str = "linear",
 ) -> list[QuantSpec]:
     """What a weight of `shape` [.., out, in] may be stored as for `engine`, by rising size.
 
     around  the average that is aimed at: only formats from two bits below to two above it are worth the time to try
     scale   storage of the scales (the checkpoint's dtype), where the engine does not prescribe it
+    role    of the layer; most engines read no quantized embeddings
     Groups that do not divide the inputs are left out; the list may be empty. Raises SchemeError for an unknown engine.
     """
     kinds = ENGINES.get(engine.lower())
     if kinds is None:
         raise SchemeError(f"unknown engine {engine!r}; --bits knows {', '.join(ENGINES)}")
+    if role == "embedding" and engine.lower() in _NO_EMBEDDINGS:
+        return []
     rows, cols = matrix_shape(tuple(shape))
     rows = shape[-2] if len(shape) > 1 else rows
     found = [
