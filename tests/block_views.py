@@ -87,19 +87,28 @@ class Blocks:
             with _passing(self.model, self.paths):
                 return zoo.outputs(self.model, self.ids[0])
 
-        return OutsideView(self.model, find_outside(self.model, run, self.paths), run)
+        def residuals() -> Tensor:
+            entering = [
+                args[0] if args else kwargs["hidden_states"] for path in self.paths for args, kwargs in self.calls(path)
+            ]
+            return torch.cat([hidden.flatten(0, -2) for hidden in entering])
+
+        return OutsideView(self.model, find_outside(self.model, run, self.paths), run, residuals)
 
     def apply(self, choices: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
         """All transforms to the whole model, as the pipeline applies them; figures by block and transform."""
         transforms = [get_transform(choice) for choice in choices]
         figures: dict[str, Any] = {}
         outside = self.outside()
+        memory: dict[Any, dict[str, Any]] = {transform: {} for transform in transforms}
         for transform in transforms:
             if transform.whole_model:
+                outside.memory = memory[transform]
                 figures[f"outside:{type(transform).__name__}"] = transform.apply_outside(outside)
         for index, path in enumerate(self.paths):
             view = self.view(index)
             for transform in transforms:
+                view.memory = memory[transform]
                 figures[f"{path}:{type(transform).__name__}"] = transform.apply(view)
                 view.absmax, view.mean_abs = measure(view.module, list(view.specs), view.run)
         return figures

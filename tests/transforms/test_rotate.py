@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import zoo
-from bitgrain.errors import ModelError
+from bitgrain.errors import ModelError, SchemeError
+from bitgrain.numerics.hadamard import Rotation
 from bitgrain.transforms import Rotate
-from bitgrain.transforms.hadamard import Rotation
 from bitgrain.transforms.proof import TOLERANCE, difference
 from block_views import Blocks, build, measure
 
@@ -92,3 +92,37 @@ def test_tied_embeddings_rotate_where_the_final_gain_is_one():
     blocks.apply(["rotate"])
     assert difference(before, zoo.outputs(model, zoo.ids_for(model))) < TOLERANCE
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(("name", "rotated"), [("llama", 2), ("gpt2", 2), ("phi", 2), ("mixtral", 0)])
+def test_inputs_of_down_are_rotated_at_run_time(name: str, rotated: int):
+    """Stacks of experts are no modules that could be told to: they are left alone."""
+    model = build(name)
+    before = zoo.outputs(model, zoo.ids_for(model))
+    found = Blocks(model).apply([{"name": "rotate", "r1": False, "r2": False, "r4": True}])
+    online = [path for figures in found.values() for path in figures.get("online", {})]
+    assert len(online) == rotated
+    assert all(getattr(part, "input_rotation", None) for layer in [model] for part in _owners(layer, online))
+    assert difference(before, zoo.outputs(model, zoo.ids_for(model))) < TOLERANCE
+
+
+def _owners(model: torch.nn.Module, online: list[str]) -> list[torch.nn.Module]:
+    found = [part for name, part in model.named_modules() for path in set(online) if name.endswith("." + path)]
+    assert len(found) == len(online)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_a_learned_rotation_leaves_the_function(name: str):
+    model = build(name)
+    before = zoo.outputs(model, zoo.ids_for(model))
+    figures = Blocks(model).apply([{"name": "rotate", "learn": 30}])
+    outside = figures["outside:Rotate"]
+    assert outside["peaks_after"] < outside["peaks_before"]
+    assert difference(before, zoo.outputs(model, zoo.ids_for(model))) < TOLERANCE
+
+
+@pytest.mark.parametrize("settings", [{"learn": -1}, {"learn": 10, "r1": False}])
+def test_settings_that_cannot_be(settings: dict[str, object]):
+    with pytest.raises(SchemeError, match="learn is a number of steps in which r1 is fitted"):
+        Rotate(**settings)

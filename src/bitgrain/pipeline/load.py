@@ -25,6 +25,7 @@ from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
 from bitgrain.runtime.device import resolve_device
+from bitgrain.runtime.online import attach_rotations
 
 
 class QuantizedCheckpoint:
@@ -126,6 +127,7 @@ def load(
 
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), where, dtype)
+    attach_rotations(model, stored.config.get("online_rotations", {}))
     schemes = {name: layer.scheme for name, layer in stored.layers.items()}
     attach_input_quantizers(model, anatomy, schemes, rounding, static=stored.static_inputs())
     return model

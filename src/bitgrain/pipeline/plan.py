@@ -35,6 +35,7 @@ from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.pipeline.plan_text import findings, needs_text, not_by_statistics, read_calibration, statistics_note
 from bitgrain.recipes import Recipe, Scheme
+from bitgrain.recipes.steps import read_step
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNIT_BYTES = 64_000_000
@@ -230,7 +231,7 @@ def make_plan(
     ]
     if not any(planned.layer for planned in layers):
         problems.append("no layer would be quantized")
-    layout, reasons = _choose_layout([p.layer for p in layers if p.layer], problems)
+    layout, reasons = _choose_layout([p.layer for p in layers if p.layer], recipe, problems)
     quantized = {planned.weight.tensor: planned.layer for planned in layers if planned.layer}
     outputs = [
         spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, layout, checkpoint)
@@ -318,10 +319,12 @@ def _plan_layer(
     return PlannedLayer(weight, layer, note)
 
 
-def _choose_layout(layers: Sequence[StoredLayer], problems: list[str]) -> tuple[Layout, list[str]]:
+def _choose_layout(layers: Sequence[StoredLayer], recipe: Recipe, problems: list[str]) -> tuple[Layout, list[str]]:
     """compressed-tensors if it can hold every layer, else bitgrain's own; the reasons why not."""
     first, own = CompressedTensors(), BitgrainLayout()
     reasons = [reason for layer in layers if (reason := first.refusal(layer))]
+    steps = [read_step(step) for step in recipe.transforms]
+    reasons += [f"{step.name} rotates inputs at run time, which others would not do" for step in steps if step.online]
     if not reasons:
         return first, []
     problems.extend(reason for layer in layers if (reason := own.refusal(layer)))

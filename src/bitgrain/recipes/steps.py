@@ -30,6 +30,11 @@ class Step:
     when: str = "always"
     optional: bool = False
 
+    @property
+    def online(self) -> bool:
+        """Whether it leaves something to be computed at run time."""
+        return bool(getattr(self.transform, "r4", False))
+
     def wanted(self, schemes: Iterable[Scheme | None]) -> bool:
         """Whether a model with these schemes of its layers gets the transform."""
         inputs = [scheme.input for scheme in schemes if scheme is not None and scheme.input is not None]

@@ -94,6 +94,7 @@ class BlockView:
     absmax    parameter -> [in] (stacks may have [experts, in]): largest |x| of each input channel over the calibration
               tokens in the full-precision model, as earlier transforms left it: measure again after each transform
     mean_abs  parameter -> the same of mean |x|
+    memory    what the transform itself left in `OutsideView.memory`
     """
 
     module: nn.Module
@@ -105,20 +106,25 @@ class BlockView:
     specs: Mapping[str, tuple[QuantSpec, QuantSpec | None]] = field(default_factory=dict)
     absmax: Mapping[str, Tensor] = field(default_factory=dict)
     mean_abs: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class OutsideView:
     """A model without its blocks as a transform sees it; names are the model's.
 
-    module  the model; its blocks may be on the meta device
-    stream  what was discovered of the residual stream: the embeddings write it, the final norm reads it
-    run     the model's output for a few tokens with the weights that it has now, each block handing on its input
+    module     the model; its blocks may be on the meta device
+    stream     what was discovered of the residual stream: the embeddings write it, the final norm reads it
+    run        the model's output for a few tokens with the weights that it has now, each block handing on its input
+    residuals  float32 [tokens, hidden]: what enters the blocks, calibration tokens of all of them; runs the model once
+    memory     to be filled with what `apply` needs to know of `apply_outside`
     """
 
     module: nn.Module
     stream: Stream
     run: Callable[[], Tensor]
+    residuals: Callable[[], Tensor]
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Transform(Protocol):

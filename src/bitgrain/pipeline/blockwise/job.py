@@ -81,6 +81,8 @@ class _Pass:
         solver = BlockSolver(self.plan, self.stream, self.pool, self.progress.advance)
         outside, told_outside = solver.rewriter.outside()
         first = next((i for i in range(count) if not self.work.has(block_file(i))), count)
+        for index in range(first):
+            solver.rewriter.go_on(index, self.work.record(block_file(index))["transforms"])
         flow = self._start(first)
         if self.plan.recipe.tuning.end_to_end is not None and not self.stream.predicts_tokens:
             raise ModelError(f"{self.plan.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")
@@ -109,12 +111,22 @@ class _Pass:
         if self.plan.recipe.transforms:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
+            told["online_rotations"] = self._rotations(count)
         if self.plan.recipe.tuning.end_to_end is not None:
             tensors, told["tuning"] = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
             self.work.save(TUNED, tensors)
         changed = self._changed(count)
         self.work.save(FINISHED, {}, {**told, "changed": changed} if changed else told)
         self.work.remove(hidden_file(count))
+
+    def _rotations(self, count: int) -> dict[str, dict[str, int]]:
+        """What is to be computed at run time, by the module's path."""
+        found: dict[str, dict[str, int]] = {}
+        for index in range(count):
+            prefix = self.plan.anatomy.block_names[index] + "."
+            for figures in self.work.record(block_file(index)).get("transforms", []):
+                found |= {prefix + path: settings for path, settings in figures.get("online", {}).items()}
+        return found
 
     def _changed(self, count: int) -> list[str]:
         """Tensors that are not quantized, and that transforms or tuning gave other values."""

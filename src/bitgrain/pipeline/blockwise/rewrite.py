@@ -19,10 +19,14 @@ from bitgrain.pipeline.blockwise.runs import observe
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.plan import Plan
 from bitgrain.recipes.steps import read_step
+from bitgrain.runtime.online import attach_rotations, stop_rotating
 from bitgrain.transforms.base import BlockView, OutsideView, Transform
 
 PROBE = (4, 32)
 """Windows, and tokens of each, on which pairs are discovered and proved."""
+RESIDUAL_WINDOWS = 8
+"""Calibration windows on which rotations are learned."""
+_RESIDUALS = 1 << 27  # elements of what enters the blocks that are held
 
 
 class Rewriter:
@@ -33,6 +37,7 @@ class Rewriter:
         self.steps = [read_step(choice) for choice in plan.recipe.transforms]
         self.left_out: list[str] = []
         """Why optional transforms are not applied."""
+        self._memory: dict[Transform, dict[str, Any]] = {}
         assert plan.calibration is not None
         self.probe = plan.calibration.ids[: PROBE[0], : PROBE[1]]
 
@@ -62,6 +67,7 @@ class Rewriter:
                         call = captured.calls[index]
                         self._rewrite([step.transform], index, block, [captured.hidden], [call], captured.hidden, call)
                     finally:
+                        stop_rotating(block)
                         self.stream.free_block(index)
             except (ModelError, NumericsError) as error:
                 reason = str(error).partition("; ")[0]  # the remedy after it is to leave it out
@@ -89,14 +95,36 @@ class Rewriter:
             return output.logits if getattr(output, "logits", None) is not None else output[0]
 
         names = self.plan.anatomy.block_names
+        self._memory.clear()
         before = self._exported(None, self.stream.model)
         told: list[dict[str, Any]] = []
         with single_threaded(), torch.no_grad():
             for transform in wanted:
-                view = OutsideView(self.stream.model, find_outside(self.stream.model, run, names), run)
+                view = OutsideView(
+                    module=self.stream.model,
+                    stream=find_outside(self.stream.model, run, names),
+                    run=run,
+                    residuals=self._residuals,
+                    memory=self._memory.setdefault(transform, {}),
+                )
                 told.append(transform.apply_outside(view))
         after = self._exported(None, self.stream.model)
         return {name: tensor for name, tensor in after.items() if not torch.equal(tensor, before[name])}, told
+
+    def _residuals(self) -> Tensor:
+        """What enters the blocks: of the first calibration windows, as many tokens of each block as may be held."""
+        assert self.plan.calibration is not None
+        ids = self.plan.calibration.ids[:RESIDUAL_WINDOWS]
+        captured = self.stream.capture(ids)
+        hidden, kept = captured.hidden, list[Tensor]()
+        for index in sorted(captured.calls):
+            tokens = hidden.flatten(0, -2)
+            most = max(1, _RESIDUALS // (tokens.shape[-1] * len(captured.calls)))
+            kept.append(tokens[:: -(-len(tokens) // most)].float())
+            block = self.stream.load_block(index)
+            hidden = _output(block, hidden, captured.calls[index])
+            self.stream.free_block(index)
+        return torch.cat(kept)
 
     def block(
         self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call], hidden: Tensor, call: Call
@@ -108,6 +136,11 @@ class Rewriter:
         transforms = [step.transform for step in self.steps]
         return self._rewrite(transforms, index, block, full, calls, hidden, call) if transforms else ({}, [])
 
+    def go_on(self, index: int, told: Sequence[Mapping[str, Any]]) -> None:
+        """Make a block that was rewritten before the job was stopped run as it did, from what `block` told of it."""
+        for figures in told:
+            attach_rotations(self.stream.block(index), figures.get("online", {}))
+
     def _rewrite(
         self,
         transforms: Sequence[Transform],
@@ -118,6 +151,7 @@ class Rewriter:
         hidden: Tensor,
         call: Call,
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        stop_rotating(block)  # of a rehearsal
         before = self._exported(index, block)
         for name, tensor in before.items():
             # NaN is for the solver to report, by the layer's name
@@ -145,6 +179,7 @@ class Rewriter:
                     specs=self._specs(index),
                     absmax=_Half(inputs, 0),
                     mean_abs=_Half(inputs, 1),
+                    memory=self._memory.setdefault(transform, {}),
                 )
                 told.append(transform.apply(view))
         after = self._exported(index, block)

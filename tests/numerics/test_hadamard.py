@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitgrain.transforms.hadamard import Rotation, paley
+from bitgrain.numerics.hadamard import Rotation, paley
 
 PALEY = [4, 8, 12, 20, 24, 28, 36, 44, 48, 52, 60, 68, 76, 84, 100, 108, 140]
 
