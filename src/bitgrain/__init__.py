@@ -8,6 +8,7 @@ bitgrain.inspect("MODEL")                       ranges, outliers, what each gran
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
 bitgrain.quantize_tensor(w, "NVFP4")            one tensor
+bitgrain.KVCache("kivi-int4", config)           keys and values in few bits, for generate
 """
 
 from importlib import import_module
@@ -17,11 +18,23 @@ from typing import TYPE_CHECKING, Any
 from bitgrain.errors import BitgrainError
 
 if TYPE_CHECKING:
-    from bitgrain.api import calibrate, evaluate, inspect, load, plan, quantize, quantize_, quantize_tensor, verify
+    from bitgrain.api import (
+        KVCache,
+        calibrate,
+        evaluate,
+        inspect,
+        load,
+        plan,
+        quantize,
+        quantize_,
+        quantize_tensor,
+        verify,
+    )
 
 __version__ = version("bitgrain")
 __all__ = [
     "BitgrainError",
+    "KVCache",
     "__version__",
     "calibrate",
     "evaluate",

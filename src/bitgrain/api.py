@@ -12,7 +12,7 @@ from torch import nn
 from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.errors import RecipeError
 from bitgrain.evaluation.inspection.job import inspect_model as inspect
-from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model
+from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
 from bitgrain.pipeline.load import load
@@ -25,10 +25,12 @@ from bitgrain.pipeline.verify import Check, verify
 from bitgrain.progress import Progress, make_progress
 from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
 from bitgrain.runtime.device import resolve_device
+from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme
 
 __all__ = [
     "Calibrated",
     "Check",
+    "KVCache",
     "calibrate",
     "evaluate",
     "inspect",
@@ -219,6 +221,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     batch_size: int = 4,
     special_tokens: bool = False,
+    kv_cache: str | CacheScheme | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -228,8 +231,45 @@ def evaluate(
     tokenizer       the folder of the tokenizer; needed when `model` is a module
     seqlen, windows tokens in a window; how many windows at most (None: all)
     special_tokens  begin the text with what the tokenizer adds, as most published perplexities do
-    Raises TextError, ModelError, CheckpointError, NumericsError.
+    kv_cache        how `model` keeps keys and values of the past (`runtime.kv_cache.SCHEMES`)
+    Raises TextError, ModelError, CheckpointError, NumericsError, SchemeError.
     """
+    (found,) = evaluate_caches(
+        model,
+        [kv_cache],
+        text=text,
+        against=against,
+        tokenizer=tokenizer,
+        seqlen=seqlen,
+        windows=windows,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        special_tokens=special_tokens,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return found
+
+
+def evaluate_caches(
+    model: str | Path | nn.Module,
+    kv_caches: Sequence[str | CacheScheme | None],
+    *,
+    text: str | Path,
+    against: str | Path | nn.Module | BaseReference | None = None,
+    tokenizer: str | Path | None = None,
+    seqlen: int = 512,
+    windows: int | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    batch_size: int = 4,
+    special_tokens: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """`evaluate` with several caches in turn; None: without. Of several, the base is run once if its logits fit."""
+    schemes = [None if one is None else get_cache_scheme(one) for one in kv_caches]
     folder = tokenizer if tokenizer is not None else (model if not isinstance(model, nn.Module) else None)
     if folder is None:
         raise RecipeError("a module brings no tokenizer: pass tokenizer=FOLDER")
@@ -246,4 +286,9 @@ def evaluate(
     vocab = getattr(getattr(module, "config", None), "vocab_size", None)
     ids = token_windows(words, content, seqlen, windows, vocab_size=vocab, special_tokens=special_tokens)
     base = against if isinstance(against, BaseReference) or against is None else get(against)
-    return evaluate_model(module, ids, base=base, device=where, batch_size=batch_size, progress=progress)
+    if isinstance(base, nn.Module) and len(schemes) > 1:
+        base = record_base(base, ids, device=where, batch_size=batch_size, progress=progress)
+    return [
+        evaluate_model(module, ids, base=base, device=where, batch_size=batch_size, kv_cache=scheme, progress=progress)
+        for scheme in schemes
+    ]

@@ -36,6 +36,17 @@ def test_json(run, model: Path):
     assert len(ran.json["shards"]) > 1
 
 
+def test_how_long_a_context_fits(run, model: Path):
+    ran = run("plan", model, "--scheme", "W4A16", "--kv-memory", "10MB")
+    assert ran.status == 0
+    table = ran.out.split("context that fits into 10.0 MB")[1].splitlines()[2:]
+    tokens = {line.split()[0]: int("".join(line.split()[3:])) for line in table if line}
+    assert tokens["int2"] > tokens["int4"] > tokens["int8"]
+    assert tokens["kivi-int4"] > 2 * tokens[next(iter(tokens))]
+    ran = run("plan", model, "--scheme", "W4A16", "--kv-memory", "10MB", "--json")
+    assert {one["name"]: one["tokens"] for one in ran.json["contexts"]} == tokens
+
+
 def test_problems_are_status_1_and_name_the_remedy(run, shared: Path):
     model = shared / "models" / "stories260k"
     ran = run("plan", model, "-s", "W4A16")

@@ -23,6 +23,7 @@ from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.errors import ModelError, NumericsError, TextError
 from bitgrain.evaluation import language
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
+from bitgrain.runtime.kv_cache import get_cache_scheme
 
 VOCAB = 11
 
@@ -370,3 +371,38 @@ def test_trained_model_against_the_slow_twin(shared: Path):
     result = figures(evaluate_model(model, windows, base=reference, batch_size=2))
     assert result == pytest.approx(slow_twin(model, base, windows), rel=1e-4)
     assert 0.005 < result["kl"] < 0.2
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_through_a_cache_of_keys_and_values():
+    model, windows = llama(), random_windows(3, 100, 50)
+    names = ("int8", "int2", "kivi-int2")
+    found = {one: evaluate_model(model, windows, base=model, kv_cache=get_cache_scheme(one)) for one in names}
+    assert 0 < found["int8"].kl < found["int2"].kl
+    assert 0 < found["kivi-int2"].kl < found["int2"].kl
+    plain = evaluate_model(model, windows, base=model)
+    assert found["int8"].base_perplexity == plain.perplexity
+    with pytest.raises(ModelError, match="is not of transformers: it has no KV cache"):
+        evaluate_model(Bigram(random_table(0)), random_windows(), kv_cache=get_cache_scheme("int8"))
+
+
+def test_a_model_that_does_not_use_the_cache():
+    class Forgetful(LlamaForCausalLM):
+        def forward(self, input_ids, **_):
+            return super().forward(input_ids=input_ids, use_cache=False)
+
+    with pytest.raises(ModelError, match="does not use the cache that it is given"):
+        evaluate_model(Forgetful(llama().config).eval(), random_windows(2, 40, 50), kv_cache=get_cache_scheme("int8"))

@@ -15,6 +15,12 @@ from bitgrain.cli.terminal import check_json_target, hide_download_bars, make_co
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "OUT")
     parser.add_argument("--against", metavar="MODEL", help="the original, to compare with")
+    parser.add_argument(
+        "--kv-cache",
+        nargs="+",
+        metavar="S",
+        help="keep keys and values as S says (int8, int4, int2, kivi-int4, kivi-int2, fp8); several make a table",
+    )
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, or a folder of .txt and .md files")
     parser.add_argument("--seqlen", type=parse_count, default=512, metavar="L", help="tokens in a window; default 512")
     parser.add_argument("--windows", type=parse_count, metavar="N", help="at most N windows; default all of the text")
@@ -37,12 +43,15 @@ def run(args: argparse.Namespace) -> int:
         hide_download_bars()
     from bitgrain import api
     from bitgrain.progress import make_progress
-    from bitgrain.report.evaluation import render_evaluation
+    from bitgrain.report.evaluation import render_caches, render_evaluation
 
-    found = api.evaluate(
+    caches: list[str] = args.kv_cache or []
+    found = api.evaluate_caches(
         args.out,
+        caches or [None],
         text=args.text,
-        against=args.against,
+        # a cache alone is measured against the same model without it
+        against=args.out if caches and args.against is None else args.against,
         seqlen=args.seqlen,
         windows=args.windows,
         device=args.device,
@@ -52,8 +61,11 @@ def run(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
         progress=make_progress("quiet" if only_json else "rich"),
     )
-    if not only_json:
-        render_evaluation(found, make_console(), model=args.out, against=args.against, text=args.text)
+    if not only_json and caches:
+        render_caches(dict(zip(caches, found, strict=True)), make_console(), model=args.out, text=args.text)
+    elif not only_json:
+        render_evaluation(found[0], make_console(), model=args.out, against=args.against, text=args.text)
     if args.json is not None:
-        write_json(found.to_json(), args.json)
+        data = {name: one.to_json() for name, one in zip(caches, found, strict=True)} if caches else found[0].to_json()
+        write_json(data, args.json)
     return 0

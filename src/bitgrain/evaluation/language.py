@@ -29,6 +29,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from bitgrain.errors import ModelError, NumericsError, TextError
 from bitgrain.progress import Progress, QuietProgress
+from bitgrain.runtime.kv_cache import CacheScheme, KVCache
 
 __all__ = ["BaseReference", "Evaluation", "evaluate_model", "evaluation_mode", "locate", "record_base"]
 
@@ -117,12 +118,14 @@ def evaluate_model(
     base: nn.Module | BaseReference | None = None,
     device: torch.device | str | None = None,
     batch_size: int = 4,
+    kv_cache: CacheScheme | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a causal language model on windows int64 [n, L], on its own or against a base.
 
     Models are moved to `device` if it is given and stay there; None uses each where it is. `batch_size` is an
-    upper bound: it is lowered until the logits of a batch stay below `LOGIT_BYTES`.
+    upper bound: it is lowered until the logits of a batch stay below `LOGIT_BYTES`. kv_cache: through which the model
+    (not the base) sees the past, as it would be token by token: in pieces of the tokens that are rounded together.
 
     Raises ModelError: not a causal language model, or the two have different vocabularies. NumericsError: logits
     with NaN or infinity (names the model and the window). TextError: windows that the model cannot read, or that
@@ -140,7 +143,7 @@ def evaluate_model(
     agree = 0
     rerun = base_model is not None and (reference is None or reference.logits is None)
     with _reporting(progress, windows, "evaluate"), evaluation_mode(model), evaluation_mode(base_model):
-        runner = _Runner(model, "quantized" if base is not None else "measured", windows, device)
+        runner = _Runner(model, "quantized" if base is not None else "measured", windows, device, kv_cache=kv_cache)
         base_runner = None if base_model is None else _Runner(base_model, "base", windows, device, load=rerun)
         if base_runner is not None:
             _check_same_vocabulary(base_runner.vocab_size, runner.vocab_size)
@@ -186,8 +189,10 @@ class _Runner:
         windows: Tensor,
         device: torch.device | str | None,
         load: bool = True,
+        kv_cache: CacheScheme | None = None,
     ) -> None:
         self.model = model
+        self.kv_cache = kv_cache
         self.name = f"the {role} model"
         self.windows = windows
         self.vocab_size = _count_ids(model)
@@ -201,6 +206,8 @@ class _Runner:
     def check(self) -> None:
         config: Any = getattr(self.model, "config", None)
         _check_causal(self.model, config, self.name)
+        if self.kv_cache is not None and not hasattr(config, "get_text_config"):
+            raise ModelError(f"{self.name} ({type(self.model).__name__}) is not of transformers: it has no KV cache")
         windows = self.windows
         if windows.ndim != 2 or windows.dtype != torch.int64 or len(windows) < 1 or windows.shape[1] < 2:
             raise TextError(
@@ -233,16 +240,30 @@ class _Runner:
         ids = ids.to(self.device)
         self._wait()
         began = time.perf_counter()
-        output = self.model(input_ids=ids, **self._options)
+        if self.kv_cache is None:
+            output = self.model(input_ids=ids, **self._options)
+            logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        else:
+            logits = self._through_cache(ids, self.kv_cache)
         self._wait()
         self._timings.append((ids.numel(), time.perf_counter() - began))
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
             raise ModelError(
                 f"{self.name} ({type(self.model).__name__}) gives no logits for each token, so it has no perplexity: "
                 "load a causal language model, or measure an encoder by its embeddings (evaluate.embeddings)"
             )
         return logits
+
+    def _through_cache(self, ids: Tensor, scheme: CacheScheme) -> Tensor | None:
+        at_once = scheme.step == 1 and scheme.recent == 0
+        config: Any = getattr(self.model, "config", None)
+        cache, found = KVCache(scheme, config), list[Tensor]()
+        for part in ids.split(ids.shape[1] if at_once else scheme.step, dim=1):
+            output = self.model(input_ids=part, past_key_values=cache, use_cache=True)
+            found.append(output.logits)
+        if cache.get_seq_length() != ids.shape[1]:
+            raise ModelError(f"{self.name} ({type(self.model).__name__}) does not use the cache that it is given")
+        return torch.cat(found, dim=1)
 
     def log_softmax(self, logits: Tensor, window: int, start: int) -> Tensor:
         """float32 [positions, V].

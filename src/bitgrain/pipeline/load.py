@@ -25,6 +25,7 @@ from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
 from bitgrain.runtime.device import resolve_device
+from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.online import attach_rotations
 
 
@@ -96,13 +97,27 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     rounding: Rounding = "vllm",
+    kv_cache: str | CacheScheme | None = None,
 ) -> nn.Module:
     """A transformers model in eval mode with the weights of a checkpoint that bitgrain wrote, dequantized.
 
+    kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too.
     rounding: whose arithmetic quantized activations follow, vLLM's kernels or transformers with compressed-tensors.
     dtype None: as in the checkpoint. A checkpoint that is not quantized loads as it is.
-    Raises ModelError (no such model), CheckpointError (damaged or not ours).
+    Raises ModelError (no such model), CheckpointError (damaged or not ours), SchemeError (no such cache).
     """
+    model = _load(folder, device, dtype, trust_remote_code, rounding)
+    if kv_cache is not None:
+        scheme = get_cache_scheme(kv_cache)
+        config = model.config
+        KVCache(scheme, config)  # what cannot be is said now
+        use_cache(model, lambda: KVCache(scheme, config))
+    return model
+
+
+def _load(
+    folder: str | Path, device: str, dtype: torch.dtype | None, trust_remote_code: bool, rounding: Rounding
+) -> nn.Module:
     source = resolve_model(folder)
     config = load_config(source, trust_remote_code, drop_quantization=True)
     skeleton = build_skeleton(config, trust_remote_code)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from rich.console import Console
 
 from bitgrain.evaluation.language import Evaluation
-from bitgrain.report.tables import count_text, facts, percent_text, say
+from bitgrain.report.tables import count_text, facts, new_table, percent_text, say, show, table_row
 
-__all__ = ["render_evaluation", "rise_text"]
+__all__ = ["render_caches", "render_evaluation", "rise_text"]
 
 
 def render_evaluation(found: Evaluation, console: Console, *, model: str, against: str | None, text: str) -> None:
@@ -29,6 +30,25 @@ def render_evaluation(found: Evaluation, console: Console, *, model: str, agains
         pairs.append(("same top-1 token", percent_text(found.top1)))
     pairs.append(("speed", f"{count_text(found.tokens_per_s)} tokens/s, forward pass"))
     facts(console, pairs)
+
+
+def render_caches(found: Mapping[str, Evaluation], console: Console, *, model: str, text: str) -> None:
+    """Print what each KV cache scheme costs, a line each; the names as the user wrote them."""
+    first = next(iter(found.values()))
+    say(console, f"{model} with quantized keys and values", "bold")
+    say(console, f"{first.windows} windows of {first.seqlen} tokens of {text}", "dim")
+    say(console)
+    columns = ("perplexity", "rise", "KL divergence", "99th percentile", "same top-1")
+    table = new_table(console, "kv cache", *columns, right=columns)
+    for name, one in found.items():
+        assert one.base_perplexity is not None
+        assert one.kl is not None
+        assert one.kl_p99 is not None
+        assert one.top1 is not None
+        rise = rise_text(one.perplexity, one.base_perplexity)
+        figures = (_number(one.perplexity), rise, _number(one.kl), _number(one.kl_p99), percent_text(one.top1))
+        table_row(table, name, *figures)
+    show(console, table)
 
 
 def rise_text(perplexity: float, base: float) -> str:

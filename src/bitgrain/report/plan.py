@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from bitgrain.checkpoints.disk_space import format_bytes
+from bitgrain.pipeline.context import Context
 from bitgrain.pipeline.engines import Verdict
 from bitgrain.pipeline.plan import Plan, PlannedLayer
 from bitgrain.recipes import OnIndivisible
 from bitgrain.report.names import Group, few_names, group_names
 from bitgrain.report.tables import count_text, facts, new_table, percent_text, say, show, table_row
 
-__all__ = ["engine_lines", "problem_lines", "render_plan", "render_short_plan"]
+__all__ = ["engine_lines", "problem_lines", "render_contexts", "render_plan", "render_short_plan"]
 
 LayerKey = tuple[str, str]
 """Shape and scheme of a layer, as they are shown."""
@@ -65,6 +66,20 @@ def render_plan(plan: Plan, console: Console, *, all_layers: bool = False) -> No
         say(console, "this cannot be done as asked:", "bold red")
         for line in problem_lines(plan):
             say(console, f"- {line}", indent="  ")
+
+
+def render_contexts(contexts: Sequence[Context], memory: int, console: Console) -> None:
+    """Print how long a context fits into `memory` bytes."""
+    say(console)
+    say(console, f"context that fits into {format_bytes(memory)} of keys and values, for one text", "bold")
+    table = new_table(console, "kv cache", "1000 tokens", "tokens", right=("1000 tokens", "tokens"))
+    for one in contexts:
+        if one.refusal:
+            table_row(table, one.name, "", one.refusal, style="dim")
+        else:
+            tokens = "any number" if one.tokens is None else f"{one.tokens:,}".replace(",", " ")
+            table_row(table, one.name, format_bytes(one.bytes_1000), tokens)
+    show(console, table)
 
 
 def render_short_plan(plan: Plan, console: Console) -> None:

@@ -1,0 +1,61 @@
+"""What each layer of a model keeps of the past, found by running its skeleton, which holds no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from bitgrain.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Past:
+    """One layer's keys and values: heads, channels of each, and the tokens of its window (None: all)."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    window: int | None
+
+    def tokens(self, seen: int) -> int:
+        """How many it holds of so many tokens."""
+        return seen if self.window is None else min(seen, self.window - 1)
+
+
+def find_past(skeleton: nn.Module) -> tuple[Past, ...]:
+    """The layers that keep keys and values, in their order; `skeleton` from `build_skeleton`.
+
+    Raises ModelError for a model that cannot be run on a few tokens without weights.
+    """
+    config: Any = skeleton.config
+    cache = DynamicCache(config=config)
+    experts = [one for one in skeleton.modules() if any(p.ndim == 3 for p in one.parameters(recurse=False))]
+    for module in experts:  # which expert runs depends on numbers, and there are none; shapes stay as they are
+        module.forward = _hand_on  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            skeleton(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True
+            )
+    except (TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ModelError(f"{type(skeleton).__name__} cannot be run without weights ({error})") from error
+    finally:
+        for module in experts:
+            del module.forward
+    return tuple(_past(layer) for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.is_initialized)
+
+
+def _hand_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden
+
+
+def _past(layer: CacheLayerMixin) -> Past:
+    keys, values = layer.keys, layer.values
+    assert keys is not None
+    assert values is not None
+    window = int(getattr(layer, "sliding_window", 0)) or None
+    return Past(keys.shape[1], keys.shape[-1], values.shape[-1], window)

@@ -1,0 +1,6 @@
+"""Quantized caches of keys and values."""
+
+from bitgrain.runtime.kv_cache.cache import KVCache, use_cache
+from bitgrain.runtime.kv_cache.schemes import SCHEMES, CacheScheme, get_cache_scheme
+
+__all__ = ["SCHEMES", "CacheScheme", "KVCache", "get_cache_scheme", "use_cache"]

@@ -1,0 +1,94 @@
+"""A cache of quantized keys and values for any transformers model that keeps them in layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from bitgrain.errors import ModelError, SchemeError
+from bitgrain.runtime.kv_cache.layers import QuantizedLayer, QuantizedSlidingLayer
+from bitgrain.runtime.kv_cache.schemes import CacheScheme, get_cache_scheme
+
+Scales = Sequence[tuple[Tensor, Tensor]]
+"""For each layer, the static scales of keys and values."""
+
+
+class KVCache(Cache):
+    """Pass it as `past_key_values` to a model's `forward` or `generate`; one for each text or batch.
+
+    scheme  a name of `schemes.SCHEMES`, or a CacheScheme
+    config  the model's: which layers have a window, and which hold no keys at all, stands there
+    scales  of static schemes; without them they are 1
+    Batches, padding, beams, windows, `crop`, `reorder_cache` and going on with a text work as with transformers' own.
+    Raises SchemeError for an unknown scheme, and for a model with layers of a kind that cannot be quantized.
+    """
+
+    def __init__(self, scheme: str | CacheScheme, config: Any, scales: Scales | None = None) -> None:
+        self.scheme = get_cache_scheme(scheme)
+        super().__init__(layers=quantized_layers(self.scheme, config, scales))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all keys and values that are held, quantized or not yet."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Raises ModelError for a layer that the config does not tell of."""
+        if layer_idx >= len(self.layers):
+            raise ModelError(
+                f"this cache has {len(self.layers)} layers, the model asks for number {layer_idx}: it was made for "
+                "another model"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def quantized_layers(scheme: CacheScheme, config: Any, scales: Scales | None = None) -> list[Any]:
+    """What takes the place of transformers' layers for this config. Raises SchemeError, see `KVCache`."""
+    plain = DynamicCache(config=config).layers
+    if scales is not None and len(scales) != len(plain):
+        raise ModelError(f"there are scales of {len(scales)} layers for a model of {len(plain)}")
+    found: list[Any] = []
+    for index, layer in enumerate(plain):
+        given = None if scales is None else scales[index]
+        if type(layer) is DynamicLayer:
+            found.append(QuantizedLayer(scheme, given))
+        elif type(layer) is DynamicSlidingWindowLayer:
+            found.append(QuantizedSlidingLayer(scheme, layer.sliding_window, given))
+        elif isinstance(layer, CacheLayerMixin):
+            kind = type(layer).__name__
+            raise SchemeError(f"layer {index} keeps its past in a {kind}, which this version cannot quantize")
+        else:  # no keys and values: convolutions, recurrences, layers that share those of others
+            found.append(layer)
+    return found
+
+
+def use_cache(model: nn.Module, make: Callable[[], KVCache]) -> None:
+    """From now on `model` (of transformers) fills caches as `make` gives them wherever it would fill a plain one.
+
+    An empty DynamicCache that is passed to it, as `generate` does, gets our layers.
+    """
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = kwargs.get("past_key_values")
+        wanted = kwargs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(model.config, "use_cache", True)
+        if given is None and wanted and not model.training:
+            kwargs = {**kwargs, "past_key_values": make()}
+        elif type(given) is DynamicCache and not any(getattr(one, "is_initialized", True) for one in given.layers):
+            given.layers = make().layers
+            given.layer_class_to_replicate = None
+        return args, kwargs
+
+    model.register_forward_pre_hook(before, with_kwargs=True)

@@ -1,0 +1,163 @@
+"""Layers of transformers' Cache that hold quantized keys and values: with a past of any length, and of a window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from bitgrain.errors import ModelError, SchemeError
+from bitgrain.runtime.kv_cache.held import Held
+from bitgrain.runtime.kv_cache.schemes import CacheScheme
+
+
+class QuantizedLayer(DynamicLayer):
+    """In place of transformers' DynamicLayer. `scales`: (keys, values) [1, 1] float32 of a static scheme."""
+
+    def __init__(self, scheme: CacheScheme, scales: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        key, value = scales or (_one(scheme.keys.dynamic), _one(scheme.values.dynamic))
+        self.held_keys = Held(scheme.keys, recent=scheme.recent, step=scheme.step, scale=key)
+        self.held_values = Held(scheme.values, recent=scheme.recent, step=scheme.step, scale=value)
+        self._shape: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the keys and values that are held."""
+        return self.held_keys.nbytes + self.held_values.nbytes
+
+    @property
+    def allocated(self) -> int:
+        """The same with the memory that is taken for tokens to come."""
+        return self.held_keys.allocated + self.held_values.allocated
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raises SchemeError for heads that the scheme's groups do not divide."""
+        for states in (key_states, value_states):
+            reason = self.scheme.indivisible(states.shape[-1])
+            if reason:
+                raise SchemeError(f"{reason}; use int8, int4 or int2")
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._shape = (*key_states.shape[:2], key_states.shape[-1])
+        # what transformers looks at: the dtype and device of keys and values that are not here
+        self.keys = key_states.new_empty(key_states.shape[0], key_states.shape[1], 0, key_states.shape[-1])
+        self.values = value_states.new_empty(value_states.shape[0], value_states.shape[1], 0, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values [batch, heads, tokens, size]; returns all, as `Held.append`.
+
+        Raises ModelError for tokens of another shape than those that are held.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        given = (*key_states.shape[:2], key_states.shape[-1])
+        if given != self._shape:
+            raise ModelError(
+                f"this cache holds keys [batch, heads, size] {list(self._shape or ())} and is given {list(given)}: it "
+                "belongs to another model or batch; make a new one"
+            )
+        return self.held_keys.append(key_states), self.held_values.append(value_states)
+
+    def get_seq_length(self) -> int:
+        return self.held_keys.tokens
+
+    def reset(self) -> None:
+        self.held_keys.clear()
+        self.held_values.clear()
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the number of tokens to remove as a negative number")
+        for held in (self.held_keys, self.held_values):
+            held.crop(min(-tokens_to_remove, held.tokens))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero().flatten()
+            self._for_batch(len(indices))
+            self.held_keys.select(indices)
+            self.held_values.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            assert self.keys is not None
+            self._for_batch(repeats * self.keys.shape[0])
+            self.held_keys.repeat(repeats)
+            self.held_values.repeat(repeats)
+
+    def offload(self) -> None:
+        self.held_keys.to("cpu")
+        self.held_values.to("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.held_keys.to(self.device)
+            self.held_values.to(self.device)
+
+    def _for_batch(self, batch: int) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        assert self._shape is not None
+        self.keys = self.keys.new_empty(batch, *self.keys.shape[1:])
+        self.values = self.values.new_empty(batch, *self.values.shape[1:])
+        self._shape = (batch, *self._shape[1:])
+
+
+class QuantizedSlidingLayer(QuantizedLayer):
+    """In place of DynamicSlidingWindowLayer: what the window has left is dropped, block by block."""
+
+    is_sliding = True
+    get_mask_sizes = DynamicSlidingWindowLayer.get_mask_sizes
+
+    def __init__(self, scheme: CacheScheme, sliding_window: int, scales: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__(scheme, scales)
+        self.sliding_window = sliding_window
+        self.cumulative_length = 0
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Drop nothing before the next `crop`."""
+        self.record_past = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.cumulative_length += key_states.shape[-2]
+        keys, values = super().update(key_states, value_states)
+        seen = self.sliding_window - 1 + key_states.shape[-2]
+        if not self.record_past:
+            self._shrink()
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.cumulative_length >= self.sliding_window and not self.record_past:
+            raise RuntimeError("tokens that the window has left are gone: call activate_past_recording before crop")
+        super().crop(tokens_to_remove)
+        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        for held in (self.held_keys, self.held_values):
+            held.drop_oldest(max(0, held.tokens - self.sliding_window + 1))
+
+
+def _one(dynamic: bool) -> Tensor | None:
+    return None if dynamic else torch.ones(1, 1)
