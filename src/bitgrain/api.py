@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bitgrain.pipeline.statistics import Calibrated, run_calibration
 from bitgrain.pipeline.verify import Check, verify
 from bitgrain.progress import Progress, make_progress
 from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
+from bitgrain.runtime.attention import AttentionScheme, attention_of, get_attention_scheme
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme
 
@@ -222,6 +224,7 @@ def evaluate(
     batch_size: int = 4,
     special_tokens: bool = False,
     kv_cache: str | CacheScheme | None = None,
+    attention: str | AttentionScheme | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -232,11 +235,12 @@ def evaluate(
     seqlen, windows tokens in a window; how many windows at most (None: all)
     special_tokens  begin the text with what the tokenizer adds, as most published perplexities do
     kv_cache        how `model` keeps keys and values of the past (`runtime.kv_cache.SCHEMES`)
+    attention       how it multiplies Q, K, P and V (`runtime.attention.SCHEMES`)
     Raises TextError, ModelError, CheckpointError, NumericsError, SchemeError.
     """
-    (found,) = evaluate_caches(
+    (found,) = evaluate_variants(
         model,
-        [kv_cache],
+        [Variant(kv_cache, attention)],
         text=text,
         against=against,
         tokenizer=tokenizer,
@@ -252,9 +256,17 @@ def evaluate(
     return found
 
 
-def evaluate_caches(
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a model: with quantized keys and values, or quantized attention, or both."""
+
+    kv_cache: str | CacheScheme | None = None
+    attention: str | AttentionScheme | None = None
+
+
+def evaluate_variants(
     model: str | Path | nn.Module,
-    kv_caches: Sequence[str | CacheScheme | None],
+    variants: Sequence[Variant],
     *,
     text: str | Path,
     against: str | Path | nn.Module | BaseReference | None = None,
@@ -268,8 +280,9 @@ def evaluate_caches(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
-    """`evaluate` with several caches in turn; None: without. Of several, the base is run once if its logits fit."""
-    schemes = [None if one is None else get_cache_scheme(one) for one in kv_caches]
+    """`evaluate` of several variants in turn. Of several, the base is run once if its logits fit into memory."""
+    caches = [None if one.kv_cache is None else get_cache_scheme(one.kv_cache) for one in variants]
+    attentions = [None if one.attention is None else get_attention_scheme(one.attention) for one in variants]
     folder = tokenizer if tokenizer is not None else (model if not isinstance(model, nn.Module) else None)
     if folder is None:
         raise RecipeError("a module brings no tokenizer: pass tokenizer=FOLDER")
@@ -286,9 +299,14 @@ def evaluate_caches(
     vocab = getattr(getattr(module, "config", None), "vocab_size", None)
     ids = token_windows(words, content, seqlen, windows, vocab_size=vocab, special_tokens=special_tokens)
     base = against if isinstance(against, BaseReference) or against is None else get(against)
-    if isinstance(base, nn.Module) and len(schemes) > 1:
+    if isinstance(base, nn.Module) and len(variants) > 1:
         base = record_base(base, ids, device=where, batch_size=batch_size, progress=progress)
-    return [
-        evaluate_model(module, ids, base=base, device=where, batch_size=batch_size, kv_cache=scheme, progress=progress)
-        for scheme in schemes
-    ]
+    found: list[Evaluation] = []
+    for cache, attention in zip(caches, attentions, strict=True):
+        with attention_of(module, attention):
+            found.append(
+                evaluate_model(
+                    module, ids, base=base, device=where, batch_size=batch_size, kv_cache=cache, progress=progress
+                )
+            )
+    return found

@@ -42,26 +42,29 @@ def test_alone_as_json_on_stdout(run, quantized: Path, text: Path):
 
 def test_infinite_figures_are_null(run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
     found = Evaluation(math.inf, 2.0, math.inf, math.nan, 0.5, 10.0, 64, 1, 64)
-    monkeypatch.setattr("bitgrain.api.evaluate_caches", lambda *_, **__: [found])
+    monkeypatch.setattr("bitgrain.api.evaluate_variants", lambda *_, **__: [found])
     ran = run("eval", model, "--against", model, "--text", text, "--json", "-")
     assert (ran.json["perplexity"], ran.json["kl"], ran.json["kl_p99"]) == (None, None, None)
     assert "beyond float64" in run("eval", model, "--against", model, "--text", text).out
 
 
-def test_caches_make_a_table(run, model: Path, text: Path, tmp_path: Path):
+def test_caches_and_attention_make_a_table(run, model: Path, text: Path, tmp_path: Path):
     file = tmp_path / "figures.json"
     options = ("--text", text, "--seqlen", "96", "--windows", "3", "--json", file)
-    ran = run("eval", model, "--kv-cache", "int8", "kivi-int2", *options)
+    ran = run("eval", model, "--kv-cache", "int8", "kivi-int2", "--attention", "int8-fp8", *options)
     assert ran.status == 0
     figures = json.loads(file.read_text())
-    assert list(figures) == ["int8", "kivi-int2"]
-    assert set(figures["int8"]) == KEYS
-    assert 0 < figures["int8"]["kl"] < figures["kivi-int2"]["kl"]
-    lines = [line.split() for line in ran.out.splitlines()]
-    assert [line[0] for line in lines if line and line[0] in figures] == ["int8", "kivi-int2"]
+    assert list(figures) == ["kv cache int8", "kv cache kivi-int2", "attention int8-fp8"]
+    assert set(figures["kv cache int8"]) == KEYS
+    assert 0 < figures["kv cache int8"]["kl"] < figures["kv cache kivi-int2"]["kl"]
+    assert 0 < figures["attention int8-fp8"]["kl"] < 0.01
+    assert [name for line in ran.out.splitlines() for name in figures if line.startswith(name)] == list(figures)
     ran = run("eval", model, "--kv-cache", "int5", "--text", text)
     assert ran.status == 1
     assert "unknown KV cache scheme 'int5'; did you mean int" in ran.err
+    ran = run("eval", model, "--attention", "fp8", "--text", text)
+    assert ran.status == 1
+    assert "unknown attention scheme 'fp8'" in ran.err
 
 
 def test_special_tokens_reach_the_windows(run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
@@ -71,7 +74,7 @@ def test_special_tokens_reach_the_windows(run, model: Path, text: Path, monkeypa
         seen.append(special_tokens)
         return [Evaluation(2.0, None, None, None, None, 10.0, 64, 1, 64)]
 
-    monkeypatch.setattr("bitgrain.api.evaluate_caches", evaluate)
+    monkeypatch.setattr("bitgrain.api.evaluate_variants", evaluate)
     run("eval", model, "--text", text)
     run("eval", model, "--text", text, "--special-tokens")
     assert seen == [False, True]

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="keep keys and values as S says (int8, int4, int2, kivi-int4, kivi-int2, fp8); several make a table",
     )
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        metavar="S",
+        help="multiply Q, K, P, V as S says (int8, int8-tile, int8-int8, int8-fp8, int4-fp8); likewise",
+    )
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, or a folder of .txt and .md files")
     parser.add_argument("--seqlen", type=parse_count, default=512, metavar="L", help="tokens in a window; default 512")
     parser.add_argument("--windows", type=parse_count, metavar="N", help="at most N windows; default all of the text")
@@ -43,15 +49,16 @@ def run(args: argparse.Namespace) -> int:
         hide_download_bars()
     from bitgrain import api
     from bitgrain.progress import make_progress
-    from bitgrain.report.evaluation import render_caches, render_evaluation
+    from bitgrain.report.evaluation import render_evaluation, render_variants
 
-    caches: list[str] = args.kv_cache or []
-    found = api.evaluate_caches(
+    variants = {f"kv cache {name}": api.Variant(kv_cache=name) for name in args.kv_cache or ()}
+    variants |= {f"attention {name}": api.Variant(attention=name) for name in args.attention or ()}
+    found = api.evaluate_variants(
         args.out,
-        caches or [None],
+        list(variants.values()) or [api.Variant()],
         text=args.text,
-        # a cache alone is measured against the same model without it
-        against=args.out if caches and args.against is None else args.against,
+        # what is run in another way is measured against the same model run plainly
+        against=args.out if variants and args.against is None else args.against,
         seqlen=args.seqlen,
         windows=args.windows,
         device=args.device,
@@ -61,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
         progress=make_progress("quiet" if only_json else "rich"),
     )
-    if not only_json and caches:
-        render_caches(dict(zip(caches, found, strict=True)), make_console(), model=args.out, text=args.text)
+    if not only_json and variants:
+        render_variants(dict(zip(variants, found, strict=True)), make_console(), model=args.out, text=args.text)
     elif not only_json:
         render_evaluation(found[0], make_console(), model=args.out, against=args.against, text=args.text)
     if args.json is not None:
-        data = {name: one.to_json() for name, one in zip(caches, found, strict=True)} if caches else found[0].to_json()
-        write_json(data, args.json)
+        each = {name: one.to_json() for name, one in zip(variants, found, strict=False)}
+        write_json(each or found[0].to_json(), args.json)
     return 0

@@ -24,6 +24,7 @@ from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
+from bitgrain.runtime.attention import AttentionScheme, set_attention
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.online import attach_rotations
@@ -98,13 +99,16 @@ def load(
     trust_remote_code: bool = False,
     rounding: Rounding = "vllm",
     kv_cache: str | CacheScheme | None = None,
+    attention: str | AttentionScheme | None = None,
 ) -> nn.Module:
     """A transformers model in eval mode with the weights of a checkpoint that bitgrain wrote, dequantized.
 
     kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too.
+    attention: how Q, K, P and V are multiplied (`runtime.attention.SCHEMES`).
     rounding: whose arithmetic quantized activations follow, vLLM's kernels or transformers with compressed-tensors.
     dtype None: as in the checkpoint. A checkpoint that is not quantized loads as it is.
-    Raises ModelError (no such model), CheckpointError (damaged or not ours), SchemeError (no such cache).
+    Raises ModelError (no such model), CheckpointError (damaged or not ours), SchemeError (no such cache or
+    attention).
     """
     model = _load(folder, device, dtype, trust_remote_code, rounding)
     if kv_cache is not None:
@@ -112,6 +116,8 @@ def load(
         config = model.config
         KVCache(scheme, config)  # what cannot be is said now
         use_cache(model, lambda: KVCache(scheme, config))
+    if attention is not None:
+        set_attention(model, attention)
     return model
 
 

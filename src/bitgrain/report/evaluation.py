@@ -10,7 +10,7 @@ from rich.console import Console
 from bitgrain.evaluation.language import Evaluation
 from bitgrain.report.tables import count_text, facts, new_table, percent_text, say, show, table_row
 
-__all__ = ["render_caches", "render_evaluation", "rise_text"]
+__all__ = ["render_evaluation", "render_variants", "rise_text"]
 
 
 def render_evaluation(found: Evaluation, console: Console, *, model: str, against: str | None, text: str) -> None:
@@ -32,14 +32,14 @@ def render_evaluation(found: Evaluation, console: Console, *, model: str, agains
     facts(console, pairs)
 
 
-def render_caches(found: Mapping[str, Evaluation], console: Console, *, model: str, text: str) -> None:
-    """Print what each KV cache scheme costs, a line each; the names as the user wrote them."""
+def render_variants(found: Mapping[str, Evaluation], console: Console, *, model: str, text: str) -> None:
+    """Print what each way to run `model` costs, a line each."""
     first = next(iter(found.values()))
-    say(console, f"{model} with quantized keys and values", "bold")
+    say(console, model, "bold")
     say(console, f"{first.windows} windows of {first.seqlen} tokens of {text}", "dim")
     say(console)
     columns = ("perplexity", "rise", "KL divergence", "99th percentile", "same top-1")
-    table = new_table(console, "kv cache", *columns, right=columns)
+    table = new_table(console, "run with", *columns, right=columns)
     for name, one in found.items():
         assert one.base_perplexity is not None
         assert one.kl is not None
