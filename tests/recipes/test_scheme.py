@@ -15,6 +15,7 @@ PROMISED = {
     "W4A16": ("int4", per_group(128), False, None, None),
     "W4A16_ASYM": ("int4", per_group(128), True, None, None),
     "W8A8": ("int8", per_channel(), False, "int8", per_channel()),
+    "LLM_INT8": ("int8", per_channel(), False, "int8", per_channel()),
     "W4A8": ("int4", per_group(128), False, "int8", per_channel()),
     "W4AFP8": ("int4", per_group(128), False, "fp8_e4m3", per_channel()),
     "FP8": ("fp8_e4m3", per_tensor(), False, "fp8_e4m3", per_tensor()),

@@ -305,6 +305,8 @@ def _weights(spec: QuantSpec) -> dict[str, Any]:
 
 def _activation(spec: QuantSpec) -> dict[str, Any] | None:
     """Arguments for activations, or None where compressed-tensors has no form, or no engine runs it."""
+    if spec.threshold:
+        return None
     arguments = _arguments(spec)
     if not spec.dynamic:
         plain = isinstance(spec.scale, FloatFormat) and spec.scale in (FP32, FP16, BF16)

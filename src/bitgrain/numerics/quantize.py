@@ -119,6 +119,10 @@ def quantize(
     Raises NumericsError (NaN, Inf, scale overflow), SchemeError (empty tensor, given scales of the wrong shape).
     """
     x = _checked(x, name)
+    if spec.threshold:
+        raise SchemeError(
+            f"{name}: {spec.describe()} is a way to multiply, which fake_quantize computes; it has no codes"
+        )
     if spec.outliers:
         return _quantize_apart(x, spec, scale, zero, importance, outer_scale, name)
     if scale is None:
@@ -186,6 +190,10 @@ def fake_quantize(
         raise SchemeError(f"{spec.describe()}: outliers have no simulation, quantize and dequantize instead")
     if x.numel() == 0:
         return x.clone()
+    if spec.threshold:
+        apart = (x.detach().abs() >= spec.threshold).reshape(-1, x.shape[-1]).any(0)
+        rest = fake_quantize(x.masked_fill(apart, 0.0), replace(spec, threshold=0.0), importance=importance)
+        return torch.where(apart, x, rest)
     if scale is None:
         with torch.no_grad():
             stored, zero = _choose(x.detach().to(torch.float32), spec, importance, "tensor", outer_scale)

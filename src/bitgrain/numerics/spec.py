@@ -47,6 +47,8 @@ class QuantSpec:
     dynamic      scales are computed from the data at run time (activations)
     outliers     share of the elements that are kept in float16 beside the codes (SpQR: about 0.01); how many they are
                  depends on the shape alone, so that every byte is known beforehand
+    threshold    inputs with dynamic scales only: channels in which some number of the batch reaches it are multiplied
+                 in full precision, and do not count for the scales (LLM.int8(), arXiv 2208.07339: 6); 0 for none
     """
 
     format: Format
@@ -57,6 +59,7 @@ class QuantSpec:
     scale: Format | QuantSpec = FP32
     dynamic: bool = False
     outliers: float = 0.0
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.restricted and not (self.symmetric and isinstance(self.format, IntFormat) and self.format.signed):
@@ -75,11 +78,15 @@ class QuantSpec:
             raise SchemeError(f"outliers are a share of the elements from 0 to 0.5, not {self.outliers}")
         if self.outliers and self.dynamic:
             raise SchemeError("outliers are kept for weights, not for what is quantized at run time")
+        if self.threshold < 0 or (self.threshold and not self.dynamic):
+            raise SchemeError(
+                f"a threshold of outlier channels is for inputs with dynamic scales, not {self.threshold:g}"
+            )
         if isinstance(self.scale, QuantSpec) and self.scale.outliers:
             raise SchemeError("scales of scales have no outliers of their own")
 
     def __repr__(self) -> str:
-        shown = [f for f in fields(self) if f.name != "outliers" or self.outliers]
+        shown = [f for f in fields(self) if f.name not in ("outliers", "threshold") or getattr(self, f.name)]
         return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
@@ -122,6 +129,7 @@ class QuantSpec:
         parts += [f"{100 * self.outliers:g} % outliers"] if self.outliers else []
         parts += [] if isinstance(self.range, MinMax) else [f"range {self.range}"]
         parts += ["dynamic"] if self.dynamic else []
+        parts += [f"channels from {self.threshold:g} in full precision"] if self.threshold else []
         nested = isinstance(self.scale, QuantSpec)
         return " ".join(parts) + ("" if self.dynamic else f", scale {self.scale_format}{' in scale' if nested else ''}")
 

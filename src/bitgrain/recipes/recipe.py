@@ -68,6 +68,7 @@ class SpecModel(_Strict):
     scale: str | SpecModel = "float32"
     dynamic: bool = False
     outliers: float = 0.0
+    threshold: float = 0.0
 
     @classmethod
     def of(cls, spec: QuantSpec) -> SpecModel:
@@ -82,6 +83,7 @@ class SpecModel(_Strict):
             scale=cls.of(spec.scale) if isinstance(spec.scale, QuantSpec) else spec.scale.name,
             dynamic=spec.dynamic,
             outliers=spec.outliers,
+            threshold=spec.threshold,
         )
 
     def build(self) -> QuantSpec:
@@ -95,6 +97,7 @@ class SpecModel(_Strict):
             scale=get_format(self.scale) if isinstance(self.scale, str) else self.scale.build(),
             dynamic=self.dynamic,
             outliers=self.outliers,
+            threshold=self.threshold,
         )
 
 

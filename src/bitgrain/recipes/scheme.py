@@ -115,6 +115,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W2A16_ASYM", int_weight(2, 64, asymmetric=True)),
         Scheme("W8A16_TENSOR", _int8(per_tensor())),
         Scheme("W8A8", _int8(per_channel()), _TOKEN_INT8),
+        Scheme("LLM_INT8", _int8(per_channel()), replace(_TOKEN_INT8, threshold=6.0)),
         Scheme("W8A8_STATIC", _int8(per_channel()), replace(_int8(per_tensor()), range=OutputSearch())),
         Scheme("INT8_TENSOR", _int8(per_tensor()), _TOKEN_INT8),
         Scheme("W4A8", int_weight(4, 128), _TOKEN_INT8),
