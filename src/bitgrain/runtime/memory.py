@@ -6,7 +6,8 @@ import ctypes
 import sys
 
 _M_MMAP_THRESHOLD = -3  # malloc.h of the GNU C library
-_THRESHOLD = 1 << 20
+_THRESHOLD = 3 << 20
+"""At 1 MiB a job spends a fifth of its time on fresh pages; at 5 MiB it keeps twice the memory."""
 
 
 def return_freed_memory() -> None:
