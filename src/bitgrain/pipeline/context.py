@@ -31,8 +31,8 @@ class Context:
 def contexts_for(plan: Plan, memory: int) -> list[Context]:
     """Each way to keep keys and values of one text in `memory` bytes. Raises ModelError (`models.past`)."""
     past = find_past(build_skeleton(plan.config, plan.trust_remote_code))
-    entries = [plan.checkpoint.entries[weight.tensor].dtype for weight in plan.anatomy.weights]
-    dtype = torch.bfloat16 if plan.decodes_to_bfloat16 else entries[0]
+    stored = plan.checkpoint.entries[plan.anatomy.weights[0].tensor].dtype
+    dtype = torch.bfloat16 if plan.decodes_to_bfloat16 else stored
     found = [Context(str(dtype).removeprefix("torch."), _plain(past, 1000, dtype), _fit(None, past, memory, dtype))]
     for name, scheme in SCHEMES.items():
         sizes = {size for one in past for size in (one.key_size, one.value_size)}

@@ -17,7 +17,7 @@ from bitgrain.errors import PlanError
 from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.formats import FP16
 from bitgrain.pipeline.plan import Plan, make_plan
-from bitgrain.pipeline.weigh import chosen_together, weigh
+from bitgrain.pipeline.weigh import chosen_together, given_a_scheme, weigh
 from bitgrain.progress import Progress
 from bitgrain.recipes import Recipe, Scheme, make_recipe
 from bitgrain.recipes.recipe import Rule, SchemeModel
@@ -91,12 +91,6 @@ def allocate_bits(
     notes = (f"{average:.3f} bits a weight allocated by sensitivity (16-bit scales): {shares}",)
     mixed = make_recipe(**{**recipe.model_dump(), "rules": [rule.model_dump() for rule in rules]})
     return Mix(mixed, average, found.cost, notes)
-
-
-def given_a_scheme(plan: Plan) -> set[str]:
-    """Those layers to which a rule of the recipe gives a scheme."""
-    rules = [rule for rule in plan.recipe.rules if rule.scheme is not None]
-    return {weight.tensor for weight in plan.anatomy.weights if any(rule.matches(weight) for rule in rules)}
 
 
 def _specs(layer: StoredLayer, engine: str, bits: float) -> list[QuantSpec]:

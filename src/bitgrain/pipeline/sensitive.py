@@ -9,9 +9,8 @@ from typing import Any
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import PlanError
-from bitgrain.pipeline.mixed import given_a_scheme
 from bitgrain.pipeline.plan import make_plan
-from bitgrain.pipeline.weigh import chosen_together, weigh
+from bitgrain.pipeline.weigh import chosen_together, given_a_scheme, weigh
 from bitgrain.progress import Progress
 from bitgrain.recipes import Recipe, make_recipe
 from bitgrain.recipes.recipe import Rule, SchemeModel

@@ -74,6 +74,12 @@ def _key(
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def given_a_scheme(plan: Plan) -> set[str]:
+    """Those layers to which a rule of the recipe gives a scheme."""
+    rules = [rule for rule in plan.recipe.rules if rule.scheme is not None]
+    return {weight.tensor for weight in plan.anatomy.weights if any(rule.matches(weight) for rule in rules)}
+
+
 def chosen_together(plan: Plan, names: Iterable[str]) -> list[list[str]]:
     """Layers that engines join share their choice: fused groups, and all experts of a block."""
     weights = {weight.tensor: weight for weight in plan.anatomy.weights}

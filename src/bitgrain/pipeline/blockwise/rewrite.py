@@ -121,8 +121,8 @@ class Rewriter:
             tokens = hidden.flatten(0, -2)
             most = max(1, _RESIDUALS // (tokens.shape[-1] * len(captured.calls)))
             kept.append(tokens[:: -(-len(tokens) // most)].float())
-            block = self.stream.load_block(index)
-            hidden = _output(block, hidden, captured.calls[index])
+            self.stream.load_block(index)
+            hidden = self.stream.run(index, hidden, captured.calls[index])
             self.stream.free_block(index)
         return torch.cat(kept)
 

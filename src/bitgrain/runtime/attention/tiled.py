@@ -47,19 +47,19 @@ def attend(
         k = k - middle
         if softcap is not None or sinks is not None:  # which see it
             constant = q @ middle.unsqueeze(2).mT
-    v, v_scale = _codes(value.float(), scheme.v, tokens)
+    v, v_scale = _codes(value.float(), scheme.v)
     out = query.new_empty(batch, heads, queries, value.shape[-1], dtype=torch.float32)
     shaped = out.view(batch, groups, heads // groups, queries, -1)
-    k_tiles = [_Tile(k[:, :, start : start + scheme.k_tile], scheme.k) for start in range(0, tokens, scheme.k_tile)]
+    k_tiles = [_codes(k[:, :, start : start + scheme.k_tile], scheme.k) for start in range(0, tokens, scheme.k_tile)]
     for first in range(0, queries, scheme.q_tile):
         rows = slice(first, min(first + scheme.q_tile, queries))
         part = q[..., rows, :]
         mean = part.mean(-2, keepdim=True) if scheme.smooth_q else None
-        tile = _Tile(part if mean is None else part - mean, scheme.q)
+        codes, scale = _codes(part if mean is None else part - mean, scheme.q)
         state = _Softmax(part, value.shape[-1], None if sinks is None else sinks.float().view(groups, -1, 1))
-        for number, k_tile in enumerate(k_tiles):
+        for number, (k_codes, k_scale) in enumerate(k_tiles):
             columns = slice(number * scheme.k_tile, min((number + 1) * scheme.k_tile, tokens))
-            scores = (tile.codes @ k_tile.codes.unsqueeze(2).mT) * tile.scale * k_tile.scale.unsqueeze(2).mT
+            scores = (codes @ k_codes.unsqueeze(2).mT) * scale * k_scale.unsqueeze(2).mT
             if mean is not None:
                 scores = scores + mean @ k[:, :, None, columns].mT
             if constant is not None:
@@ -72,26 +72,14 @@ def attend(
     return out.to(query.dtype)
 
 
-class _Tile:
-    """Codes of a few tokens as numbers [.., tokens, channels], and scales [.., tokens or 1, 1]."""
-
-    def __init__(self, x: Tensor, spec: QuantSpec | None) -> None:
-        rows = x.shape[-2]
-        if spec is not None and spec.granularity.rows is None:
-            spec = replace(spec, granularity=Granularity(rows, None))
-        self.codes, scale = _codes(x, spec, rows)
-        self.scale = scale
-
-
-def _codes(x: Tensor, spec: QuantSpec | None, rows: int) -> tuple[Tensor, Tensor]:
-    """The numbers of the codes, and scales that spread over them."""
+def _codes(x: Tensor, spec: QuantSpec | None) -> tuple[Tensor, Tensor]:
+    """The codes as numbers [.., tokens, channels], and scales that spread over them; rows None: all tokens of x."""
     if spec is None:
         return x, x.new_ones((1,) * x.ndim)
-    if spec.granularity.rows is None:
-        spec = replace(spec, granularity=Granularity(rows, spec.granularity.cols))
+    rows = spec.granularity.rows or x.shape[-2]
+    spec = replace(spec, granularity=Granularity(rows, spec.granularity.cols))
     found = quantize(x, spec, name="Q, K or V of attention")
-    tile = spec.granularity.rows or 1
-    scales = scale_values(found.scale).view(*x.shape[:-2], x.shape[-2] // tile, -1)
+    scales = scale_values(found.scale).view(*x.shape[:-2], x.shape[-2] // rows, -1)
     return spec.format.decode(found.codes), scales
 
 

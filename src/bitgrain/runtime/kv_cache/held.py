@@ -20,10 +20,11 @@ _GROW = 128
 
 
 class Held:
-    """Tensors are [b, h, tokens, d]. scale: of a static spec, [1, 1] float32; recent, step: see `CacheScheme`."""
+    """Tensors are [b, h, tokens, d]. scale: of a static spec, [1, 1] float32 (None: 1); the others: `CacheScheme`."""
 
     def __init__(self, spec: QuantSpec, *, recent: int, step: int, scale: Tensor | None = None) -> None:
-        self.spec, self.recent, self.step, self.scale = spec, recent, step, scale
+        self.spec, self.recent, self.step = spec, recent, step
+        self.scale = torch.ones(1, 1) if scale is None and not spec.dynamic else scale
         self.rows = tokens_of(spec)
         self.clear()
 
@@ -121,8 +122,8 @@ class Held:
 
     def repeat(self, times: int) -> None:
         """Each row of the batch `times` times, one behind the other."""
-        held = self._codes if self._codes is not None else None
-        batch = held.shape[1] if held is not None else 0 if self._newest is None else self._newest.shape[0]
+        batch = 0 if self._newest is None else self._newest.shape[0]
+        batch = batch if self._codes is None else self._codes.shape[1]
         self.select(torch.arange(batch).repeat_interleave(times))
 
     def to(self, device: torch.device | str) -> None:

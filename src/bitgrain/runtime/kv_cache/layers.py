@@ -19,10 +19,9 @@ class QuantizedLayer(DynamicLayer):
     def __init__(self, scheme: CacheScheme, scales: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.scheme = scheme
-        key, value = scales or (_one(scheme.keys.dynamic), _one(scheme.values.dynamic))
+        key, value = scales or (None, None)
         self.held_keys = Held(scheme.keys, recent=scheme.recent, step=scheme.step, scale=key)
         self.held_values = Held(scheme.values, recent=scheme.recent, step=scheme.step, scale=value)
-        self._shape: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +40,6 @@ class QuantizedLayer(DynamicLayer):
             if reason:
                 raise SchemeError(f"{reason}; use int8, int4 or int2")
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._shape = (*key_states.shape[:2], key_states.shape[-1])
         # what transformers looks at: the dtype and device of keys and values that are not here
         self.keys = key_states.new_empty(key_states.shape[0], key_states.shape[1], 0, key_states.shape[-1])
         self.values = value_states.new_empty(value_states.shape[0], value_states.shape[1], 0, value_states.shape[-1])
@@ -54,10 +52,11 @@ class QuantizedLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        given = (*key_states.shape[:2], key_states.shape[-1])
-        if given != self._shape:
+        assert self.keys is not None
+        held, given = ([*keys.shape[:2], keys.shape[-1]] for keys in (self.keys, key_states))
+        if given != held:
             raise ModelError(
-                f"this cache holds keys [batch, heads, size] {list(self._shape or ())} and is given {list(given)}: it "
+                f"this cache holds keys [batch, heads, size] {held} and is given {given}: it "
                 "belongs to another model or batch; make a new one"
             )
         return self.held_keys.append(key_states), self.held_values.append(value_states)
@@ -107,10 +106,8 @@ class QuantizedLayer(DynamicLayer):
     def _for_batch(self, batch: int) -> None:
         assert self.keys is not None
         assert self.values is not None
-        assert self._shape is not None
         self.keys = self.keys.new_empty(batch, *self.keys.shape[1:])
         self.values = self.values.new_empty(batch, *self.values.shape[1:])
-        self._shape = (batch, *self._shape[1:])
 
 
 class QuantizedSlidingLayer(QuantizedLayer):
@@ -157,7 +154,3 @@ class QuantizedSlidingLayer(QuantizedLayer):
     def _shrink(self) -> None:
         for held in (self.held_keys, self.held_values):
             held.drop_oldest(max(0, held.tokens - self.sliding_window + 1))
-
-
-def _one(dynamic: bool) -> Tensor | None:
-    return None if dynamic else torch.ones(1, 1)
