@@ -26,7 +26,7 @@ from common import machine_line, table, write_results
 
 from bitgrain.models.past import Past
 from bitgrain.pipeline.context import count_bytes
-from bitgrain.runtime.kv_cache import SCHEMES, KVCache
+from bitgrain.runtime.kv_cache import SCHEMES, KVCache, past_argument
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32000,
@@ -61,7 +61,7 @@ def measure(model: LlamaForCausalLM, names: list[str], tokens: int, rounds: int)
     for turn in range(rounds + 1):
         for name, cache in caches.items():
             began = time.perf_counter()
-            model(input_ids=torch.tensor([[turn]]), past_key_values=cache, use_cache=True)
+            model(input_ids=torch.tensor([[turn]]), use_cache=True, **{past_argument(model): cache})
             if turn:  # the first one warms up
                 times[name].append(time.perf_counter() - began)
     past = [Past(SHAPE["num_key_value_heads"], 64, 64, None)] * SHAPE["num_hidden_layers"]

@@ -11,6 +11,7 @@ import zoo
 from bitgrain.errors import ModelError
 from bitgrain.models.past import Past, find_past
 from bitgrain.models.skeleton import build_skeleton
+from bitgrain.runtime.kv_cache import past_argument
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "phi3", "gpt2", "opt", "mixtral", "qwen3-moe", "gpt-oss"])
@@ -18,7 +19,7 @@ def test_shapes_are_those_of_the_real_cache(name: str):
     model: Any = zoo.build(name)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.zeros(1, 3, dtype=torch.long), past_key_values=cache)
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long), **{past_argument(model): cache})
     past = find_past(build_skeleton(model.config))
     assert [(one.heads, one.key_size, one.value_size) for one in past] == [
         (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers
@@ -50,7 +51,8 @@ def test_keys_and_values_of_different_sizes():
     )
     cache = DynamicCache(config=config)
     with torch.no_grad():
-        transformers.DeepseekV3ForCausalLM(config)(input_ids=torch.zeros(1, 3, dtype=torch.long), past_key_values=cache)
+        model = transformers.DeepseekV3ForCausalLM(config)
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long), **{past_argument(model): cache})
     first: Any = cache.layers[0]
     past = find_past(build_skeleton(config))[0]
     assert past.key_size != past.value_size

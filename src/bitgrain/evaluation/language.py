@@ -29,7 +29,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from bitgrain.errors import ModelError, NumericsError, TextError
 from bitgrain.progress import Progress, QuietProgress
-from bitgrain.runtime.kv_cache import CacheScheme, KVCache
+from bitgrain.runtime.kv_cache import CacheScheme, KVCache, past_argument
 
 __all__ = ["BaseReference", "Evaluation", "evaluate_model", "evaluation_mode", "locate", "record_base"]
 
@@ -258,8 +258,9 @@ class _Runner:
         at_once = scheme.step == 1 and scheme.recent == 0
         config: Any = getattr(self.model, "config", None)
         cache, found = KVCache(scheme, config), list[Tensor]()
+        past: dict[str, Any] = {past_argument(self.model): cache}
         for part in ids.split(ids.shape[1] if at_once else scheme.step, dim=1):
-            output = self.model(input_ids=part, past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=part, use_cache=True, **past)
             found.append(output.logits)
         if cache.get_seq_length() != ids.shape[1]:
             raise ModelError(f"{self.name} ({type(self.model).__name__}) does not use the cache that it is given")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from bitgrain.errors import ModelError
+from bitgrain.runtime.kv_cache import past_argument
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ def find_past(skeleton: nn.Module) -> tuple[Past, ...]:
         module.forward = _hand_on  # type: ignore[method-assign]
     try:
         with torch.no_grad():
-            skeleton(
-                input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), past_key_values=cache, use_cache=True
-            )
+            ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+            skeleton(input_ids=ids, use_cache=True, **{past_argument(skeleton): cache})
     except (TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
         raise ModelError(f"{type(skeleton).__name__} cannot be run without weights ({error})") from error
     finally:

@@ -23,7 +23,7 @@ from bitgrain.runtime.attention import (
     get_attention_scheme,
     set_attention,
 )
-from bitgrain.runtime.kv_cache import KVCache
+from bitgrain.runtime.kv_cache import KVCache, past_argument
 
 PLAIN = AttentionScheme("plain", q_tile=16, k_tile=8)
 
@@ -173,7 +173,7 @@ def test_windows_caps_and_caches_under_transformers():
             set_attention(model, "int8")
             assert relative(model(input_ids=ids).logits, base) < 0.03
             for cache in (DynamicCache(config=config), KVCache("int8", config)):
-                parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(10, dim=1)]
+                parts = [model(input_ids=part, **{past_argument(model): cache}).logits for part in ids.split(10, dim=1)]
                 assert relative(torch.cat(parts, 1), base) < 0.05
 
 

@@ -13,7 +13,7 @@ import zoo
 from bitgrain.errors import ModelError, SchemeError
 from bitgrain.numerics import QuantSpec, per_tensor
 from bitgrain.numerics.formats import IntFormat
-from bitgrain.runtime.kv_cache import SCHEMES, CacheScheme, KVCache, cache, use_cache
+from bitgrain.runtime.kv_cache import SCHEMES, CacheScheme, KVCache, cache, past_argument, use_cache
 from bitgrain.runtime.kv_cache.layers import QuantizedLayer, QuantizedSlidingLayer
 
 DECODERS = ["llama", "qwen3", "gemma", "phi", "gpt2", "opt", "mixtral", "gpt-oss"]
@@ -31,10 +31,14 @@ def ids_of(model: Any, tokens: int, batch: int = 2, seed: int = 0) -> torch.Tens
     return torch.randint(3, model.config.get_text_config().vocab_size, (batch, tokens), generator=generator)
 
 
+def past_of(model: Any, cache: Any) -> dict[str, Any]:
+    return {past_argument(model): cache}
+
+
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor, past: Any, piece: int) -> torch.Tensor:
     parts = ids.split(piece, dim=1)
-    return torch.cat([model(input_ids=part, past_key_values=past, use_cache=True).logits for part in parts], dim=1)
+    return torch.cat([model(input_ids=part, use_cache=True, **past_of(model, past)).logits for part in parts], dim=1)
 
 
 def spread(found: torch.Tensor, base: torch.Tensor) -> float:
@@ -101,8 +105,8 @@ def test_generate_as_with_a_plain_cache(name: str, scheme: str):
         {"num_beams": 2, "num_return_sequences": 2},
     ):
         options: dict[str, Any] = {"max_new_tokens": 20, "pad_token_id": 0, **settings}
-        plain = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
-        ours = model.generate(ids, past_key_values=KVCache(scheme, model.config), **options)
+        plain = model.generate(ids, **past_of(model, DynamicCache(config=model.config)), **options)
+        ours = model.generate(ids, **past_of(model, KVCache(scheme, model.config)), **options)
         assert ours.shape == plain.shape
         assert float((ours == plain).float().mean()) > 0.8
 
@@ -115,8 +119,8 @@ def test_left_padding_changes_nothing():
     mask = torch.ones_like(both)
     mask[0, :8] = 0
     options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
-    alone = model.generate(ids, past_key_values=KVCache("int8", model.config), **options)
-    found = model.generate(both, attention_mask=mask, past_key_values=KVCache("int8", model.config), **options)
+    alone = model.generate(ids, **past_of(model, KVCache("int8", model.config)), **options)
+    found = model.generate(both, attention_mask=mask, **past_of(model, KVCache("int8", model.config)), **options)
     assert torch.equal(found[0, 8:], alone[0])
 
 
@@ -125,10 +129,10 @@ def test_going_on_with_a_text():
     ids = ids_of(model, 30)
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
     past = KVCache("int4", model.config)
-    first = model.generate(ids, past_key_values=past, max_new_tokens=10, **options)
+    first = model.generate(ids, **past_of(model, past), max_new_tokens=10, **options)
     more = torch.cat([first, ids_of(model, 5, seed=2)], dim=1)
-    second = model.generate(more, past_key_values=past, max_new_tokens=10, **options)
-    whole = model.generate(more, past_key_values=KVCache("int4", model.config), max_new_tokens=10, **options)
+    second = model.generate(more, **past_of(model, past), max_new_tokens=10, **options)
+    whole = model.generate(more, **past_of(model, KVCache("int4", model.config)), max_new_tokens=10, **options)
     assert torch.equal(second, whole)
 
 
@@ -154,8 +158,8 @@ def test_a_helper_model_guesses():
     model, helper = build("llama"), build("llama", num_hidden_layers=1)
     ids = ids_of(model, 12, batch=1)
     options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-    plain = model.generate(ids, past_key_values=KVCache("int8", model.config), **options)
-    found = model.generate(ids, assistant_model=helper, past_key_values=KVCache("int8", model.config), **options)
+    plain = model.generate(ids, **past_of(model, KVCache("int8", model.config)), **options)
+    found = model.generate(ids, assistant_model=helper, **past_of(model, KVCache("int8", model.config)), **options)
     assert torch.equal(found, plain)
 
 
@@ -172,18 +176,18 @@ def test_a_model_uses_it_by_itself(tmp_path: Path):
     folder = zoo.save("llama", tmp_path / "llama")
     model: Any = bitgrain.load(folder, device="cpu", kv_cache="kivi-int4")
     ids = ids_of(model, 70)
-    past = model(input_ids=ids).past_key_values
+    past = getattr(model(input_ids=ids), past_argument(model))
     assert isinstance(past, KVCache)
     found = model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
-    assert all(isinstance(layer, QuantizedLayer) for layer in found.past_key_values.layers)
-    assert found.past_key_values.layers[0].held_keys.nbytes < 70 * 2 * 2 * 32 * 4
-    assert model(input_ids=ids, use_cache=False).past_key_values is None
+    assert all(isinstance(layer, QuantizedLayer) for layer in getattr(found, past_argument(model)).layers)
+    assert getattr(found, past_argument(model)).layers[0].held_keys.nbytes < 70 * 2 * 2 * 32 * 4
+    assert getattr(model(input_ids=ids, use_cache=False), past_argument(model)) is None
     mine = DynamicCache(config=model.config)  # the caller's own is filled
-    model(input_ids=ids, past_key_values=mine)
+    model(input_ids=ids, **past_of(model, mine))
     assert mine.get_seq_length() == 70
     plain: Any = bitgrain.load(folder, device="cpu")
-    begun = plain(input_ids=ids).past_key_values  # one that has begun stays what it is
-    model(input_ids=ids, past_key_values=begun)
+    begun = getattr(plain(input_ids=ids), past_argument(model))  # one that has begun stays what it is
+    model(input_ids=ids, **past_of(model, begun))
     assert type(begun.layers[0]) is DynamicLayer
     with pytest.raises(SchemeError, match="unknown KV cache scheme 'kivi-int5'; did you mean kivi-int"):
         bitgrain.load(folder, device="cpu", kv_cache="kivi-int5")
@@ -193,7 +197,7 @@ def test_training_keeps_no_past():
     model = build("llama")
     use_cache(model, lambda: KVCache("int8", model.config))
     model.train()
-    assert not isinstance(model(input_ids=ids_of(model, 5)).past_key_values, KVCache)
+    assert not isinstance(getattr(model(input_ids=ids_of(model, 5)), past_argument(model)), KVCache)
 
 
 def test_another_model():

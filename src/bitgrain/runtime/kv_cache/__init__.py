@@ -1,6 +1,6 @@
 """Quantized caches of keys and values."""
 
-from bitgrain.runtime.kv_cache.cache import KVCache, use_cache
+from bitgrain.runtime.kv_cache.cache import KVCache, past_argument, use_cache
 from bitgrain.runtime.kv_cache.schemes import SCHEMES, CacheScheme, get_cache_scheme
 
-__all__ = ["SCHEMES", "CacheScheme", "KVCache", "get_cache_scheme", "use_cache"]
+__all__ = ["SCHEMES", "CacheScheme", "KVCache", "get_cache_scheme", "past_argument", "use_cache"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ Scales = Sequence[tuple[Tensor, Tensor]]
 
 
 class KVCache(Cache):
-    """Pass it as `past_key_values` to a model's `forward` or `generate`; one for each text or batch.
+    """Pass it as `cache` (before transformers 5.24: `past_key_values`) to a model's `forward` or `generate`; one for
+    each text or batch.
 
     scheme  a name of `schemes.SCHEMES`, or a CacheScheme
     config  the model's: which layers have a window, and which hold no keys at all, stands there
@@ -73,19 +75,27 @@ def quantized_layers(scheme: CacheScheme, config: Any, scales: Scales | None = N
     return found
 
 
+def past_argument(model: nn.Module) -> str:
+    """The name under which the model's forward takes the past: `cache`, as transformers calls it from 5.24 on, or
+    `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def use_cache(model: nn.Module, make: Callable[[], KVCache]) -> None:
     """From now on `model` (of transformers) fills caches as `make` gives them wherever it would fill a plain one.
 
     An empty DynamicCache that is passed to it, as `generate` does, gets our layers.
     """
 
+    name = past_argument(model)
+
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = kwargs.get("past_key_values")
+        given = kwargs.get(name, kwargs.get("past_key_values"))
         wanted = kwargs.get("use_cache")
         if wanted is None:
             wanted = getattr(model.config, "use_cache", True)
         if given is None and wanted and not model.training:
-            kwargs = {**kwargs, "past_key_values": make()}
+            kwargs = {**kwargs, name: make()}
         elif type(given) is DynamicCache and not any(getattr(one, "is_initialized", True) for one in given.layers):
             given.layers = make().layers
             given.layer_class_to_replicate = None
