@@ -16,7 +16,7 @@ from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
-from bitgrain.pipeline.load import load
+from bitgrain.pipeline.load import cache_for, load
 from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
@@ -27,7 +27,7 @@ from bitgrain.progress import Progress, make_progress
 from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
 from bitgrain.runtime.attention import AttentionScheme, attention_of, get_attention_scheme
 from bitgrain.runtime.device import resolve_device
-from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme
+from bitgrain.runtime.kv_cache import CacheScheme, KVCache
 
 __all__ = [
     "Calibrated",
@@ -86,6 +86,7 @@ def plan(
     fallback: Sequence[str] = (),
     include: Sequence[str] = (),
     bits: float | None = None,
+    kv_cache: str | None = None,
     engine: str = "compressed-tensors",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -105,6 +106,7 @@ def plan(
     include      layers that no scheme reaches by itself (lm_head, embeddings) to be quantized too, named likewise
     bits         stored bits a weight on average, allocated by sensitivity, which is measured now (`pipeline.mixed`);
                  `scheme` then only says how activations are quantized; engine: whose formats may be chosen
+    kv_cache     "fp8": keys and values get static scales from calibration, which vLLM reads
     """
     if statistics is not None and (calibration is not None or bits is not None):
         what = "bits, which needs gradients" if calibration is None else "calibration text"
@@ -112,6 +114,8 @@ def plan(
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
     chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration)
+    if kv_cache is not None:
+        chosen = make_recipe(**{**chosen.model_dump(), "kv_cache": kv_cache})
     kept, fallen = _share(keep), _share(fallback)
     if bits is not None and (kept or fallen):
         raise RecipeError("bits weighs every layer itself: name those to keep or to fall back, or leave bits out")
@@ -156,7 +160,7 @@ def quantize(
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
     settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, fallback, include, bits,
-              engine, revision, trust_remote_code, max_shard_bytes, workers
+              kv_cache, engine, revision, trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
     cache = bits_cache(out)
@@ -234,7 +238,8 @@ def evaluate(
     tokenizer       the folder of the tokenizer; needed when `model` is a module
     seqlen, windows tokens in a window; how many windows at most (None: all)
     special_tokens  begin the text with what the tokenizer adds, as most published perplexities do
-    kv_cache        how `model` keeps keys and values of the past (`runtime.kv_cache.SCHEMES`)
+    kv_cache        how `model` keeps keys and values of the past (`runtime.kv_cache.SCHEMES`); None: as its checkpoint
+                    says, "none": as they are
     attention       how it multiplies Q, K, P and V (`runtime.attention.SCHEMES`)
     Raises TextError, ModelError, CheckpointError, NumericsError, SchemeError.
     """
@@ -281,7 +286,7 @@ def evaluate_variants(
     progress: Progress | None = None,
 ) -> list[Evaluation]:
     """`evaluate` of several variants in turn. Of several, the base is run once if its logits fit into memory."""
-    caches = [None if one.kv_cache is None else get_cache_scheme(one.kv_cache) for one in variants]
+    caches = [cache_for(model, one.kv_cache, trust_remote_code) for one in variants]
     attentions = [None if one.attention is None else get_attention_scheme(one.attention) for one in variants]
     folder = tokenizer if tokenizer is not None else (model if not isinstance(model, nn.Module) else None)
     if folder is None:

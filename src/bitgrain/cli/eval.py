@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache",
         nargs="+",
         metavar="S",
-        help="keep keys and values as S says (int8, int4, int2, kivi-int4, kivi-int2, fp8); several make a table",
+        help="keep keys and values as S says (int8, int4, int2, kivi-int4, kivi-int2, fp8, none); several make a table",
     )
     parser.add_argument(
         "--attention",

@@ -137,6 +137,9 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         "--include", action="append", metavar="NAME", help="quantize this too: lm_head, an embedding. Repeatable"
     )
     parser.add_argument(
+        "--kv-cache", metavar="S", help="fp8: keys and values get static scales from calibration text, which vLLM reads"
+    )
+    parser.add_argument(
         "--on-indivisible",
         choices=INDIVISIBLE,
         help="layers that groups do not divide: stop (default), pad, use one scale a channel, or keep them as they are",
@@ -185,6 +188,7 @@ def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache:
         fallback=args.fallback or (),
         include=args.include or (),
         bits=args.bits,
+        kv_cache=args.kv_cache,
         engine=args.engine or "compressed-tensors",
         device=getattr(args, "device", "auto"),
         progress=progress,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from bitgrain.errors import ModelError
 from bitgrain.models.anatomy import Anatomy
 from bitgrain.models.naming import convert_tensors
+from bitgrain.runtime.kv_cache import past_argument
 
 _NOT_BY_BLOCK = "cannot be calibrated block by block; use a solver that needs no calibration"
 _PROBE = 8
@@ -128,8 +129,8 @@ class StreamedModel:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
-    def capture(self, ids: Tensor) -> Captured:
-        """What the blocks are given for token ids [batch, tokens].
+    def capture(self, ids: Tensor, cache: Any = None) -> Captured:
+        """What the blocks are given for token ids [batch, tokens]; `cache`: a cache of transformers that they get too.
 
         Raises ModelError where several stacks follow each other, a block is run twice, or blocks hand each other more
         than hidden states.
@@ -152,7 +153,7 @@ class StreamedModel:
                 raise _Stop
             return hidden
 
-        self._run(ids, note)
+        self._run(ids, note, cache=cache)
         return captured[0]
 
     def _probe(self, ids: Tensor) -> None:
@@ -207,7 +208,9 @@ class StreamedModel:
         module = self.block(index) if block is None else block
         return _tensor_of(call_block(module, hidden, call))
 
-    def _run(self, ids: Tensor, listen: Callable[[int, Tensor, Call], Tensor], grad: bool = False) -> Any:
+    def _run(
+        self, ids: Tensor, listen: Callable[[int, Tensor, Call], Tensor], grad: bool = False, cache: Any = None
+    ) -> Any:
         names = self.anatomy.block_names
 
         def passing(index: int) -> Callable[..., Any]:
@@ -229,7 +232,8 @@ class StreamedModel:
             block.forward = passing(index)  # type: ignore[method-assign]
         try:
             with torch.set_grad_enabled(grad):
-                return self.model(input_ids=ids.to(self.device), **_without_cache(self.model))
+                options = _options(self.model, cache)
+                return self.model(input_ids=ids.to(self.device), **options)
         except _Stop:
             return None
         finally:
@@ -293,10 +297,11 @@ def _tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _without_cache(model: nn.Module) -> dict[str, Any]:
+def _options(model: nn.Module, cache: Any) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
-    wanted = {"use_cache": False, "return_dict": True}
-    return {key: value for key, value in wanted.items() if key in known}
+    wanted = {"use_cache": cache is not None, "return_dict": True}
+    options: dict[str, Any] = {key: value for key, value in wanted.items() if key in known}
+    return options if cache is None else {**options, past_argument(model): cache}
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

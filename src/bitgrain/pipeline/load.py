@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitgrain.checkpoints import bitgrain_layout, compressed_tensors_reader
+from bitgrain.checkpoints.kv_scales import SUFFIXES, read_scheme
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
 from bitgrain.errors import CheckpointError, ModelError
@@ -22,6 +23,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
+from bitgrain.pipeline.cache_plan import stored_cache
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
@@ -69,9 +71,20 @@ class QuantizedCheckpoint:
         parts = [part.T if layer.transposed else part for part in parts]
         return torch.stack(parts) if layer.experts > 1 else parts[0].contiguous()
 
+    def cache(self, trust_remote_code: bool = False) -> CacheScheme | None:
+        """How keys and values are kept, with the scales of each layer; None: as they are."""
+        scheme = read_scheme(self.config)
+        if scheme is None:
+            return None
+        config = load_config(resolve_model(self.folder), trust_remote_code, drop_quantization=True)
+        skeleton = build_skeleton(config, trust_remote_code)
+        return stored_cache(scheme, skeleton, read_anatomy(skeleton, self.originals()), self.checkpoint)
+
     def kept(self) -> list[str]:
         """Names of the tensors that were not quantized."""
         parts = {spec.name for layer in self.layers.values() for spec in self.layout.tensors(layer)}
+        if read_scheme(self.config) is not None:
+            parts |= {name for name in self.checkpoint.entries if name.rpartition(".")[2] in SUFFIXES}
         return [name for name in self.checkpoint.entries if name not in parts]
 
     def originals(self) -> dict[str, _Shape]:
@@ -103,7 +116,8 @@ def load(
 ) -> nn.Module:
     """A transformers model in eval mode with the weights of a checkpoint that bitgrain wrote, dequantized.
 
-    kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too.
+    kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too. None: as the
+    checkpoint says, if it was quantized with a KV cache; "none": as they are.
     attention: how Q, K, P and V are multiplied (`runtime.attention.SCHEMES`).
     rounding: whose arithmetic quantized activations follow, vLLM's kernels or transformers with compressed-tensors.
     dtype None: as in the checkpoint. A checkpoint that is not quantized loads as it is.
@@ -111,14 +125,34 @@ def load(
     attention).
     """
     model = _load(folder, device, dtype, trust_remote_code, rounding)
-    if kv_cache is not None:
-        scheme = get_cache_scheme(kv_cache)
+    scheme = cache_for(folder, kv_cache, trust_remote_code)
+    if scheme is not None:
         config = model.config
         KVCache(scheme, config)  # what cannot be is said now
         use_cache(model, lambda: KVCache(scheme, config))
     if attention is not None:
         set_attention(model, attention)
     return model
+
+
+def cache_for(
+    model: str | Path | nn.Module, wanted: str | CacheScheme | None, trust_remote_code: bool = False
+) -> CacheScheme | None:
+    """The scheme `wanted`, with the scales of the checkpoint `model` if those are of it; None: that of the checkpoint.
+
+    "none", or a checkpoint without: None. Raises SchemeError for an unknown name, CheckpointError for lost scales.
+    """
+    if wanted == "none":
+        return None
+    known = None if wanted is None else get_cache_scheme(wanted)
+    if isinstance(wanted, CacheScheme) or isinstance(model, nn.Module):
+        return known
+    path = resolve_model(model).path
+    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if not (raw.get("quantization_config") or {}).get("kv_cache_scheme"):
+        return known
+    stored = QuantizedCheckpoint(path).cache(trust_remote_code)
+    return stored if known is None or (stored is not None and known.name == stored.name) else known
 
 
 def _load(

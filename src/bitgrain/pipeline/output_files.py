@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bitgrain.checkpoints.job_folder import JobFolder
+from bitgrain.checkpoints.kv_scales import config_of
 from bitgrain.checkpoints.reader import INDEX_FILE
 from bitgrain.checkpoints.shard_writer import PART
 from bitgrain.checkpoints.shards import ShardLayout, index_bytes
@@ -93,6 +94,8 @@ def _config(plan: Plan, rotations: Mapping[str, Any] | None) -> bytes:
         config.pop("torch_dtype", None)
         config["dtype"] = "bfloat16"
     config["quantization_config"] = plan.layout.config(list(plan.quantized.values()), kept)
+    if plan.cache is not None:
+        config["quantization_config"]["kv_cache_scheme"] = config_of(plan.cache.scheme)
     if rotations:
         config["quantization_config"]["online_rotations"] = rotations
     return _json(config)

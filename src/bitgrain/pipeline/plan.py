@@ -31,13 +31,16 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
+from bitgrain.pipeline.cache_plan import CachePlan, plan_cache
 from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.pipeline.plan_text import findings, needs_text, not_by_statistics, read_calibration, statistics_note
 from bitgrain.recipes import Recipe, Scheme
+from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.recipes.steps import read_step
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+CACHE_UNIT = "scales of keys and values"
 _UNIT_BYTES = 64_000_000
 """About how many source bytes are one unit of work: what is lost by a kill, and what one worker holds."""
 _LIBRARY_BYTES = 160_000_000
@@ -92,6 +95,8 @@ class Plan:
     """The text that is shown to the model; None: nothing in the recipe needs any."""
     statistics: StatisticsFile | None = field(default=None)
     """What was saved of such a pass, used in place of text."""
+    cache: CachePlan | None = field(default=None)
+    """Keys and values that get static scales; None: the recipe asks for none."""
 
     @cached_property
     def quantized(self) -> dict[str, StoredLayer]:
@@ -233,9 +238,18 @@ def make_plan(
         problems.append("no layer would be quantized")
     layout, reasons = _choose_layout([p.layer for p in layers if p.layer], recipe, problems)
     quantized = {planned.weight.tensor: planned.layer for planned in layers if planned.layer}
+    cache: CachePlan | None = None
+    if recipe.kv_cache is not None:
+        try:
+            dtype = checkpoint.entries[anatomy.weights[0].tensor].dtype
+            cache = plan_cache(read_cache(recipe.kv_cache), skeleton, anatomy, dtype)
+        except PlanError as error:
+            problems.append(str(error))
     outputs = [
         spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, layout, checkpoint)
     ]
+    if cache is not None:
+        outputs += cache.tensors
     plan = Plan(
         source=source,
         config=config,
@@ -245,7 +259,7 @@ def make_plan(
         layers=tuple(layers),
         layout=layout,
         shards=plan_shards(outputs, max_shard_bytes),
-        units=_split(anatomy, checkpoint),
+        units=(*_split(anatomy, checkpoint), *([Unit(CACHE_UNIT, (), 0)] if cache is not None else [])),
         engines=tuple(judge(list(quantized.values()), _fused(layers), layout.name)),
         workers=torch.get_num_threads() if workers is None else workers,
         problems=tuple(dict.fromkeys(problems)),
@@ -253,6 +267,7 @@ def make_plan(
         trust_remote_code=trust_remote_code,
         calibration=calibration,
         statistics=saved,
+        cache=cache,
     )
     if saved is not None:
         return replace(plan, notes=(*plan.notes, statistics_note(saved)))

@@ -24,6 +24,7 @@ def not_by_statistics(recipe: Recipe) -> list[str]:
         "target": recipe.target,
         "tuning.blockwise": tuning.blockwise,
         "tuning.end_to_end": tuning.end_to_end,
+        "kv_cache": recipe.kv_cache,
     }
     named = [name for name, setting in needs.items() if setting or isinstance(setting, dict)]
     if not named:

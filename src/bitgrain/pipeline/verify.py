@@ -3,7 +3,8 @@
 1. Every file has the size and hash that the manifest says.
 2. Every quantized layer, read by safetensors and decoded by compressed-tensors, equals what bitgrain decodes; every
    kept tensor equals the original's bytes (with the original at hand), but those that transforms or tuning changed.
-3. transformers loads the folder, and its logits equal those of `bitgrain.load`.
+3. transformers loads the folder, and its logits equal those of `bitgrain.load`. It passes over scales of keys and
+   values, which vLLM reads, so both run with keys and values as they are; the scales are looked at by themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from bitgrain.checkpoints.reader import open_checkpoint
+from bitgrain.errors import CheckpointError
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.load import QuantizedCheckpoint, load
@@ -57,6 +59,8 @@ def verify(
         checks.append(_check_layers(stored))
     else:
         checks.append(Check("layers", None, "no other library reads quant_method bitgrain"))
+    if stored.config.get("kv_cache_scheme"):
+        checks.append(_check_cache(stored, trust_remote_code))
     if against is not None:
         checks.append(_check_kept(stored, resolve_model(against).path))
     if foreign:
@@ -130,6 +134,22 @@ def _check_layers(stored: QuantizedCheckpoint) -> Check:
     return Check("layers", worst == 0.0, detail.strip())
 
 
+def _check_cache(stored: QuantizedCheckpoint, trust_remote_code: bool) -> Check:
+    """Static scales of keys and values: the scheme as compressed-tensors reads it, sound numbers for all layers."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    name = "kv cache"
+    try:
+        args = QuantizationArgs.model_validate(stored.config["kv_cache_scheme"])
+        scheme = stored.cache(trust_remote_code)
+    except (ValueError, CheckpointError) as error:
+        return Check(name, False, str(error).splitlines()[0])
+    scales = [scale for layer in (scheme.scales if scheme else ()) for scale in layer or ()]
+    sound = bool(scales) and all(0 < scale < float("inf") for scale in scales)
+    kind = f"{args.type}{args.num_bits} per {args.strategy}"
+    return Check(name, sound, f"{len(scales)} scales of keys and values, {kind}; transformers passes over them")
+
+
 def _check_kept(stored: QuantizedCheckpoint, original: Path) -> Check:
     before = open_checkpoint(original)
     kept, changed = stored.kept(), _changed(stored.folder)
@@ -179,7 +199,9 @@ def _check_logits(folder: Path, stored: QuantizedCheckpoint, device: str, trust_
             a = _output(theirs, ids)  # some layers are decompressed at the first forward
     except (RuntimeError, ValueError, ImportError, KeyError, AttributeError) as error:
         return Check(name, False, f"transformers does not load it: {str(error).splitlines()[0]}")
-    ours = load(folder, device=str(where), trust_remote_code=trust_remote_code, rounding="transformers")
+    ours = load(
+        folder, device=str(where), trust_remote_code=trust_remote_code, rounding="transformers", kv_cache="none"
+    )
     with _quiet(), torch.inference_mode():
         b = _output(ours, ids)
     difference = float((a - b).abs().max())

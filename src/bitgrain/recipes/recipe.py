@@ -4,6 +4,7 @@
     solver: rtn
     range: {name: mse}           # of weights
     input_range: search          # of inputs with static scales
+    kv_cache: fp8                # static scales of keys and values; {name: fp8, range: mse}
     on_indivisible: error
     rules:                       # a later rule overrides an earlier one
       - {match: down_proj, scheme: W8A16}
@@ -29,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from bitgrain.errors import RecipeError, SchemeError
 from bitgrain.numerics import QuantSpec, get_format, parse_granularity
 from bitgrain.numerics.ranges import get_range
+from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.recipes.scheme import Scheme, eight_bits, get_scheme
 from bitgrain.recipes.steps import read_step
 from bitgrain.solvers import get_solver
@@ -212,6 +214,7 @@ class Recipe(_Strict):
     tuning: Tuning = Tuning()
     range: str | dict[str, Any] | None = None
     input_range: str | dict[str, Any] | None = None
+    kv_cache: str | dict[str, Any] | None = None
     on_indivisible: OnIndivisible = "error"
     rules: tuple[Rule, ...] = ()
 
@@ -222,6 +225,8 @@ class Recipe(_Strict):
             for step in self.transforms:
                 read_step(step)
             self.tuning.check()
+            if self.kv_cache is not None:
+                read_cache(self.kv_cache)
             _build(self.scheme, self.range, self.input_range)
             for rule in self.rules:
                 if rule.scheme is not None:
@@ -251,6 +256,7 @@ class Recipe(_Strict):
     def needs_calibration(self) -> bool:
         """Whether text must be shown to the model, whatever its schemes."""
         learns = self.tuning.blockwise is not None or self.tuning.end_to_end is not None
+        learns = learns or self.kv_cache is not None
         return bool(get_solver(self.solver).needs_calibration or self.transforms or self.target or learns)
 
     def for_schemes(self, schemes: Sequence[Scheme | None]) -> Recipe:

@@ -16,6 +16,7 @@ from bitgrain.models.naming import convert_tensors
 from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, twin
 from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
+from bitgrain.pipeline.blockwise.cache import observe_cache
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer, wants_moments
 from bitgrain.pipeline.blockwise.local import block_settings, tune_locally
@@ -61,6 +62,8 @@ class SolvedBlock:
     transforms: list[dict[str, Any]] = field(default_factory=list)
     experts: dict[str, list[int]] = field(default_factory=dict)
     """How many tokens each expert of a module saw."""
+    cache: dict[str, Tensor] = field(default_factory=dict)
+    """Static scales of keys and values, by name on disk."""
 
 
 class BlockSolver:
@@ -140,7 +143,11 @@ class _Block:
                 self._tune(block, calls, full_outputs)
                 again = Reruns(block, self.flow.quantized or self.flow.full, calls, [], self.pool)
                 quantized = stack.enter_context(again) if self.flow.quantized else None
-            self.flow.quantized, self.flow.full = self._outputs(quantized), full_outputs
+            quantized_outputs = self._outputs(quantized)
+            if self.plan.cache is not None:
+                entering = self.flow.quantized or self.flow.full
+                self.result.cache = observe_cache(self.plan.cache, self.index, block, entering, calls, self.pool)
+            self.flow.quantized, self.flow.full = quantized_outputs, full_outputs
         self.stream.free_block(self.index)
         return self.result
 

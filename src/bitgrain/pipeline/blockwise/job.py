@@ -12,6 +12,7 @@ from bitgrain.errors import ModelError
 from bitgrain.models.stream import StreamedModel, share_calls
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.block import BlockSolver, Flow, SolvedBlock
+from bitgrain.pipeline.blockwise.cache import saved_scales
 from bitgrain.pipeline.blockwise.layer import UNREACHED, loss_note, record_of, solve_layer
 from bitgrain.pipeline.blockwise.outside import solve_outside
 from bitgrain.pipeline.blockwise.rewrite import PROBE
@@ -20,8 +21,9 @@ from bitgrain.pipeline.blockwise.streamed import streamed
 from bitgrain.pipeline.blockwise.whole import tune_whole
 from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
-from bitgrain.pipeline.plan import Plan, Unit
+from bitgrain.pipeline.plan import CACHE_UNIT, Plan, Unit
 from bitgrain.progress import Progress
+from bitgrain.runtime.kv_cache.observe import ObservingCache
 from bitgrain.runtime.memory import return_freed_memory
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import get_solver
@@ -51,6 +53,9 @@ def solve_blockwise(plan: Plan, work: Work, device: torch.device, progress: Prog
 
 def solved_unit(plan: Plan, unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The output tensors of a unit from what `solve_blockwise` left, and what is to be known of each layer."""
+    if unit.name == CACHE_UNIT:
+        assert plan.cache is not None
+        return saved_scales(plan.cache, work), {}
     block = plan.anatomy.block_of[unit.tensors[0]]
     file = OUTSIDE if block is None else block_file(block)
     solved, records = work.keys(file), work.record(file)["layers"]
@@ -112,6 +117,14 @@ class _Pass:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
             told["online_rotations"] = self._rotations(count)
+        if self.plan.cache is not None:
+            scales = saved_scales(self.plan.cache, self.work)
+            scheme = self.plan.cache.scheme
+            told["kv_cache"] = {
+                "keys": scheme.keys.describe(),
+                "values": scheme.values.describe(),
+                "scales": {name: float(scale) for name, scale in scales.items()},
+            }
         if self.plan.recipe.tuning.end_to_end is not None:
             tensors, told["tuning"] = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
             self.work.save(TUNED, tensors)
@@ -147,7 +160,11 @@ class _Pass:
     def _start(self, first: int) -> Flow:
         """The calibration text in front of block `first`."""
         recipe = self.plan.recipe
-        batches = [self.stream.capture(ids) for ids in self.ids]
+        cache = self.plan.cache
+        batches = [
+            self.stream.capture(ids, None if cache is None else ObservingCache(cache.scheme, self.plan.config))
+            for ids in self.ids
+        ]
         share_calls(batches)
         hidden = [batch.hidden for batch in batches]
         sequential = recipe.calibration.activations == "quantized"
@@ -204,6 +221,7 @@ class _Pass:
             layer = self.plan.quantized[name]
             inputs = stored_inputs(layer, solved.inputs)
             tensors.update(self.plan.layout.encode(layer, [to_cpu(q) for q in parts], inputs))
+        tensors.update(solved.cache)
         for name, tensor in solved.changed.items():
             if name not in solved.parts:
                 tensors[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
@@ -19,8 +20,8 @@ from bitgrain.errors import ModelError, SchemeError
 from bitgrain.runtime.kv_cache.layers import QuantizedLayer, QuantizedSlidingLayer
 from bitgrain.runtime.kv_cache.schemes import CacheScheme, get_cache_scheme
 
-Scales = Sequence[tuple[Tensor, Tensor]]
-"""For each layer, the static scales of keys and values."""
+Scales = Sequence[tuple[Tensor, Tensor] | None]
+"""For each layer, the static scales of keys and values; None where it keeps none."""
 
 
 class KVCache(Cache):
@@ -29,7 +30,7 @@ class KVCache(Cache):
 
     scheme  a name of `schemes.SCHEMES`, or a CacheScheme
     config  the model's: which layers have a window, and which hold no keys at all, stands there
-    scales  of static schemes; without them they are 1
+    scales  of static schemes, in place of the scheme's own
     Batches, padding, beams, windows, `crop`, `reorder_cache` and going on with a text work as with transformers' own.
     Raises SchemeError for an unknown scheme, and for a model with layers of a kind that cannot be quantized.
     """
@@ -58,6 +59,9 @@ class KVCache(Cache):
 def quantized_layers(scheme: CacheScheme, config: Any, scales: Scales | None = None) -> list[Any]:
     """What takes the place of transformers' layers for this config. Raises SchemeError, see `KVCache`."""
     plain = DynamicCache(config=config).layers
+    if scales is None and scheme.scales:
+        scales = [one and (torch.tensor([[one[0]]]), torch.tensor([[one[1]]])) for one in scheme.scales]
+        scales += [None] * (len(plain) - len(scales))
     if scales is not None and len(scales) != len(plain):
         raise ModelError(f"there are scales of {len(scales)} layers for a model of {len(plain)}")
     found: list[Any] = []

@@ -28,12 +28,16 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """keys, values: specs of [.., tokens, head size]; recent: how many tokens stay in full precision at least."""
+    """keys, values: specs of [.., tokens, head size]; recent: how many tokens stay in full precision at least.
+
+    scales  of static specs, for each layer of the cache those of keys and values (None: it keeps none); (): all are 1
+    """
 
     name: str
     keys: QuantSpec
     values: QuantSpec
     recent: int = 0
+    scales: tuple[tuple[float, float] | None, ...] = ()
 
     def __post_init__(self) -> None:
         for what, spec in (("keys", self.keys), ("values", self.values)):
@@ -43,6 +47,11 @@ class CacheScheme:
                 )
             if isinstance(spec.scale, QuantSpec) or spec.outliers or spec.format.bits > 8:
                 raise SchemeError(f"{self.name}: {what} {spec.describe()} have no place in a cache")
+
+    @property
+    def static(self) -> bool:
+        """Whether its scales come from calibration."""
+        return not (self.keys.dynamic or self.values.dynamic)
 
     @property
     def step(self) -> int:
