@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from bitgrain.errors import ModelError
 from bitgrain.runtime.attention.schemes import SCHEMES, AttentionScheme, get_attention_scheme
 from bitgrain.runtime.attention.tiled import attend
+from bitgrain.runtime.operators import Operator, find_operator, register_operator
 
 
 def implementation_name(scheme: AttentionScheme) -> str:
@@ -22,8 +23,10 @@ def implementation_name(scheme: AttentionScheme) -> str:
 
 
 def register_attention() -> None:
-    """Make every scheme known to transformers. Done when this package is imported; twice does no harm."""
+    """Make every scheme known to transformers, and its reference to the operator table. Done when this package is
+    imported; twice does no harm."""
     for scheme in SCHEMES.values():
+        register_operator(Operator("attention", scheme.formats, attend, reference=True))
         name = implementation_name(scheme)
         AttentionInterface.register(name, _forward(scheme))
         AttentionMaskInterface.register(name, _whole_mask)
@@ -80,8 +83,9 @@ def _forward(scheme: AttentionScheme) -> Callable[..., tuple[Tensor, None]]:
         if dropout:
             raise ModelError(f"{scheme.name} attention is for inference: set the model to eval()")
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        kernel = find_operator("attention", scheme.formats, query.device.type).kernel
         with torch.no_grad():
-            found = attend(
+            found: Tensor = kernel(
                 query,
                 key,
                 value,

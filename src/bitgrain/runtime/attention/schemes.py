@@ -56,6 +56,12 @@ class AttentionScheme:
             if spec is not None and not spec.symmetric:
                 raise SchemeError(f"{self.name}: {spec.describe()}: zero points are not taken out of a product here")
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Of Q, K, P and V, as the operator table names them."""
+        specs = (self.q, self.k, self.p, self.v)
+        return tuple("-" if spec is None else f"{spec.format} {spec.granularity}" for spec in specs)
+
 
 def _varies(spec: QuantSpec | None, axes: str) -> str:
     """The axes of a matrix [rows, columns] along which the scales of a spec vary."""

@@ -1,0 +1,60 @@
+"""The operator table: who computes what, with which formats, on which device.
+
+A row is a kernel. A reference in torch, readable and exact, serves every device; a fast kernel is one more row with the
+same operation and formats for its device, and is taken from then on. There is no silent way out: what has no row is an
+error that lists what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bitgrain.errors import SchemeError
+
+ANY = "any"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row.
+
+    operation  "attention": softmax(Q K^T) V
+    formats    of its operands in their order ("int8 per_channel"), "-" for one that stays as it is
+    device     a type of torch.device, or ANY
+    kernel     computes it; the operation says with which arguments
+    reference  whether it is the readable twin, which saves no time
+    """
+
+    operation: str
+    formats: tuple[str, ...]
+    kernel: Callable[..., Any]
+    device: str = ANY
+    reference: bool = False
+
+
+_ROWS: dict[tuple[str, tuple[str, ...], str], Operator] = {}
+
+
+def register_operator(row: Operator) -> None:
+    """Put a row into the table, in place of one for the same operation, formats and device."""
+    _ROWS[row.operation, row.formats, row.device] = row
+
+
+def operators() -> list[Operator]:
+    """All rows, in the order in which they came."""
+    return list(_ROWS.values())
+
+
+def find_operator(operation: str, formats: tuple[str, ...], device: str) -> Operator:
+    """The row for `device`, else the one for any. Raises SchemeError where there is neither."""
+    for place in (device, ANY):
+        row = _ROWS.get((operation, formats, place))
+        if row is not None:
+            return row
+    known = [
+        " x ".join(row.formats) for row in operators() if row.operation == operation and row.device in (device, ANY)
+    ]
+    listed = "; ".join(known) or "none"
+    raise SchemeError(f"no kernel for {operation} on {' x '.join(formats)} on {device}; there are: {listed}")
