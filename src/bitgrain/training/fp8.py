@@ -43,10 +43,10 @@ class Fp8Linear(nn.Linear):
             self.register_buffer(f"{kind}_history", seen, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        return cast(Tensor, _Fp8Product.apply(input, self.weight, self.bias, self))
+        return cast(Tensor, _Fp8Product.apply(input, self.weight, self.bias, self, torch.is_grad_enabled()))
 
-    def round(self, x: Tensor, kind: str) -> Tensor:
-        """`x` on the grid for "input", "weight" or "gradient", in its own dtype."""
+    def round(self, x: Tensor, kind: str, learning: bool = True) -> Tensor:
+        """`x` on the grid for "input", "weight" or "gradient", in its own dtype; `learning`: the history sees it."""
         spec = BACKWARD if kind == "gradient" else FORWARD
         if self.history == 0:
             return fake_quantize(x, spec)
@@ -54,7 +54,7 @@ class Fp8Linear(nn.Linear):
         now = x.abs().amax().to(seen.dtype)
         largest = seen.amax()
         scale = torch.where(largest > 0, largest, now) / spec.high
-        if self.training:
+        if learning:
             seen.copy_(torch.cat([now.reshape(1), seen[:-1]]))
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         return fake_quantize(x, replace(spec, dynamic=False), scale=scale.reshape(1, 1))
@@ -68,15 +68,15 @@ class _Fp8Product(torch.autograd.Function):
     """y = x W^T, dx = dy W, dW = dy^T x, with x and W in E4M3 and dy in E5M2; nothing is masked where it saturates."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Fp8Linear) -> Tensor:
-        x, weight = layer.round(x, "input"), layer.round(weight, "weight")
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Fp8Linear, learning: bool) -> Tensor:
+        x, weight = layer.round(x, "input", learning), layer.round(weight, "weight", learning)
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
         return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         exact = grad_outputs[0]
         grad = ctx.layer.round(exact, "gradient")
@@ -88,7 +88,7 @@ class _Fp8Product(torch.autograd.Function):
             dweight = rows.T @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             dbias = exact.reshape(-1, exact.shape[-1]).sum(0)
-        return dx, dweight, dbias, None
+        return dx, dweight, dbias, None, None
 
 
 def fp8_training_(module: nn.Module, *, history: int = 0, keep: Sequence[str] = ("*lm_head",)) -> list[str]:
