@@ -154,10 +154,10 @@ def _train(
         if not math.isfinite(after):
             raise NumericsError(f"the loss after the last step is {after}; lower the rate ({settings.rate:g})")
     except NumericsError as error:
-        good = f"the state of step {work.record(_STATE)['step']}" if work.has(_STATE) else "nothing yet"
+        good = f"step {work.record(_STATE)['step']}" if work.has(_STATE) else "the start"
         raise NumericsError(
-            f"{error}. Kept as the last good state in {partial_folder(job.out)}: {good}. Other settings start over "
-            "with --restart."
+            f"{error}. The last good state, that of {good}, is kept in {partial_folder(job.out)}; other settings start "
+            "over with --restart."
         ) from error
     finally:
         progress.finish()

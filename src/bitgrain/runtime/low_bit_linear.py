@@ -126,7 +126,7 @@ class _ReadOnly(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func is _SET_DATA:
+        if func == _SET_DATA:
             raise SchemeError(
                 "this weight is kept in low bits and cannot be changed in place: merge adapters with a LoraConfig from "
                 "bitgrain.training.lora.lora_config, or make the layer dense first (LowBitLinear.to_dense)"
