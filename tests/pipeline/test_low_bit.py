@@ -10,7 +10,7 @@ from torch import nn
 
 import bitgrain
 import zoo
-from bitgrain.runtime.low_bit_linear import LowBitLinear, held_nbytes, low_bit_layers
+from bitgrain.runtime.low_bit_linear import LowBitLinear, held_nbytes, hold_low_bit_, low_bit_layers
 
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -59,6 +59,23 @@ def test_a_head_that_is_quantized_is_packed_and_casts_follow(tiny: Callable[[str
     low: Any = bitgrain.load(out, low_bit=True, dtype=torch.bfloat16)
     assert isinstance(low.lm_head, LowBitLinear)
     assert torch.equal(logits(low), logits(bitgrain.load(out, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_loading_never_holds_the_dense_weights(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+):
+    bitgrain.quantize(tiny("llama"), tmp_path / "out", "NF4")
+    sizes = []
+
+    def spy(model: nn.Module, weights: dict[str, Any], stored: Any) -> list[str]:
+        sizes.extend(model.get_submodule(path).weight.untyped_storage().nbytes() for path in weights)
+        return hold_low_bit_(model, weights, stored)
+
+    monkeypatch.setattr("bitgrain.pipeline.load.hold_low_bit_", spy)
+    bitgrain.load(tmp_path / "out", low_bit=True, dtype=dtype)
+    assert len(sizes) == 14
+    assert max(sizes) <= 8
 
 
 def test_a_plain_checkpoint_loads_as_it_is(tiny: Callable[[str], Path]):

@@ -52,6 +52,18 @@ def test_a_loop_that_goes_on_ends_in_the_same_bits(optimizer: Any):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), part.parameters(), strict=True))
 
 
+def test_windows_one_by_one_give_the_gradients_of_the_batch():
+    together, apart = small(), small()
+    settings = TrainSettings(steps=1, batch=3, warmup=0.0)
+    losses = [
+        train_next_token(together, WINDOWS, settings),
+        train_next_token(apart, WINDOWS, settings, each=lambda work, parts: map(work, parts)),
+    ]
+    assert losses[0] == pytest.approx(losses[1])
+    pairs = zip(together.parameters(), apart.parameters(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7) for a, b in pairs)
+
+
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_nan_stops_before_anything_is_spoiled(monkeypatch: pytest.MonkeyPatch, bad: str):
     model, states = small(), []

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, plan_shards
 from bitgrain.errors import NumericsError, TextError
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.work import Work
 from bitgrain.pipeline.load import load
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.low_bit_linear import held_nbytes, low_bit_layers
 from bitgrain.training.lora import ALL_LINEAR, attach_lora, lora_config, require_peft
-from bitgrain.training.next_token import TrainSettings, TrainState, next_token_loss, train_next_token
+from bitgrain.training.next_token import Each, TrainSettings, TrainState, next_token_loss, train_next_token
 
 ADAPTER_FILE, CONFIG_FILE, RECORD_FILE = "adapter_model.safetensors", "adapter_config.json", "training.json"
 _STATE = "state"
@@ -71,6 +73,7 @@ def finetune(
     seqlen: int = 512,
     settings: TrainSettings | None = None,
     device: str = "auto",
+    workers: int | None = None,
     trust_remote_code: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -81,6 +84,8 @@ def finetune(
     rank, alpha, targets  see `training.lora.lora_config`
     seqlen                tokens in a window
     settings, changes     see `training.next_token.TrainSettings`: as a whole, or its fields by name (steps, rate, ...)
+    workers               windows of a batch that are worked on at once on a CPU (None: as many as torch has threads);
+                          the result is the same for any number
     Raises BitgrainError (peft is missing), TextError (a text shorter than a batch), SchemeError (settings, targets),
     NumericsError (a loss that is not finite: the last good state is kept beside `out`), OutputError, ResumeError (a
     half-done run with other settings or sources), ModelError, CheckpointError.
@@ -117,7 +122,9 @@ def finetune(
     progress = progress or make_progress("quiet")
     with JobFolder.open(out, identity, [_layout(_adapter(adapted))], restart=restart) as job:
         if "adapter" not in job.done:
-            record = _train(adapted, train, validation, chosen, job, progress)
+            with Pool(workers or torch.get_num_threads()) as pool:
+                each = partial(pool.map, grad=True) if where.type == "cpu" else None
+                record = _train(adapted, train, validation, chosen, each, job, progress)
             job.commit_unit("adapter", _adapter(adapted), record)
         record = job.done["adapter"]
         job.write_text(CONFIG_FILE, _adapter_config(adapted, source.path))
@@ -128,7 +135,13 @@ def finetune(
 
 
 def _train(
-    model: Any, train: Tensor, validation: Tensor, settings: TrainSettings, job: JobFolder, progress: Progress
+    model: Any,
+    train: Tensor,
+    validation: Tensor,
+    settings: TrainSettings,
+    each: Each | None,
+    job: JobFolder,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Train from the last saved state, if there is one; returns what training.json tells."""
     work = Work(job.work)
@@ -137,7 +150,7 @@ def _train(
         told = work.record(_STATE)
         start, before = TrainState(told["step"], work.tensors(_STATE), tuple(told["losses"])), told["before"]
     if before is None:
-        before = validation_loss(model, validation)
+        before = validation_loss(model, validation, each)
     if not math.isfinite(before):
         raise NumericsError(f"the loss before the first step is {before}: the model is damaged, verify it")
 
@@ -149,8 +162,8 @@ def _train(
 
     progress.start(settings.steps, "steps", "fine-tune", done=0 if start is None else start.step)
     try:
-        losses = train_next_token(model, train, settings, start=start, save=save, report=report)
-        after = validation_loss(model, validation)
+        losses = train_next_token(model, train, settings, each=each, start=start, save=save, report=report)
+        after = validation_loss(model, validation, each)
         if not math.isfinite(after):
             raise NumericsError(f"the loss after the last step is {after}; lower the rate ({settings.rate:g})")
     except NumericsError as error:
@@ -165,11 +178,15 @@ def _train(
     return {"before": before, "after": after, "trained": trained, "losses": losses}
 
 
-@torch.no_grad()
-def validation_loss(model: nn.Module, windows: Tensor) -> float:
-    """Mean next-token loss of windows [n, tokens], in nats."""
+def validation_loss(model: nn.Module, windows: Tensor, each: Each | None = None) -> float:
+    """Mean next-token loss of windows [n, tokens], in nats, one at a time; `each`: see `train_next_token`."""
     device = next(model.parameters()).device
-    return math.fsum(float(next_token_loss(model, one[None].to(device))) for one in windows) / len(windows)
+
+    @torch.no_grad()
+    def one(window: Tensor) -> float:
+        return float(next_token_loss(model, window.to(device)))
+
+    return math.fsum((each or map)(one, windows.split(1))) / len(windows)
 
 
 def _sizes(base: nn.Module) -> tuple[int, int, int]:

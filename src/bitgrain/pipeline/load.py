@@ -158,7 +158,8 @@ def _load(
             if name in packed:
                 layer = stored.layers[name]
                 shape = layer.shape[::-1] if layer.transposed else layer.shape
-                yield name, torch.zeros(1, dtype=layer.dtype).expand(shape)  # takes no memory; replaced below
+                one = torch.zeros(1, dtype=dtype or config.dtype or layer.dtype)
+                yield name, one.expand(shape)  # takes no memory, as long as no dtype changes; replaced below
             elif name not in anatomy.unexpected:
                 yield name, stored.dense(name) if name in stored.layers else stored.checkpoint.read(name)
 

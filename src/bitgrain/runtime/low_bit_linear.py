@@ -36,6 +36,8 @@ class LowBitLinear(nn.Linear):
     Its state_dict holds the packed tensors as bytes (`numerics.packed`): no cast of the module touches them.
     """
 
+    like: Tensor  # empty: has the dtype and device of the dense weight, through every `.to`
+
     def __init__(
         self,
         q: QTensor,
@@ -108,7 +110,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         grad = grad_outputs[0]
         rows = grad.reshape(-1, grad.shape[-1])
         x = bias = None

@@ -35,8 +35,7 @@ class Fp8Linear(nn.Linear):
     def __init__(self, linear: nn.Linear, history: int = 0) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_parameter("weight", linear.weight)
-        self.register_parameter("bias", linear.bias)
+        self.weight, self.bias = linear.weight, linear.bias
         self.history = history
         for kind in _KINDS:
             seen = torch.zeros(history, device=linear.weight.device)
@@ -76,7 +75,9 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         exact = grad_outputs[0]
         grad = ctx.layer.round(exact, "gradient")

@@ -50,7 +50,8 @@ def lora_config(
     if rank < 1:
         raise SchemeError(f"an adapter has a rank of at least 1, not {rank}")
     chosen = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, **settings)
+    scale: Any = int(alpha) if alpha == int(alpha) else alpha  # as peft writes it; any number will do
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen, **settings)
     return _knowing_low_bit(config)
 
 
@@ -60,12 +61,12 @@ def attach_lora(model: nn.Module, config: LoraConfig | None = None) -> PeftModel
     Raises SchemeError where no layer, or a layer of another kind, goes by the names in `config`.
     """
     require_peft()
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     config = lora_config() if config is None else _knowing_low_bit(config)
     try:
         with _quiet():
-            return cast(PeftModel, get_peft_model(cast(Any, model), config))
+            return cast("PeftModel", get_peft_model(cast(Any, model), config))
     except ValueError as error:
         known = ", ".join(sorted(linear_names(model)))
         raise SchemeError(f"no adapter fits: {error} Linear layers here: {known}") from error

@@ -7,7 +7,7 @@ state ends in the same bits. A state is saved only when its loss and gradients w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bitgrain.errors import NumericsError, SchemeError
+from bitgrain.numerics.sums import row_sums
 from bitgrain.training.adamw8bit import AdamW8bit
 
 OptimizerName = Literal["adamw", "adamw8bit"]
+Each = Callable[[Callable[[Tensor], Any], Sequence[Tensor]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def train_next_token(
     windows: Tensor,
     settings: TrainSettings,
     *,
+    each: Each | None = None,
     start: TrainState | None = None,
     save: Callable[[TrainState], None] | None = None,
     report: Callable[[int, float], None] | None = None,
@@ -103,6 +106,8 @@ def train_next_token(
     """Train the parameters of `model` that want gradients, in place; returns the loss of every step.
 
     windows  int64 [windows, tokens]; batches go to the device of the parameters
+    each     maps a function over the windows of a batch, in order: they are then run one by one (or in threads), and
+             their gradients added up in that order; None: the batch is run as one
     start    a state that `save` was given: go on from there
     report   called with (steps done, loss of the last step)
     Raises SchemeError where nothing can be trained or `start` is of other parameters, NumericsError when a loss or a
@@ -122,10 +127,8 @@ def train_next_token(
     model.eval()  # no dropout: the loss is that of the model as it will be used
     while step < settings.steps:
         batch = windows[settings.windows_of(step, len(windows))].to(device)
-        optimizer.zero_grad(set_to_none=True)
-        loss = next_token_loss(model, batch)
-        loss.backward()
-        value, norm = float(loss.detach()), gradient_norm(trained.values())
+        value = _gradients(model, list(trained.values()), batch, each)
+        norm = gradient_norm(trained.values())
         if not (math.isfinite(value) and math.isfinite(norm)):
             what = f"the loss is {value}" if not math.isfinite(value) else f"the norm of the gradients is {norm}"
             raise NumericsError(f"training stopped in step {step + 1}: {what}; lower the rate ({settings.rate:g})")
@@ -145,9 +148,29 @@ def train_next_token(
     return losses
 
 
-def gradient_norm(parameters: Any) -> float:
-    """The Euclidean norm of all gradients together, summed in float64."""
-    squares = [float(p.grad.double().square().sum()) for p in parameters if p.grad is not None]
+def _gradients(model: nn.Module, parameters: Sequence[nn.Parameter], batch: Tensor, each: Each | None) -> float:
+    """Leaves the gradients of the batch's mean loss in the parameters, and returns that."""
+
+    def one(windows: Tensor) -> tuple[float, Sequence[Tensor | None]]:
+        loss = next_token_loss(model, windows)
+        return float(loss.detach()), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    for parameter in parameters:
+        parameter.grad = None
+    parts = batch.split(len(batch) if each is None else 1)
+    losses: list[float] = []
+    for loss, gradients in map(one, parts) if each is None else each(one, parts):
+        losses.append(loss)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                share = gradient / len(parts)
+                parameter.grad = share if parameter.grad is None else parameter.grad + share
+    return sum(losses) / len(losses)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all gradients together; in float64, in an order that no number of threads changes."""
+    squares = [float(row_sums(p.grad.square().reshape(1, -1))) for p in parameters if p.grad is not None]
     return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
 
 
