@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import bitgrain
-from bitgrain.errors import CheckpointError, NumericsError, OutputError, ResumeError, SchemeError, TextError
+from bitgrain.errors import CheckpointError, ModelError, NumericsError, OutputError, ResumeError, SchemeError, TextError
 from bitgrain.pipeline.finetune import Finetuned
 from bitgrain.progress import QuietProgress
 from bitgrain.training import next_token
@@ -132,12 +132,17 @@ def test_nan_keeps_the_last_good_state(go: Any, tmp_path: Path, monkeypatch: pyt
     assert contents(out) == contents(whole)
 
 
-def test_bad_input(go: Any, base: Path, text: Path, tmp_path: Path):
-    out = tmp_path / "out"
+def test_bad_input(go: Any, base: Path, readable: Callable[..., Path], text: Path, tmp_path: Path):
+    out, longer = tmp_path / "out", readable("llama", max_position_embeddings=1000)
     with pytest.raises(TextError, match=r"37 windows of 24 tokens, 2 of which.*one batch needs 40"):
         go(out, batch=40)
-    with pytest.raises(TextError, match="one window needs 2000"):
-        go(out, seqlen=2000)
+    with pytest.raises(TextError, match="888 tokens and one window needs 1000"):
+        bitgrain.finetune(longer, out, text=text, seqlen=1000)
+    for seqlen in (1, 2000):
+        with pytest.raises(TextError, match="takes 2 to 64"):
+            go(out, seqlen=seqlen)
+    with pytest.raises(ModelError, match="BertModel predicts no next token"):
+        bitgrain.finetune(readable("bert"), out, text=text)
     with pytest.raises(SchemeError, match="no adapter fits"):
         go(out, targets=["query"])
     with pytest.raises(SchemeError, match="rate above 0"):

@@ -23,7 +23,7 @@ from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.checkpoints.job_folder import JobFolder, check_new, partial_folder
 from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, plan_shards
-from bitgrain.errors import NumericsError, TextError
+from bitgrain.errors import ModelError, NumericsError, TextError
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.work import Work
@@ -96,7 +96,7 @@ def finetune(
     source, where = resolve_model(model), resolve_device(device)
     content = read_text(text)
     base = load(source.path, device=str(where), trust_remote_code=trust_remote_code, low_bit=True)
-    vocab = getattr(getattr(base, "config", None), "vocab_size", None)
+    vocab = _check(base, seqlen)
     ids = token_windows(load_tokenizer(source.path, trust_remote_code), content, seqlen, vocab_size=vocab)
     kept = min(MOST_VALIDATION, math.ceil(len(ids) / 20))
     train, validation = ids[:-kept], ids[-kept:]
@@ -114,7 +114,7 @@ def finetune(
         "training": asdict(chosen),
         "lora": {"rank": rank, "alpha": alpha, "targets": targets if isinstance(targets, str) else list(targets)},
         "seqlen": seqlen,
-        "text": hashlib.sha256(content.encode()).hexdigest(),
+        "tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "device": where.type,
         "base": {"name": source.name, "revision": source.revision, **open_checkpoint(source.path).fingerprint()},
         "versions": {name: version(name) for name in _VERSIONS},
@@ -128,7 +128,7 @@ def finetune(
             job.commit_unit("adapter", _adapter(adapted), record)
         record = job.done["adapter"]
         job.write_text(CONFIG_FILE, _adapter_config(adapted, source.path))
-        told = {key: identity[key] for key in ("training", "lora", "seqlen", "text", "versions")}
+        told = {key: identity[key] for key in ("training", "lora", "seqlen", "tokens_sha256", "versions")}
         job.write_text(RECORD_FILE, json.dumps({**told, **record}, indent=2) + "\n")
         job.finish()
     return Finetuned(out, tuple(record["losses"]), record["before"], record["after"], record["trained"], *sizes)
@@ -187,6 +187,17 @@ def validation_loss(model: nn.Module, windows: Tensor, each: Each | None = None)
         return float(next_token_loss(model, window.to(device)))
 
     return math.fsum((each or map)(one, windows.split(1))) / len(windows)
+
+
+def _check(base: Any, seqlen: int) -> int | None:
+    """The vocabulary's size. Raises ModelError for a model that predicts no next token, TextError for `seqlen`."""
+    if not base.can_generate():
+        raise ModelError(f"{type(base).__name__} predicts no next token: only causal language models are fine-tuned")
+    config = base.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or seqlen
+    if not 2 <= seqlen <= longest:
+        raise TextError(f"windows of {seqlen} tokens: this model takes 2 to {longest}; change --seqlen")
+    return getattr(config, "vocab_size", None)
 
 
 def _sizes(base: nn.Module) -> tuple[int, int, int]:

@@ -158,7 +158,8 @@ def _load(
             if name in packed:
                 layer = stored.layers[name]
                 shape = layer.shape[::-1] if layer.transposed else layer.shape
-                one = torch.zeros(1, dtype=dtype or config.dtype or layer.dtype)
+                own = config.dtype if isinstance(config.dtype, torch.dtype) else layer.dtype
+                one = torch.zeros(1, dtype=dtype or own)
                 yield name, one.expand(shape)  # takes no memory, as long as no dtype changes; replaced below
             elif name not in anatomy.unexpected:
                 yield name, stored.dense(name) if name in stored.layers else stored.checkpoint.read(name)
