@@ -3,10 +3,11 @@
 import ast
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import bitgrain
@@ -81,6 +82,20 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path):
         load_adapter(packed("gpt2"), tmp_path)
     with pytest.raises(CheckpointError, match="no adapter"):
         load_adapter(packed(), tmp_path / "nowhere")
+
+
+def test_in_transformers_trainer(tmp_path: Path):
+    pytest.importorskip("accelerate")
+    adapted = attach_lora(packed(), lora_config(rank=4))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to=[], disable_tqdm=True,
+        save_strategy="no", logging_steps=1, learning_rate=1e-2, use_cpu=True, activation_checkpointing=True,
+    )  # fmt: skip
+    rows = [{"input_ids": one, "labels": one} for one in IDS]
+    trainer = transformers.Trainer(model=cast(Any, adapted), args=arguments, train_dataset=cast(Any, rows))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
 
 
 def test_a_config_of_the_users_own():
