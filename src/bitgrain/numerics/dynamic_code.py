@@ -8,14 +8,16 @@ bit goes to the fraction.
 
 from __future__ import annotations
 
+import torch
+
 _ZEROS = 7  # numbers of leading zeros: 0 to 6
 
 
 def dynamic_values(*, signed: bool) -> tuple[float, ...]:
-    """The 256 numbers, ascending: from -0.993 or 0 to 1."""
+    """The 256 numbers, each a float32, ascending: from -0.993 or 0 to 1."""
     positive: list[float] = []
     for zeros in range(_ZEROS):
         count = 2 ** (_ZEROS - 1 - zeros + (0 if signed else 1))
         positive += [10.0**-zeros * (0.1 + 0.9 * (i + 0.5) / count) for i in range(count)]
     negative = [-value for value in positive] if signed else []
-    return tuple(sorted([*negative, 0.0, *positive, 1.0]))
+    return tuple(torch.tensor(sorted([*negative, 0.0, *positive, 1.0]), dtype=torch.float32).tolist())
