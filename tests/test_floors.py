@@ -9,7 +9,7 @@ ROOT = Path(bitgrain.__file__).parent
 FLOORS = [
     {"errors", "progress"},
     {"numerics"},
-    {"solvers", "transforms", "runtime", "tuning"},
+    {"solvers", "transforms", "runtime", "tuning", "training"},
     {"recipes"},
     {"models", "checkpoints", "calibration", "demo"},
     {"pipeline", "evaluation", "search"},

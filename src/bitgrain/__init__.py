@@ -8,6 +8,8 @@ bitgrain.inspect("MODEL")                       ranges, outliers, what each gran
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
 bitgrain.quantize_tensor(w, "NVFP4")            one tensor
+bitgrain.low_bit_(module, "NF4")                in memory, weights stay packed
+bitgrain.finetune("OUT", "ADAPTER", text="FILE")    LoRA on packed weights; bitgrain.merge adds it to them
 bitgrain.KVCache("kivi-int4", config)           keys and values in few bits, for generate
 """
 
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
         KVCache,
         calibrate,
         evaluate,
+        finetune,
         inspect,
         load,
+        low_bit_,
+        merge,
         plan,
         quantize,
         quantize_,
@@ -38,8 +43,11 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "finetune",
     "inspect",
     "load",
+    "low_bit_",
+    "merge",
     "plan",
     "quantize",
     "quantize_",

@@ -15,8 +15,11 @@ from bitgrain.errors import RecipeError
 from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.finetune import Finetuned, finetune
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
 from bitgrain.pipeline.load import cache_for, load
+from bitgrain.pipeline.low_bit import low_bit_
+from bitgrain.pipeline.merge import merge
 from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
@@ -32,11 +35,15 @@ from bitgrain.runtime.kv_cache import CacheScheme, KVCache
 __all__ = [
     "Calibrated",
     "Check",
+    "Finetuned",
     "KVCache",
     "calibrate",
     "evaluate",
+    "finetune",
     "inspect",
     "load",
+    "low_bit_",
+    "merge",
     "plan",
     "quantize",
     "quantize_",

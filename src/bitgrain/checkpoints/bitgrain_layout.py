@@ -30,9 +30,9 @@ from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.numerics import QTensor, QuantSpec, per_tensor
 from bitgrain.numerics.formats import FloatFormat, Format
 from bitgrain.numerics.observers import StaticInput
-from bitgrain.numerics.outliers import VALUE_DTYPE, Outliers, column_dtype
-from bitgrain.numerics.packing import pack, packed_length, unpack
-from bitgrain.numerics.qtensor import unsigned
+from bitgrain.numerics.outliers import VALUE_DTYPE, column_dtype
+from bitgrain.numerics.packed import pack_qtensor, unpack_qtensor
+from bitgrain.numerics.packing import packed_length
 from bitgrain.recipes.recipe import SchemeModel
 
 
@@ -88,7 +88,7 @@ class BitgrainLayout:
         self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
     ) -> dict[str, Tensor]:
         check_inputs(layer, inputs)
-        encoded = [self._encode_one(q) for q in parts]
+        encoded = [pack_qtensor(q) for q in parts]
         join = torch.stack if layer.experts > 1 else (lambda tensors: tensors[0])
         found = {f"{layer.tensor}.{suffix}": join([one[suffix] for one in encoded]) for suffix in encoded[0]}
         if inputs:
@@ -97,24 +97,6 @@ class BitgrainLayout:
             if zeros:
                 found[f"{layer.tensor}.input_zero"] = torch.cat(zeros)
         return found
-
-    def _encode_one(self, q: QTensor) -> dict[str, Tensor]:
-        found = {"codes": _pack(q.unsigned_codes(), q.spec.format)}
-        if isinstance(q.scale, QTensor):
-            found["scale"] = _pack(q.scale.unsigned_codes(), q.scale.spec.format)
-            assert isinstance(q.scale.scale, Tensor)
-            found["outer_scale"] = q.scale.scale
-            if q.scale.zero is not None:
-                found["outer_zero"] = _pack_zero(q.scale.zero, q.scale.spec)
-        else:
-            found["scale"] = q.scale
-        if q.zero is not None:
-            found["zero"] = _pack_zero(q.zero, q.spec)
-        if q.outliers is not None:
-            found["outlier_starts"] = q.outliers.starts
-            found["outlier_columns"] = q.outliers.columns
-            found["outlier_values"] = q.outliers.values
-        return {suffix: tensor.contiguous() for suffix, tensor in found.items()}
 
     def decode_inputs(self, layer: StoredLayer, read: Read) -> list[StaticInput]:
         spec = layer.static_input
@@ -130,9 +112,9 @@ class BitgrainLayout:
         spec = layer.scheme.weight
         stacks = {t.name.removeprefix(f"{layer.tensor}."): read(t.name) for t in self.tensors(layer)}
         if layer.experts == 1:
-            return [_decode_one(stacks, spec, layer.shape)]
+            return [unpack_qtensor(stacks, spec, layer.shape)]
         return [
-            _decode_one({suffix: tensor[i] for suffix, tensor in stacks.items()}, spec, layer.shape)
+            unpack_qtensor({suffix: tensor[i] for suffix, tensor in stacks.items()}, spec, layer.shape)
             for i in range(layer.experts)
         ]
 
@@ -209,41 +191,3 @@ def _packed(format: Format, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[
 
 def _zeros(spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
     return _packed(spec.format, shape) if spec.zero_point == "integer" else (_zero_dtype(spec), shape)
-
-
-def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:
-    return pack(unsigned_codes, format.bits, torch.uint8) if format.bits <= 8 else unsigned_codes
-
-
-def _unpack(stored: Tensor, format: Format, cols: int) -> Tensor:
-    """The codes, in their own dtype, of what `_pack` gave."""
-    if format.bits > 8:
-        return (stored - format.code_offset).to(format.code_dtype)
-    codes = unpack(stored, format.bits, cols)
-    if format.code_dtype is not torch.int8:
-        return codes.to(format.code_dtype)
-    return (codes - format.code_offset).view(torch.int8)  # two's complement: right modulo 256
-
-
-def _pack_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
-    return zero if spec.zero_point == "real" else _pack(unsigned(zero, spec.format), spec.format)
-
-
-def _unpack_zero(stored: Tensor | None, spec: QuantSpec, cols: int) -> Tensor | None:
-    return stored if stored is None or spec.zero_point == "real" else _unpack(stored, spec.format, cols)
-
-
-def _decode_one(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
-    across = spec.granularity.tiles(shape)[1]
-    codes = _unpack(stored["codes"], spec.format, shape[1])
-    scale: Tensor | QTensor = stored["scale"]
-    if isinstance(spec.scale, QuantSpec):
-        inner = spec.scale
-        values = _unpack(stored["scale"], inner.format, across)
-        outer_across = inner.granularity.tiles(tuple(values.shape))[1]
-        outer_zero = _unpack_zero(stored.get("outer_zero"), inner, outer_across)
-        scale = QTensor(values, stored["outer_scale"], outer_zero, inner)
-    outliers = None
-    if spec.outliers:
-        outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
-    return QTensor(codes, scale, _unpack_zero(stored.get("zero"), spec, across), spec, outliers)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import NoReturn
 
 import bitgrain
-from bitgrain.cli import calibrate, demo, eval, inspect, plan, quantize, schemes, verify
+from bitgrain.cli import calibrate, demo, eval, finetune, inspect, merge, plan, quantize, schemes, verify
 from bitgrain.cli.terminal import print_error, quieten_libraries
 from bitgrain.errors import BitgrainError
 
@@ -27,6 +27,8 @@ COMMANDS = {
     "inspect": inspect,
     "verify": verify,
     "calibrate": calibrate,
+    "finetune": finetune,
+    "merge": merge,
     "schemes": schemes,
     "demo": demo,
 }

@@ -33,7 +33,7 @@ def load_dense_into(
     """
     model_class = type(cast(PreTrainedModel, skeleton))
     try:
-        with _quiet():
+        with quiet_transformers():
             loaded: Any = model_class.from_pretrained(
                 None,
                 config=copy.deepcopy(config),  # its name_or_path is overwritten
@@ -73,8 +73,8 @@ def _few(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """Without transformers' bar and its report of faults, which are raised here."""
+def quiet_transformers() -> Generator[None]:
+    """Without transformers' bars and its report of faults, which we raise ourselves."""
     bar, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

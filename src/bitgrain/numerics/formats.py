@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import SchemeError
+from bitgrain.numerics.dynamic_code import dynamic_values
 
 
 class Format(ABC):
@@ -390,13 +391,15 @@ def _named_formats() -> dict[str, Format]:
         "nf4": CodebookFormat("nf4", _normal_float(4)),
         "ternary": CodebookFormat("ternary", (-1.0, 0.0, 1.0)),
         "binary": CodebookFormat("binary", (-1.0, 1.0)),
+        "dynamic8": CodebookFormat("dynamic8", dynamic_values(signed=True)),
+        "udynamic8": CodebookFormat("udynamic8", dynamic_values(signed=False)),
     }
     return {**ints, **floats, **books}
 
 
 def get_format(name: str | Format) -> Format:
     """A format by name (case-insensitive): int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4,
-    ternary, binary, and the scale dtypes float32, float16, bfloat16, e8m0.
+    ternary, binary, dynamic8, udynamic8, and the scale dtypes float32, float16, bfloat16, e8m0.
 
     Raises SchemeError for an unknown name, listing all.
     """

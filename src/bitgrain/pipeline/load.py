@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bitgrain.checkpoints import bitgrain_layout, compressed_tensors_reader
 from bitgrain.checkpoints.kv_scales import SUFFIXES, read_scheme
@@ -29,6 +30,7 @@ from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expe
 from bitgrain.runtime.attention import AttentionScheme, set_attention
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
+from bitgrain.runtime.low_bit_linear import hold_low_bit_
 from bitgrain.runtime.online import attach_rotations
 
 
@@ -113,18 +115,21 @@ def load(
     rounding: Rounding = "vllm",
     kv_cache: str | CacheScheme | None = None,
     attention: str | AttentionScheme | None = None,
+    low_bit: bool = False,
 ) -> nn.Module:
     """A transformers model in eval mode with the weights of a checkpoint that bitgrain wrote, dequantized.
 
     kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too. None: as the
     checkpoint says, if it was quantized with a KV cache; "none": as they are.
+    low_bit: weights of linear layers stay packed in memory (`runtime.low_bit_linear`), and are dequantized for each
+    product: what LoRA is trained on. Stacks of experts, embeddings and tied heads are dequantized as otherwise.
     attention: how Q, K, P and V are multiplied (`runtime.attention.SCHEMES`).
     rounding: whose arithmetic quantized activations follow, vLLM's kernels or transformers with compressed-tensors.
     dtype None: as in the checkpoint. A checkpoint that is not quantized loads as it is.
     Raises ModelError (no such model), CheckpointError (damaged or not ours), SchemeError (no such cache or
     attention).
     """
-    model = _load(folder, device, dtype, trust_remote_code, rounding)
+    model = _load(folder, device, dtype, trust_remote_code, rounding, low_bit)
     scheme = cache_for(folder, kv_cache, trust_remote_code)
     if scheme is not None:
         config = model.config
@@ -156,7 +161,12 @@ def cache_for(
 
 
 def _load(
-    folder: str | Path, device: str, dtype: torch.dtype | None, trust_remote_code: bool, rounding: Rounding
+    folder: str | Path,
+    device: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    rounding: Rounding,
+    low_bit: bool,
 ) -> nn.Module:
     source = resolve_model(folder)
     config = load_config(source, trust_remote_code, drop_quantization=True)
@@ -175,17 +185,43 @@ def _load(
     if stray:
         raise CheckpointError(f"{folder}: quantized layers that the model does not have: {', '.join(stray[:3])}")
 
+    packed = _packed_layers(skeleton, anatomy, stored) if low_bit else {}
+
     def dense() -> Iterator[tuple[str, Tensor]]:
         for name in originals:
-            if name not in anatomy.unexpected:
+            if name in packed:
+                layer = stored.layers[name]
+                shape = layer.shape[::-1] if layer.transposed else layer.shape
+                own = config.dtype if isinstance(config.dtype, torch.dtype) else layer.dtype
+                one = torch.zeros(1, dtype=dtype or own)
+                yield name, one.expand(shape)  # takes no memory, as long as no dtype changes; replaced below
+            elif name not in anatomy.unexpected:
                 yield name, stored.dense(name) if name in stored.layers else stored.checkpoint.read(name)
 
     experts_run_one_by_one(config)
-    model = load_dense_into(skeleton, config, dense(), where, dtype)
+    model = load_dense_into(skeleton, config, dense(), "cpu" if packed else where, dtype)
+    if packed:
+        for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
+            hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
+        model.to(where)
     attach_rotations(model, stored.config.get("online_rotations", {}))
     schemes = {name: layer.scheme for name, layer in stored.layers.items()}
     attach_input_quantizers(model, anatomy, schemes, rounding, static=stored.static_inputs())
     return model
+
+
+def _packed_layers(skeleton: nn.Module, anatomy: Anatomy, stored: QuantizedCheckpoint) -> dict[str, str]:
+    """Original tensors that can stay packed -> their modules: each is the whole weight of one linear layer."""
+    tied = {name for group in anatomy.tied for name in group}
+    return {
+        weight.tensor: weight.memory_module
+        for weight in anatomy.weights
+        if weight.tensor in stored.layers
+        and weight.targets == (weight.memory,) == (f"{weight.memory_module}.weight",)
+        and weight.experts == 1
+        and weight.memory not in tied
+        and type(skeleton.get_submodule(weight.memory_module)) in (nn.Linear, Conv1D)
+    }
 
 
 def experts_run_one_by_one(config: Any) -> None:

@@ -25,7 +25,7 @@ from bitgrain.numerics import (
 )
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
 from bitgrain.numerics.ranges import OutputSearch
-from bitgrain.numerics.spec import int_weight
+from bitgrain.numerics.spec import int_weight, nf4_double_quantized
 
 # NVFP4 activations choose a scale for each 16 values at run time, in E4M3, times one constant. A quarter lets them
 # reach blocks with maxima from 0.004 to 672 without calibration data.
@@ -128,6 +128,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("MXFP4", mxfp4(), mxfp4(dynamic=True)),
         Scheme("NVFP4A16", nvfp4()),
         Scheme("NVFP4", nvfp4(), nvfp4(dynamic=True)),
+        Scheme("NF4", nf4_double_quantized()),
     )
 }
 ALIASES = {"INT8": "W8A8", "INT8_STATIC": "W8A8_STATIC"}

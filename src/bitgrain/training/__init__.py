@@ -1,0 +1,6 @@
+"""Training with quantized numbers: weights, optimizer states, activations and gradients."""
+
+from bitgrain.training.adamw8bit import AdamW8bit
+from bitgrain.training.fp8 import fp8_training_
+
+__all__ = ["AdamW8bit", "fp8_training_"]
