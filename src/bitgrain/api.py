@@ -117,8 +117,6 @@ def plan(
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
     chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration, columns)
-    if bits is not None and chosen.columns is not None:
-        raise RecipeError("bits weighs codes alone: give it a scheme without kept columns, or leave bits out")
     kept, fallen = _share(keep), _share(fallback)
     if bits is not None and (kept or fallen):
         raise RecipeError("bits weighs every layer itself: name those to keep or to fall back, or leave bits out")
