@@ -108,8 +108,7 @@ class _Block:
         calls = [batch.calls[self.index] for batch in self.flow.batches]
         self._transform(full, calls)
         block = twin(full) if self.flow.quantized else full
-        keeping = keeping_layers(self.layers, self.layers)
-        later = {*static_layers(self.layers, self.layers), *keeping}
+        later = {*static_layers(self.layers, self.layers), *keeping_layers(self.layers)}
         schemes = {name: layer.scheme for name, layer in self.layers.items() if name not in later}
         if self.flow.quantized:
             attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix)

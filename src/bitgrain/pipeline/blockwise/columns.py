@@ -6,7 +6,7 @@ as one: their inputs have one quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -20,9 +20,9 @@ from bitgrain.pipeline.blockwise.static import Wanted, group_name, merge_observe
 from bitgrain.pipeline.layers import matrices
 
 
-def keeping_layers(layers: Mapping[str, StoredLayer], names: Iterable[str]) -> list[str]:
-    """Those of the tensors `names` that keep columns."""
-    return [name for name in names if layers[name].scheme.weight.columns is not None]
+def keeping_layers(layers: Mapping[str, StoredLayer]) -> list[str]:
+    """Those that keep columns, by original tensor name."""
+    return [name for name, layer in layers.items() if layer.scheme.weight.columns is not None]
 
 
 def needs_inputs(layer: StoredLayer) -> bool:
@@ -45,7 +45,7 @@ def choose_columns(
 
     Arguments and errors are those of `static.choose_inputs`.
     """
-    names = [name for name in keeping_layers(layers, layers) if parameters[name] in stage.names]
+    names = [name for name in keeping_layers(layers) if parameters[name] in stage.names]
     group_of = {name: group_name(stage, parameters[name]) for name in names if needs_inputs(layers[name])}
     groups: dict[str, LayerStatistics] = {}
     if group_of:
