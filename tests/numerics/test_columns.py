@@ -104,6 +104,8 @@ def test_what_has_no_meaning():
         replace(SPEC, scale=replace(nf4_double_quantized().scale, columns=ONE))  # type: ignore[type-var]
     with pytest.raises(SchemeError, match="beside inputs with dynamic scales only"):
         Scheme("mine", SPEC, get_scheme("W8A8_STATIC").input)
+    with pytest.raises(SchemeError, match="kept of weights, not of inputs or outputs"):
+        Scheme("mine", int_weight(4), SPEC)
     x = torch.ones(3, 64)
     with pytest.raises(SchemeError, match="solve_matrix"):
         quantize(x, SPEC)

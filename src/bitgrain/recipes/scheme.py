@@ -48,6 +48,8 @@ class Scheme:
                 f"{self.name}: range search is for static scales of inputs, not for weights: use weighted, which knows "
                 "the inputs too"
             )
+        if any(spec is not None and spec.columns is not None for spec in (self.input, self.output)):
+            raise SchemeError(f"{self.name}: columns are kept of weights, not of inputs or outputs")
         if self.weight.columns is not None and self.input is not None and not self.input.dynamic:
             raise SchemeError(f"{self.name}: columns of the weight are kept beside inputs with dynamic scales only")
 
