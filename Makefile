@@ -7,7 +7,9 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean bench-accuracy bench-fine-tuning bench-kv-cache bench-memory bench-numerics bench-streaming
+BENCHMARKS := accuracy fine-tuning kv-cache memory numerics outlier-channels streaming
+
+.PHONY: setup demo test lint clean $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/.ready
 
@@ -30,7 +32,7 @@ lint: setup
 	$(BIN)/pyright
 
 # Benchmarks write JSON and a table into benchmarks/results. ARGS goes to the script: make bench-memory ARGS="--help"
-bench-accuracy bench-fine-tuning bench-kv-cache bench-memory bench-numerics bench-streaming: bench-%: setup
+$(addprefix bench-,$(BENCHMARKS)): bench-%: setup
 	$(BIN)/python benchmarks/$(subst -,_,$*).py $(ARGS)
 
 clean:

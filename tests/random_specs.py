@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_tensor, quantize
+from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_tensor
+from bitgrain.numerics.columns import ColumnChoice, Columns
 from bitgrain.numerics.observers import StaticInput, start, static_input, update
 from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.ranges import MinMax, get_range
 from bitgrain.recipes import PRESETS, Scheme
+from bitgrain.solvers import get_solver
+from bitgrain.solvers.beside import solve_matrix
 
 LAWS = settings(deadline=None, derandomize=True, max_examples=60)
 """The same examples in every run, so that a failure here is a failure everywhere."""
@@ -24,6 +27,7 @@ FORMATS = (
 )
 RANGES = ("minmax", "mse", "percentile")
 SHARES = (0.0, 0.0, 0.02, 0.3)
+KEPT = (None, None, ColumnChoice(0.02), ColumnChoice(0.3, "weight"), ColumnChoice(0.1, "random", 5))
 PLAIN_SCALES = ("float32", "float16", "bfloat16", "e8m0", "fp8_e4m3", "fp8_e5m2")
 TILES = (
     *((None, None), (1, None), (None, 1), (1, 3), (1, 4), (1, 16), (1, 32), (4, None), (None, 8)),
@@ -37,14 +41,24 @@ ASYMMETRIC_INPUT = QuantSpec(get_format("int8"), per_tensor(), zero_point="integ
 
 @st.composite
 def specs(
-    draw, nested: bool = True, ranges: tuple[str, ...] = ("minmax",), outliers: tuple[float, ...] = (0.0,)
+    draw,
+    nested: bool = True,
+    ranges: tuple[str, ...] = ("minmax",),
+    outliers: tuple[float, ...] = (0.0,),
+    columns: tuple[ColumnChoice | None, ...] = (None,),
 ) -> QuantSpec:
     """Any combination that a QuantSpec accepts; `nested` also draws double quantization."""
-    return draw(_candidates(nested, ranges, outliers).filter(lambda spec: spec is not None))
+    return draw(_candidates(nested, ranges, outliers, columns).filter(lambda spec: spec is not None))
 
 
 @st.composite
-def _candidates(draw, nested: bool, ranges: tuple[str, ...], outliers: tuple[float, ...] = (0.0,)) -> QuantSpec | None:
+def _candidates(
+    draw,
+    nested: bool,
+    ranges: tuple[str, ...],
+    outliers: tuple[float, ...],
+    columns: tuple[ColumnChoice | None, ...],
+) -> QuantSpec | None:
     scale = get_format(draw(st.sampled_from(PLAIN_SCALES)))
     if nested and draw(st.integers(0, 3)) == 0:
         scale = draw(specs(nested=False).filter(_quantizes_scales))
@@ -57,6 +71,7 @@ def _candidates(draw, nested: bool, ranges: tuple[str, ...], outliers: tuple[flo
             range=get_range(draw(st.sampled_from(ranges))),
             scale=scale,
             outliers=draw(st.sampled_from(outliers)),
+            columns=draw(st.sampled_from(columns)),
         )
     except SchemeError:
         return None
@@ -90,8 +105,14 @@ def any_scheme(nested: bool = True) -> st.SearchStrategy[Scheme]:
     """Presets and inventions."""
     names = ("W8A8", "FP8_DYNAMIC", "W8A16INT16", "W8A8_STATIC", "FP8")
     inputs = st.sampled_from([None, ASYMMETRIC_INPUT, *(PRESETS[name].input for name in names)])
-    invented = st.builds(Scheme, st.just("invented"), specs(nested=nested, outliers=SHARES), inputs)
+    weights = specs(nested=nested, outliers=SHARES, columns=KEPT)
+    invented = st.tuples(weights, inputs).filter(_fits).map(lambda both: Scheme("invented", *both))
     return st.one_of(st.sampled_from(list(PRESETS.values())), invented)
+
+
+def _fits(both: tuple[QuantSpec, QuantSpec | None]) -> bool:
+    """Columns are kept beside dynamic inputs only."""
+    return both[0].columns is None or both[1] is None or both[1].dynamic
 
 
 def quantized_parts(layer: StoredLayer, seed: int) -> list[QTensor]:
@@ -103,7 +124,9 @@ def quantized_parts(layer: StoredLayer, seed: int) -> list[QTensor]:
         weight[0] = 0.0 if seed % 3 == 0 else weight[0]
         if seed % 5 == 0:
             weight[-1, -1] = 7.0
-        parts.append(quantize(weight, layer.scheme.weight))
+        spec = layer.scheme.weight
+        magnitude = torch.rand(layer.in_features, generator=generator)
+        parts.append(solve_matrix(get_solver("rtn"), weight, spec, magnitude=magnitude).q)
     return parts
 
 
@@ -126,7 +149,8 @@ def same(a: QTensor, b: QTensor) -> bool:
     else:
         scales = same_bits(a.scale, b.scale)
     zeros = a.zero is b.zero is None or (a.zero is not None and b.zero is not None and same_bits(a.zero, b.zero))
-    return same_bits(a.codes, b.codes) and scales and zeros and same_outliers(a.outliers, b.outliers)
+    kept = same_outliers(a.outliers, b.outliers) and same_columns(a.columns, b.columns)
+    return same_bits(a.codes, b.codes) and scales and zeros and kept
 
 
 def same_outliers(a: Outliers | None, b: Outliers | None) -> bool:
@@ -135,6 +159,13 @@ def same_outliers(a: Outliers | None, b: Outliers | None) -> bool:
         return a is b
     names = ("starts", "columns", "values")
     return all(same_bits(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def same_columns(a: Columns | None, b: Columns | None) -> bool:
+    """Every column and value."""
+    if a is None or b is None:
+        return a is b
+    return same_bits(a.index, b.index) and same_bits(a.values, b.values)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

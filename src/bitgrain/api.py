@@ -58,6 +58,7 @@ def read_recipe(
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    columns: Mapping[str, Any] | float | None = None,
 ) -> Recipe:
     """One Recipe out of what a user may give: a scheme's name, a recipe (a name or a file), or both.
 
@@ -69,6 +70,8 @@ def read_recipe(
     if calibration is not None:
         text = {"text": str(calibration)} if isinstance(calibration, (str, Path)) else dict(calibration)
         settings["calibration"] = text
+    if columns is not None:
+        settings["columns"] = dict(columns) if isinstance(columns, Mapping) else {"share": columns}
     if isinstance(recipe, Recipe):
         if "calibration" in settings:
             settings["calibration"] = {**recipe.calibration.model_dump(), **settings["calibration"]}
@@ -89,6 +92,7 @@ def plan(
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
     statistics: str | Path | None = None,
+    columns: Mapping[str, Any] | float | None = None,
     keep: Sequence[str] = (),
     fallback: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -107,6 +111,7 @@ def plan(
 
     calibration  the text that solvers may learn from, or keys of `recipes.Calibration`
     statistics   a folder that `calibrate` wrote, in place of text: for any scheme, and any solver that learns from it
+    columns      share of the input channels whose columns are kept in 16 bits, or keys of `recipes.ColumnsModel`
     keep         layers to be left in full precision, as `match` in a recipe's rules; "2%": the most sensitive ones that
                  hold this share of the weights (`pipeline.sensitive`)
     fallback     layers to get 8 bits a weight (`recipes.scheme.eight_bits`), named likewise, or a share
@@ -120,7 +125,7 @@ def plan(
         raise RecipeError(f"statistics stand in place of text: give either them or {what}")
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
-    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration)
+    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration, columns)
     if kv_cache is not None:
         chosen = make_recipe(**{**chosen.model_dump(), "kv_cache": kv_cache})
     kept, fallen = _share(keep), _share(fallback)
@@ -166,8 +171,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, fallback, include, bits,
-              kv_cache, engine, revision, trust_remote_code, max_shard_bytes, workers
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, columns, keep, fallback, include,
+              bits, kv_cache, engine, revision, trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
     cache = bits_cache(out)

@@ -23,7 +23,7 @@ from bitgrain.recipes import PRESETS, Scheme
 from random_specs import ASYMMETRIC_INPUT, LAWS, any_scheme, layers, quantized_parts, same, static_inputs
 
 LAYOUT = CompressedTensors()
-WRITABLE = [name for name in PRESETS if name not in ("W8A16INT16", "LLM_INT8")]
+WRITABLE = [name for name in PRESETS if name not in ("W8A16INT16", "LLM_INT8", "LLM_INT8_STATIC")]
 
 
 def layer_of(scheme: Scheme, out: int = 128, into: int = 256, **changes: Any) -> StoredLayer:
@@ -135,6 +135,7 @@ def static_scheme(name: str, granularity: Any, **more: Any) -> Scheme:
         (PRESETS["W4A16"], {"role": "conv", "class_name": "Conv1d"}, "linear layers, m.up is Conv1d"),
         (PRESETS["W8A16INT16"], {}, "no form for activations int16"),
         (PRESETS["LLM_INT8"], {}, "no form for activations int8 per_channel dynamic channels from 6 in full precision"),
+        (PRESETS["LLM_INT8_STATIC"], {}, "no place for columns in 16 bits of int8 per_channel 2 % of the columns"),
         (static_scheme("fp8_e4m3", per_channel()), {}, "no form for activations fp8_e4m3 per_channel"),
         (static_scheme("int4", per_tensor()), {}, "no form for activations int4 per_tensor"),
         (static_scheme("int8", per_tensor(), zero_point="real"), {}, "no form for activations int8 per_tensor real"),

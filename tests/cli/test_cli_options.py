@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from bitgrain.cli.options import parse_count, parse_size
+from bitgrain.cli.options import parse_columns, parse_count, parse_size
 from bitgrain.cli.terminal import plain_numbers
 
 
@@ -32,6 +32,25 @@ def test_no_sizes(text: str):
 def test_no_counts(text: str):
     with pytest.raises(argparse.ArgumentTypeError, match="not a whole number"):
         parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("1%", {"share": 0.01}),
+        ("0.02", {"share": 0.02}),
+        ("0.5%:weight", {"share": 0.005, "by": "weight"}),
+        ("3%:random", {"share": 0.03, "by": "random"}),
+    ],
+)
+def test_columns(text: str, choice: dict[str, object]):
+    assert parse_columns(text) == choice
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1%", "60%", "1%:size", "weight", "nan", "1 percent"])
+def test_no_columns(text: str):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a share of the columns"):
+        parse_columns(text)
 
 
 def test_json_has_no_inf_and_no_nan():

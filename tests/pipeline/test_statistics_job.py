@@ -72,6 +72,10 @@ def layers_of(out: Path) -> list[dict[str, Any]]:
         ("mixtral", {"scheme": "W8A8_STATIC", "solver": "gptq"}),
         ("gpt-oss", {"scheme": "W8A8_STATIC", "solver": "gptq", "input_range": "moving_average"}),
         ("bert", {"scheme": "W4A16", "solver": "gptq"}),
+        ("llama", {"scheme": "LLM_INT8_STATIC", "rules": [{"match": "lm_head", "include": True}]}),
+        ("mixtral", {"scheme": "W4A8", "columns": {"share": 0.02}, "solver": "gptq"}),
+        ("gpt-oss", {"scheme": "W4A16", "columns": {"share": 0.02}}),
+        ("llama", {"scheme": "W4A16", "columns": {"share": 0.02, "by": "weight"}, "solver": "gptq"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -16,6 +16,7 @@ PROMISED = {
     "W4A16_ASYM": ("int4", per_group(128), True, None, None),
     "W8A8": ("int8", per_channel(), False, "int8", per_channel()),
     "LLM_INT8": ("int8", per_channel(), False, "int8", per_channel()),
+    "LLM_INT8_STATIC": ("int8", per_channel(), False, "int8", per_channel()),
     "W4A8": ("int4", per_group(128), False, "int8", per_channel()),
     "W4AFP8": ("int4", per_group(128), False, "fp8_e4m3", per_channel()),
     "FP8": ("fp8_e4m3", per_tensor(), False, "fp8_e4m3", per_tensor()),
@@ -65,8 +66,9 @@ def test_unknown_name_without_a_near_one_is_readable():
         get_scheme("zzz")
 
 
-def test_only_static_activations_need_calibration():
-    assert [name for name, scheme in PRESETS.items() if scheme.needs_calibration] == ["W8A8_STATIC", "FP8"]
+def test_only_static_activations_and_columns_by_activation_need_calibration():
+    needing = [name for name, scheme in PRESETS.items() if scheme.needs_calibration]
+    assert needing == ["LLM_INT8_STATIC", "W8A8_STATIC", "FP8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -28,6 +28,7 @@ def test_the_readme_has_the_table():
         ("MXFP4", 4 + 8 / 32),
         ("NVFP4", 4 + 8 / 16),
         ("FP8_BLOCK", 8 + 16 / 128**2),
+        ("LLM_INT8_STATIC", 8 + 16 / 4096 + 82 / 4096 * (16 + 32 / 4096)),
     ],
 )
 def test_bits_by_hand(name: str, bits: float):
@@ -40,7 +41,7 @@ def test_every_preset_has_a_row():
     assert list(rows) == list(PRESETS)
     assert rows["W8A8"].aliases == ("INT8",)
     assert (rows["W8A8"].weights, rows["W8A8"].activations) == ("int8 channel", "int8 token")
-    assert [name for name, row in rows.items() if row.needs_calibration] == ["W8A8_STATIC", "FP8"]
+    assert [name for name, row in rows.items() if row.needs_calibration] == ["LLM_INT8_STATIC", "W8A8_STATIC", "FP8"]
     assert (rows["NVFP4"].weights, rows["NVFP4"].on_disk) == ("fp4 g16 (e4m3)", "nvfp4-pack-quantized")
     assert rows["W8A16INT16"].on_disk == "bitgrain"
     assert rows["W4A16"].vllm
@@ -55,6 +56,7 @@ def test_every_preset_has_a_row():
         ("W4A8", "int4 g128/int8 token"),
         ("FP8_BLOCK", "fp8 128x128/g128"),
         ("W8A16_TENSOR", "int8 tensor"),
+        ("LLM_INT8_STATIC", "int8 channel/token + 2 % 16-bit"),
     ],
 )
 def test_short_text(name: str, text: str):

@@ -13,6 +13,8 @@ Tensors of a layer whose original tensor was `T` (E = stacked matrices, absent f
 | T.zero        | only with zero points: likewise |
 | T.outlier_starts, T.outlier_columns, T.outlier_values | only with outliers, see `numerics.outliers`: |
 |               | int32 [E, out + 1], int16 or int32 [E, k] and float16 [E, k]; numbers to be added |
+| T.column_index, T.column_values | only with columns in 16 bits, see `numerics.columns`: int32 [E, k], and float16 or |
+|               | bfloat16 [E, out, k]; they stand in the place of what the codes mean |
 | T.input_scale | only for static inputs: [E] in the storage dtype; asymmetric: T.input_zero [E] |
 """
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.numerics import QTensor, QuantSpec, per_tensor
+from bitgrain.numerics.columns import INDEX_DTYPE
 from bitgrain.numerics.formats import FloatFormat, Format
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.outliers import VALUE_DTYPE, column_dtype
@@ -76,6 +79,12 @@ class BitgrainLayout:
                 ("outlier_columns", column_dtype(cols), count),
                 ("outlier_values", VALUE_DTYPE, count),
             ]
+        if spec.columns:
+            count = spec.columns.count(cols)
+            found += [
+                ("column_index", INDEX_DTYPE, (count,)),
+                ("column_values", spec.columns.torch_dtype, (rows, count)),
+            ]
         specs = [TensorSpec(f"{layer.tensor}.{suffix}", dtype, (*stack, *shape)) for suffix, dtype, shape in found]
         static = layer.static_input
         if static is not None:
@@ -107,6 +116,11 @@ class BitgrainLayout:
             return [StaticInput(scale) for scale in scales]
         zeros = read(f"{layer.tensor}.input_zero").view(layer.experts, 1, 1)
         return [StaticInput(scale, zero) for scale, zero in zip(scales, zeros, strict=True)]
+
+    def decode_columns(self, layer: StoredLayer, read: Read) -> list[Tensor]:
+        if layer.scheme.weight.columns is None:
+            return []
+        return list(read(f"{layer.tensor}.column_index").view(layer.experts, -1))
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
         spec = layer.scheme.weight

@@ -54,6 +54,8 @@ class CompressedTensors:
             return f"{layer.module} stacks {layer.experts} experts in one tensor; compressed-tensors holds matrices"
         if spec.outliers:
             return f"compressed-tensors has no place for the outliers of {spec.describe()}, {where}"
+        if spec.columns:
+            return f"compressed-tensors has no place for columns in 16 bits of {spec.describe()}, {where}"
         if _format(layer.scheme) is None:
             return f"compressed-tensors has no format for weights {spec.describe()}, {where}"
         if strategy is None:
@@ -164,6 +166,9 @@ class CompressedTensors:
         if tuple(codes.shape) != (rows, cols):
             raise CheckpointError(f"{layer.module}: codes of shape {tuple(codes.shape)} where {(rows, cols)} is needed")
         return [QTensor(codes, scale, zero, spec)]
+
+    def decode_columns(self, layer: StoredLayer, read: Read) -> list[Tensor]:
+        return []
 
     def decode_inputs(self, layer: StoredLayer, read: Read) -> list[StaticInput]:
         if layer.static_input is None:

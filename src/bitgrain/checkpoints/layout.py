@@ -88,6 +88,10 @@ class Layout(Protocol):
         """The static input scales, one for each stacked matrix; empty where inputs are dynamic or not quantized."""
         ...
 
+    def decode_columns(self, layer: StoredLayer, read: Read) -> list[Tensor]:
+        """Which columns each stacked matrix keeps in 16 bits, int32 [k]; empty where none are."""
+        ...
+
     def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
         """`quantization_config` for config.json; `kept`: (module, memory module, class) of matrices kept."""
         ...

@@ -45,6 +45,20 @@ def parse_bits(text: str) -> float:
     return bits
 
 
+def parse_columns(text: str) -> dict[str, Any]:
+    """Keys of a ColumnChoice out of `1%`, `0.01`, `1%:weight`."""
+    amount, _, by = text.partition(":")
+    try:
+        share = float(amount[:-1]) / 100 if amount.endswith("%") else float(amount)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 0.5 or by not in ("", "activation", "weight", "random"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a share of the columns; write for instance 1% (at most 50%), 1%:weight or 1%:random"
+        )
+    return {"share": share, "by": by} if by else {"share": share}
+
+
 def add_model(parser: argparse.ArgumentParser, what: str = "MODEL") -> None:
     parser.add_argument(
         what.lower(), metavar=what, help="a folder with config.json and safetensors, or a name on the Hugging Face hub"
@@ -146,6 +160,12 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--solver", metavar="NAME", help="how codes are chosen; default rtn, round to nearest")
     parser.add_argument(
+        "--columns",
+        type=parse_columns,
+        metavar="SHARE[:BY]",
+        help="keep this share of the columns in 16 bits, for instance 1%%; BY: activation (default), weight or random",
+    )
+    parser.add_argument(
         "--max-shard-size", type=parse_size, metavar="SIZE", help="largest weight file, for instance 2GB; default 5GB"
     )
     add_workers(parser)
@@ -184,6 +204,7 @@ def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache:
         solver=args.solver,
         calibration=calibration_from(args),
         statistics=args.statistics,
+        columns=args.columns,
         keep=args.keep or (),
         fallback=args.fallback or (),
         include=args.include or (),

@@ -5,6 +5,7 @@ scale           storage dtype [tiles down, tiles across]; nested scales: their c
 outer_scale     only for nested scales: the scale of the scales; outer_zero: only for asymmetric ones
 zero            only with zero points: codes packed like `codes`, or numbers in the storage dtype
 outlier_starts, outlier_columns, outlier_values   only with outliers, see `numerics.outliers`
+column_index, column_values   only with columns in 16 bits, see `numerics.columns`
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bitgrain.numerics.columns import Columns
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.packing import pack, unpack
@@ -38,6 +40,8 @@ def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
         found["outlier_starts"] = q.outliers.starts
         found["outlier_columns"] = q.outliers.columns
         found["outlier_values"] = q.outliers.values
+    if q.columns is not None:
+        found["column_index"], found["column_values"] = q.columns.index, q.columns.values
     return {suffix: tensor.contiguous() for suffix, tensor in found.items()}
 
 
@@ -55,7 +59,8 @@ def unpack_qtensor(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[i
     outliers = None
     if spec.outliers:
         outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
-    return QTensor(codes, scale, _unpack_zero(stored.get("zero"), spec, across), spec, outliers)
+    columns = Columns(stored["column_index"], stored["column_values"]) if spec.columns else None
+    return QTensor(codes, scale, _unpack_zero(stored.get("zero"), spec, across), spec, outliers, columns)
 
 
 def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:

@@ -1,4 +1,4 @@
-"""QTensor: codes, scales, zero points and outliers, and the spec that gives them their meaning."""
+"""QTensor: codes, scales, zero points, outliers and kept columns, and the spec that gives them their meaning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitgrain.errors import SchemeError
 from bitgrain.numerics.affine import from_grid
+from bitgrain.numerics.columns import Columns
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import from_tiles, matrix_shape, to_tiles
 from bitgrain.numerics.outliers import Outliers
@@ -23,6 +25,8 @@ class QTensor:
     scale     [tiles down, tiles across] in the storage dtype, or a QTensor of that shape (double quantization)
     zero      None if symmetric; "integer": codes [down, across]; "real": [down, across] in the scale's dtype
     outliers  what is added to some elements; None unless the spec has some
+    columns   what stands in the place of some columns; None unless the spec has some
+    Raises SchemeError where a spec keeps columns and there are none.
     """
 
     codes: Tensor
@@ -30,18 +34,25 @@ class QTensor:
     zero: Tensor | None
     spec: QuantSpec
     outliers: Outliers | None = None
+    columns: Columns | None = None
+
+    def __post_init__(self) -> None:
+        if self.spec.columns is not None and self.columns is None:
+            raise SchemeError(f"{self.spec.describe()}: no columns were kept; solve it by solvers.beside.solve_matrix")
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s * (v - z), and its outlier, for each element, computed in float32 and rounded once to `dtype`."""
+        """s * (v - z) and its outlier, or what was kept, for each element: in float32, and rounded once to `dtype`."""
         values = self.spec.format.decode(to_tiles(self.codes, self.spec.granularity))
         values = from_grid(values, scale_values(self.scale), self.zero)
         dense = from_tiles(values, self.spec.granularity, self.shape)
         if self.outliers is not None:
             dense = self.outliers.add_to(dense.reshape(matrix_shape(self.shape))).view(self.shape)
+        if self.columns is not None:
+            dense = self.columns.put_into(dense.reshape(matrix_shape(self.shape))).view(self.shape)
         return dense.to(dtype)
 
     def unsigned_codes(self) -> Tensor:
@@ -49,7 +60,7 @@ class QTensor:
         return unsigned(self.codes, self.spec.format)
 
     def count_bits(self) -> int:
-        """Bits of codes, scales, zero points and outliers, densely packed."""
+        """Bits of codes, scales, zero points, outliers and kept columns, densely packed."""
         return self.spec.count_bits(self.shape)
 
 

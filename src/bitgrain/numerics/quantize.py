@@ -123,6 +123,8 @@ def quantize(
         raise SchemeError(
             f"{name}: {spec.describe()} is a way to multiply, which fake_quantize computes; it has no codes"
         )
+    if spec.columns:
+        raise SchemeError(f"{name}: {spec.describe()}: solvers.beside.solve_matrix chooses and keeps columns")
     if spec.outliers:
         return _quantize_apart(x, spec, scale, zero, importance, outer_scale, name)
     if scale is None:
@@ -186,8 +188,9 @@ def fake_quantize(
     scale, round(v) - v inside and the clipped code outside (LSQ, arXiv 1902.08153, equation 3); likewise for a real
     zero.
     """
-    if spec.outliers:
-        raise SchemeError(f"{spec.describe()}: outliers have no simulation, quantize and dequantize instead")
+    if spec.outliers or spec.columns:
+        what = "outliers" if spec.outliers else "kept columns"
+        raise SchemeError(f"{spec.describe()}: {what} have no simulation, quantize and dequantize instead")
     if x.numel() == 0:
         return x.clone()
     if spec.threshold:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from bitgrain.errors import SchemeError
+from bitgrain.numerics.columns import ColumnChoice
 from bitgrain.numerics.formats import (
     BF16,
     E8M0,
@@ -49,6 +50,8 @@ class QuantSpec:
                  depends on the shape alone, so that every byte is known beforehand
     threshold    inputs with dynamic scales only: channels in which some number of the batch reaches it are multiplied
                  in full precision, and do not count for the scales (LLM.int8(), arXiv 2208.07339: 6); 0 for none
+    columns      weights only: input channels whose columns are kept in 16 bits beside the codes, and which are then
+                 multiplied in full precision also where inputs are quantized; None for none
     """
 
     format: Format
@@ -60,6 +63,7 @@ class QuantSpec:
     dynamic: bool = False
     outliers: float = 0.0
     threshold: float = 0.0
+    columns: ColumnChoice | None = None
 
     def __post_init__(self) -> None:
         if self.restricted and not (self.symmetric and isinstance(self.format, IntFormat) and self.format.signed):
@@ -84,9 +88,11 @@ class QuantSpec:
             )
         if isinstance(self.scale, QuantSpec) and self.scale.outliers:
             raise SchemeError("scales of scales have no outliers of their own")
+        if self.columns and (self.dynamic or (isinstance(self.scale, QuantSpec) and self.scale.columns)):
+            raise SchemeError("columns are kept of weights, not of inputs or of scales")
 
     def __repr__(self) -> str:
-        shown = [f for f in fields(self) if f.name not in ("outliers", "threshold") or getattr(self, f.name)]
+        shown = [f for f in fields(self) if f.name not in ("outliers", "threshold", "columns") or getattr(self, f.name)]
         return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
@@ -127,6 +133,7 @@ class QuantSpec:
         parts = [str(self.format), str(self.granularity)]
         parts += [] if self.symmetric else ["asymmetric" if self.zero_point == "integer" else "real zero point"]
         parts += [f"{100 * self.outliers:g} % outliers"] if self.outliers else []
+        parts += [self.columns.describe()] if self.columns else []
         parts += [] if isinstance(self.range, MinMax) else [f"range {self.range}"]
         parts += ["dynamic"] if self.dynamic else []
         parts += [f"channels from {self.threshold:g} in full precision"] if self.threshold else []
@@ -138,7 +145,8 @@ class QuantSpec:
         return round(self.outliers * math.prod(shape))
 
     def count_bits(self, shape: tuple[int, ...]) -> int:
-        """Bits of codes, scales, zero points and outliers for a tensor of `shape`, densely packed, without headers."""
+        """Bits of codes, scales, zero points, outliers and kept columns of a tensor of `shape`, densely packed, without
+        headers."""
         down, across = self.granularity.tiles(shape)
         bits = math.prod(shape) * self.format.bits
         if isinstance(self.scale, QuantSpec):
@@ -153,6 +161,8 @@ class QuantSpec:
             rows, cols = matrix_shape(shape)
             each = 8 * (VALUE_DTYPE.itemsize + column_dtype(cols).itemsize)
             bits += self.count_outliers(shape) * each + 32 * (rows + 1)
+        if self.columns:
+            bits += self.columns.count_bits(*matrix_shape(shape))
         return bits
 
 

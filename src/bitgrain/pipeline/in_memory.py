@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from bitgrain.errors import PlanError, SchemeError
 from bitgrain.models.fused import sibling_groups
 from bitgrain.models.structure import Matrix, find_matrices
 from bitgrain.numerics import QTensor, QuantSpec, quantize
-from bitgrain.pipeline.load import input_quantizer_for
+from bitgrain.pipeline.load import input_quantizer_for, shared_columns
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
 from bitgrain.runtime.activations import quantize_expert_inputs, quantize_inputs
 from bitgrain.solvers import get_solver
+from bitgrain.solvers.beside import solve_matrix
 from bitgrain.solvers.rtn import has_one_outer_scale, shared_outer_scale
 
 
@@ -80,14 +81,14 @@ def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, lis
     for name, one in chosen.items():
         parameter, matrix = module.get_parameter(name), found[name]
         parts = [
-            solver.solve(weight, one.weight, outer_scale=outer.get(name), name=name).q
+            solve_matrix(solver, weight, one.weight, outer_scale=outer.get(name), name=name).q
             for weight in _matrices(parameter.data, matrix)
         ]
         dense = [part.dequantize(parameter.dtype) for part in parts]
         dense = [part.T if matrix.transposed else part for part in dense]
         parameter.data.copy_(torch.stack(dense) if matrix.experts > 1 else dense[0])
         results[name] = parts
-    _attach(module, found, chosen)
+    _attach(module, found, chosen, results)
     return results
 
 
@@ -103,8 +104,8 @@ def _settle(matrix: Matrix, parameter: Tensor, scheme: Scheme, on_indivisible: s
     scheme = scheme.for_dtype(parameter.dtype)
     if scheme.needs_calibration:
         raise SchemeError(
-            f"{scheme.name} has static activation scales, which only text can give: use bitgrain.quantize (from disk "
-            "to disk, with calibration), or a scheme with dynamic activations"
+            f"{scheme.name} has {_from_text(scheme)}, which only text can give: use bitgrain.quantize (from disk to "
+            "disk, with calibration), or a scheme with dynamic activations and no columns kept by activation"
         )
     if matrix.role == "embedding" and scheme.input is not None:
         raise PlanError(f"{matrix.name}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")
@@ -138,12 +139,23 @@ def _outer_scales(module: nn.Module, found: Mapping[str, Matrix], chosen: Mappin
     return outer
 
 
-def _attach(module: nn.Module, found: Mapping[str, Matrix], chosen: Mapping[str, Scheme]) -> None:
+def _from_text(scheme: Scheme) -> str:
+    columns = scheme.weight.columns
+    return "columns kept by activation" if columns and columns.needs_inputs else "static activation scales"
+
+
+def _attach(
+    module: nn.Module,
+    found: Mapping[str, Matrix],
+    chosen: Mapping[str, Scheme],
+    results: Mapping[str, Sequence[QTensor]],
+) -> None:
     experts: dict[str, dict[str, Any]] = {}
     for name, scheme in chosen.items():
         if scheme.input is None:
             continue
-        quantizer = input_quantizer_for(scheme.input)
+        columns = [part.columns.index for part in results[name] if part.columns is not None]
+        quantizer = input_quantizer_for(scheme.input, columns=shared_columns(columns, name))
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight":
             quantize_inputs(module.get_submodule(owner), quantizer)

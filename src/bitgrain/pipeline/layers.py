@@ -68,7 +68,8 @@ def to_cpu(q: QTensor) -> QTensor:
     """The same on the CPU."""
     scale = to_cpu(q.scale) if isinstance(q.scale, QTensor) else q.scale.cpu()
     outliers = None if q.outliers is None else q.outliers.to("cpu")
-    return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec, outliers)
+    columns = None if q.columns is None else q.columns.to("cpu")
+    return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec, outliers, columns)
 
 
 def report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
@@ -99,7 +100,8 @@ def _row_pieces(matrix: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:
         tiles = slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
         zero = None if q.zero is None else q.zero[tiles]
         outliers = None if q.outliers is None else q.outliers.rows(start, stop)
-        yield matrix[start:stop], QTensor(q.codes[start:stop], scale[tiles], zero, q.spec, outliers)
+        columns = None if q.columns is None else q.columns.rows(start, stop)
+        yield matrix[start:stop], QTensor(q.codes[start:stop], scale[tiles], zero, q.spec, outliers, columns)
 
 
 def record(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -66,6 +66,15 @@ class QuantizedCheckpoint:
         static = {name: layer for name, layer in self.layers.items() if layer.static_input is not None}
         return {name: self.layout.decode_inputs(layer, self.checkpoint.read) for name, layer in static.items()}
 
+    def columns(self) -> dict[str, list[Tensor]]:
+        """Which columns every layer keeps that does so beside quantized inputs, one index for each stacked matrix."""
+        kept = {
+            name: layer
+            for name, layer in self.layers.items()
+            if layer.scheme.weight.columns is not None and layer.scheme.input is not None
+        }
+        return {name: self.layout.decode_columns(layer, self.checkpoint.read) for name, layer in kept.items()}
+
     def dense(self, tensor: str) -> Tensor:
         """An original tensor dequantized, in its original shape and dtype."""
         layer = self.layers[tensor]
@@ -206,7 +215,8 @@ def _load(
         model.to(where)
     attach_rotations(model, stored.config.get("online_rotations", {}))
     schemes = {name: layer.scheme for name, layer in stored.layers.items()}
-    attach_input_quantizers(model, anatomy, schemes, rounding, static=stored.static_inputs())
+    static, columns = stored.static_inputs(), stored.columns()
+    attach_input_quantizers(model, anatomy, schemes, rounding, static=static, columns=columns)
     return model
 
 
@@ -232,15 +242,31 @@ def experts_run_one_by_one(config: Any) -> None:
 
 
 def input_quantizer_for(
-    spec: QuantSpec, rounding: Rounding = "vllm", static: Sequence[StaticInput] = ()
+    spec: QuantSpec,
+    rounding: Rounding = "vllm",
+    static: Sequence[StaticInput] = (),
+    columns: Tensor | None = None,
 ) -> InputQuantizer:
     """The simulation of an input spec; nested scales get the constant that is written to the file.
 
     static: the scales of a static spec. Several, of layers or experts that engines run as one, become one as there:
-    vLLM runs all experts with the largest. Raises SchemeError for a static spec without any.
+    vLLM runs all experts with the largest. columns: channels that the weight keeps, which are not rounded. Raises
+    SchemeError for a static spec without any.
     """
     outer = NVFP4_INPUT_OUTER_SCALE if isinstance(spec.scale, QuantSpec) else None
-    return InputQuantizer(spec, outer, rounding, shared_input(static, spec) if static else None)
+    return InputQuantizer(spec, outer, rounding, shared_input(static, spec) if static else None, columns)
+
+
+def shared_columns(columns: Sequence[Tensor | None], name: str) -> Tensor | None:
+    """The channels that matrices with one input quantizer all keep. Raises ModelError if they differ."""
+    first = columns[0] if columns else None
+    for other in columns:
+        if (other is None) != (first is None) or (other is not None and first is not None and not other.equal(first)):
+            raise ModelError(
+                f"{name}: its matrices share their quantized inputs and keep different columns; choose columns by "
+                "activation or random"
+            )
+    return first
 
 
 def attach_input_quantizers(
@@ -250,15 +276,18 @@ def attach_input_quantizers(
     rounding: Rounding = "vllm",
     prefix: str = "",
     static: Mapping[str, Sequence[StaticInput]] | None = None,
+    columns: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Give every layer whose scheme quantizes activations its InputQuantizer; `schemes` by original tensor name.
 
     `model` may be a part of the whole: the module whose path, with a dot, is `prefix`. static: the scales of static
-    specs, by original tensor name. Raises ModelError where tensors that share one parameter in memory have different
-    input specs, SchemeError for a static spec without its scale.
+    specs, by original tensor name; columns: which ones weights keep, likewise. Raises ModelError where tensors that
+    share one parameter in memory have different input specs or columns, SchemeError for a static spec without its
+    scale.
     """
     specs: dict[str, QuantSpec] = {}
     scales: dict[str, list[StaticInput]] = defaultdict(list)
+    kept: dict[str, list[Tensor | None]] = defaultdict(list)
     for weight in anatomy.weights:
         scheme = schemes.get(weight.tensor)
         if scheme is None or scheme.input is None:
@@ -269,9 +298,10 @@ def attach_input_quantizers(
                     parts = "its parts" if target.endswith(".weight") else "experts"
                     raise ModelError(f"{target}: {parts} have different activation schemes; give them one scheme")
                 scales[target] += (static or {}).get(weight.tensor, ())
+                kept[target] += (columns or {}).get(weight.tensor, (None,))
     experts: dict[str, dict[str, InputQuantizer]] = defaultdict(dict)
     for target, spec in specs.items():
-        quantizer = input_quantizer_for(spec, rounding, scales[target])
+        quantizer = input_quantizer_for(spec, rounding, scales[target], shared_columns(kept[target], target))
         path, _, leaf = target.removeprefix(prefix).rpartition(".")
         if leaf == "weight":
             quantize_inputs(model.get_submodule(path), quantizer)

@@ -62,6 +62,8 @@ def allocate_bits(
     layers = {name: layer for name, layer in draft.quantized.items() if name not in given}
     if not layers:
         raise PlanError("the recipe's rules leave no layer whose bits could be chosen")
+    if any(layer.scheme.weight.columns is not None for layer in layers.values()):
+        raise PlanError("--bits weighs codes alone: give it a scheme that keeps no columns, or leave it out")
     block_of = draft.anatomy.block_of
     fixed = [layer for name, layer in draft.quantized.items() if name in given and block_of[name] is not None]
     choices = {name: _specs(layer, engine, bits) for name, layer in layers.items()}

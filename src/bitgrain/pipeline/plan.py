@@ -160,6 +160,8 @@ class Plan:
                 rounding += 8 * matrix  # the range looks at the whole matrix in float32
             if spec.outliers:
                 rounding += 32 * matrix  # they are sought in the whole matrix
+            if spec.columns:
+                rounding += original // layer.experts  # without them
             if any(tensor.name == name for tensor in tensors):  # the codes are stored as they are
                 coded, packing = result, 0
             else:
@@ -234,6 +236,7 @@ def make_plan(
         _plan_layer(weight, scheme, checkpoint.entries[weight.tensor].dtype, recipe, problems)
         for weight, scheme in zip(anatomy.weights, schemes, strict=True)
     ]
+    problems.extend(_different_columns(layers))
     if not any(planned.layer for planned in layers):
         problems.append("no layer would be quantized")
     layout, reasons = _choose_layout([p.layer for p in layers if p.layer], recipe, problems)
@@ -332,6 +335,21 @@ def _plan_layer(
         scheme=scheme,
     )
     return PlannedLayer(weight, layer, note)
+
+
+def _different_columns(layers: Sequence[PlannedLayer]) -> list[str]:
+    """Problems of matrices that share one input quantizer and would each keep columns of their own."""
+    fill = Counter(target for planned in layers for target in planned.weight.targets)
+    return [
+        f"{planned.weight.module}: it shares its quantized inputs with other matrices, so columns cannot be chosen by "
+        "weight; choose them by activation or random"
+        for planned in layers
+        if planned.layer is not None
+        and planned.layer.scheme.input is not None
+        and (choice := planned.layer.scheme.weight.columns) is not None
+        and choice.by == "weight"
+        and (planned.layer.experts > 1 or any(fill[target] > 1 for target in planned.weight.targets))
+    ]
 
 
 def _choose_layout(layers: Sequence[StoredLayer], recipe: Recipe, problems: list[str]) -> tuple[Layout, list[str]]:

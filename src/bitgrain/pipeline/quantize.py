@@ -31,6 +31,7 @@ from bitgrain.pipeline.saved import saved_record, solve_saved_unit
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.solvers import Solver, get_solver
+from bitgrain.solvers.beside import solve_matrix
 
 _FINAL = (NumericsError, ModelError, PlanError)
 
@@ -164,7 +165,7 @@ def _solve_layer(
     for i, matrix in enumerate(matrices(plan.checkpoint.read(layer.tensor), layer)):
         matrix = matrix.to(device)
         label = layer.tensor if layer.experts == 1 else f"{layer.tensor}[{i}]"
-        q = solver.solve(matrix, layer.scheme.weight, outer_scale=outer_scale, name=label).q
+        q = solve_matrix(solver, matrix, layer.scheme.weight, outer_scale=outer_scale, name=label).q
         reports.append(report(matrix, q))
         parts.append(to_cpu(q))
     return parts, record(reports)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgrain.calibration.statistics import layer_key
+from bitgrain.calibration.statistics import LayerStatistics, layer_key
 from bitgrain.calibration.statistics_file import StatisticsFile
 from bitgrain.models.anatomy import Weight
+from bitgrain.pipeline.blockwise.columns import columns_of, needs_inputs
 from bitgrain.pipeline.blockwise.layer import record_of, solve_layer, wants_moments
 from bitgrain.pipeline.blockwise.static import Chosen, choose_input, require_reached, static_layers, stored_inputs
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
@@ -46,7 +47,9 @@ def solve_saved_unit(
         wanted = weight.role != "embedding" and wants_moments(plan, weight)
         moments: Mapping[Key, Moments] = _Saved(plan.statistics, device) if wanted else {}
         solver = get_solver("rtn" if weight.role == "embedding" else plan.recipe.solver)
-        solutions = solve_layer(layer, original, moments, keys, solver, None, outer.get(name), device)
+        seen = _of_inputs(plan.statistics, weight) if needs_inputs(layer) else None
+        columns = columns_of(layer, original, seen)
+        solutions = solve_layer(layer, original, moments, keys, solver, None, outer.get(name), device, columns)
         told = inputs[name].record if name in inputs else {}
         records[name] = {**record_of(layer, original, solutions), **told}
         parts = [to_cpu(solution.q) for solution in solutions]
@@ -106,6 +109,12 @@ def _inputs(
         chosen = choose_input(statistics.read(key), sharers, plan.quantized, plan.checkpoint.read)
         found.update(dict.fromkeys(sharers, chosen))
     return found
+
+
+def _of_inputs(statistics: StatisticsFile, weight: Weight) -> LayerStatistics | None:
+    """Of all inputs that matrices with one input quantizer read; None where calibration never came by."""
+    key = _static_key(statistics, weight)
+    return None if key is None else statistics.read(key)
 
 
 def _static_key(statistics: StatisticsFile, weight: Weight) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ def spare_layers(
     if not layers:
         raise PlanError("the recipe's rules leave no layer that could be spared")
     eight = {name: eight_bits(layer.scheme).for_dtype(layer.dtype) for name, layer in layers.items()}
-    choices = {name: [layer.scheme.weight, eight[name].weight] for name, layer in layers.items()}
+    # columns are not chosen yet: the ranking is that of the codes
+    plain = {name: replace(layer.scheme.weight, columns=None) for name, layer in layers.items()}
+    choices = {name: [plain[name], eight[name].weight] for name in layers}
     costs = weigh(draft, layers, choices, device=device, cache=cache, progress=progress)
     asked = {name: found[0] + costs.inputs.get(name, 0.0) for name, found in costs.weights.items()}
     groups = [names for names in chosen_together(draft, layers) if all(name in asked for name in names)]

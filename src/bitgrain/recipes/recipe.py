@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from bitgrain.errors import RecipeError, SchemeError
 from bitgrain.numerics import QuantSpec, get_format, parse_granularity
+from bitgrain.numerics.columns import By, ColumnChoice
 from bitgrain.numerics.ranges import get_range
 from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.recipes.scheme import Scheme, eight_bits, get_scheme
@@ -59,6 +60,24 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ColumnsModel(_Strict):
+    """A ColumnChoice in YAML."""
+
+    share: float
+    by: By = "activation"
+    seed: int = 0
+    dtype: str = "float16"
+
+    @classmethod
+    def of(cls, choice: ColumnChoice) -> ColumnsModel:
+        """The names that `build` turns back into `choice`."""
+        return cls(share=choice.share, by=choice.by, seed=choice.seed, dtype=choice.dtype.name)
+
+    def build(self) -> ColumnChoice:
+        """Raises SchemeError for a share that is none, or a dtype that is not of 16 bits."""
+        return ColumnChoice(self.share, self.by, self.seed, get_format(self.dtype))
+
+
 class SpecModel(_Strict):
     """A QuantSpec in YAML: names instead of objects."""
 
@@ -71,6 +90,7 @@ class SpecModel(_Strict):
     dynamic: bool = False
     outliers: float = 0.0
     threshold: float = 0.0
+    columns: ColumnsModel | None = None
 
     @classmethod
     def of(cls, spec: QuantSpec) -> SpecModel:
@@ -86,6 +106,7 @@ class SpecModel(_Strict):
             dynamic=spec.dynamic,
             outliers=spec.outliers,
             threshold=spec.threshold,
+            columns=spec.columns and ColumnsModel.of(spec.columns),
         )
 
     def build(self) -> QuantSpec:
@@ -100,6 +121,7 @@ class SpecModel(_Strict):
             dynamic=self.dynamic,
             outliers=self.outliers,
             threshold=self.threshold,
+            columns=self.columns and self.columns.build(),
         )
 
 
@@ -215,6 +237,7 @@ class Recipe(_Strict):
     range: str | dict[str, Any] | None = None
     input_range: str | dict[str, Any] | None = None
     kv_cache: str | dict[str, Any] | None = None
+    columns: ColumnsModel | None = None
     on_indivisible: OnIndivisible = "error"
     rules: tuple[Rule, ...] = ()
 
@@ -227,10 +250,10 @@ class Recipe(_Strict):
             self.tuning.check()
             if self.kv_cache is not None:
                 read_cache(self.kv_cache)
-            _build(self.scheme, self.range, self.input_range)
+            self._build(self.scheme)
             for rule in self.rules:
                 if rule.scheme is not None:
-                    _build(rule.scheme, self.range, self.input_range)
+                    self._build(rule.scheme)
         except SchemeError as error:
             raise ValueError(str(error)) from error
         return self
@@ -240,16 +263,19 @@ class Recipe(_Strict):
 
         Raises RecipeError for a rule that matches no layer, with the nearest names.
         """
-        default = _build(self.scheme, self.range, self.input_range)
+        default = self._build(self.scheme)
         schemes: list[Scheme | None] = [default if layer.role in QUANTIZED_ROLES else None for layer in layers]
         for rule in self.rules:
-            scheme = None if rule.scheme is None else _build(rule.scheme, self.range, self.input_range)
+            scheme = None if rule.scheme is None else self._build(rule.scheme)
             hits = [i for i, layer in enumerate(layers) if rule.matches(layer)]
             if not hits:
                 raise RecipeError(_idle(rule, layers))
             for i in hits:
                 looked_up = rule.include and layers[i].role == "embedding"
                 schemes[i] = replace(default, input=None) if looked_up else default if rule.include else scheme
+        for i, (layer, scheme) in enumerate(zip(layers, schemes, strict=True)):
+            if layer.role == "embedding" and scheme is not None and scheme.weight.columns is not None:
+                schemes[i] = replace(scheme, weight=replace(scheme.weight, columns=None))  # it has no input channels
         return schemes
 
     @property
@@ -266,24 +292,24 @@ class Recipe(_Strict):
 
     def fallback(self) -> SchemeModel:
         """Eight bits for layers that the recipe's scheme would harm: see `scheme.eight_bits`."""
-        return SchemeModel.of(eight_bits(_build(self.scheme, self.range, self.input_range)))
+        return SchemeModel.of(eight_bits(self._build(self.scheme)))
+
+    def _build(self, scheme: str | SchemeModel) -> Scheme:
+        """A scheme with the recipe's own ranges and columns."""
+        built = get_scheme(scheme) if isinstance(scheme, str) else scheme.build()
+        if self.range is not None:
+            built = replace(built, weight=replace(built.weight, range=get_range(self.range)))
+        if self.columns is not None:
+            built = replace(built, weight=replace(built.weight, columns=self.columns.build()))
+        if self.input_range is not None:
+            static, chosen = built.input, get_range(self.input_range)
+            if static is not None and not static.dynamic:
+                built = replace(built, input=replace(static, range=chosen))
+        return built
 
     def to_yaml(self) -> str:
         """The recipe with every default written out, readable back by `load_recipe`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _build(
-    scheme: str | SchemeModel, range_: str | dict[str, Any] | None, input_range: str | dict[str, Any] | None
-) -> Scheme:
-    built = get_scheme(scheme) if isinstance(scheme, str) else scheme.build()
-    if range_ is not None:
-        built = replace(built, weight=replace(built.weight, range=get_range(range_)))
-    if input_range is not None:
-        static, chosen = built.input, get_range(input_range)
-        if static is not None and not static.dynamic:
-            built = replace(built, input=replace(static, range=chosen))
-    return built
 
 
 def _idle(rule: Rule, layers: Sequence[Layer]) -> str:
@@ -359,7 +385,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"] if str(part) not in ("str", "SchemeModel", "SpecModel"))
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        parts = (Recipe, Rule, SchemeModel, SpecModel, Calibration, Target, Tuning)
+        parts = (Recipe, Rule, SchemeModel, SpecModel, ColumnsModel, Calibration, Target, Tuning)
         known = sorted({name for part in parts for name in part.model_fields})
         near = difflib.get_close_matches(key, known, n=1)
         return f"unknown key {where!r}" + (

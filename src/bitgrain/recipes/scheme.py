@@ -23,6 +23,7 @@ from bitgrain.numerics import (
     per_group,
     per_tensor,
 )
+from bitgrain.numerics.columns import ColumnChoice
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
 from bitgrain.numerics.ranges import OutputSearch
 from bitgrain.numerics.spec import int_weight, nf4_double_quantized
@@ -47,10 +48,16 @@ class Scheme:
                 f"{self.name}: range search is for static scales of inputs, not for weights: use weighted, which knows "
                 "the inputs too"
             )
+        if any(spec is not None and spec.columns is not None for spec in (self.input, self.output)):
+            raise SchemeError(f"{self.name}: columns are kept of weights, not of inputs or outputs")
+        if self.weight.columns is not None and self.input is not None and not self.input.dynamic:
+            raise SchemeError(f"{self.name}: columns of the weight are kept beside inputs with dynamic scales only")
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether activations have static scales, which only data can give."""
+        """Whether activations have static scales, or columns are kept by activation, which only data can tell."""
+        if self.weight.columns is not None and self.weight.columns.needs_inputs:
+            return True
         return any(spec is not None and not spec.dynamic for spec in (self.input, self.output))
 
     def for_dtype(self, dtype: torch.dtype) -> Scheme:
@@ -59,7 +66,10 @@ class Scheme:
         storage = {torch.float16: FP16, torch.bfloat16: BF16}.get(dtype, FP32)
         static = self.input is not None and not self.input.dynamic
         inputs = self.input.with_scale_dtype(storage) if self.input is not None and static else self.input
-        return replace(self, weight=self.weight.with_scale_dtype(storage), input=inputs)
+        weight = self.weight.with_scale_dtype(storage)
+        if weight.columns is not None:
+            weight = replace(weight, columns=weight.columns.for_dtype(dtype))
+        return replace(self, weight=weight, input=inputs)
 
     def indivisible(self, out_features: int, in_features: int) -> str | None:
         """Why tiles do not fit a weight [out, in], or None. Blocks cut at the last rows are allowed."""
@@ -116,6 +126,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W8A16_TENSOR", _int8(per_tensor())),
         Scheme("W8A8", _int8(per_channel()), _TOKEN_INT8),
         Scheme("LLM_INT8", _int8(per_channel()), replace(_TOKEN_INT8, threshold=6.0)),
+        Scheme("LLM_INT8_STATIC", replace(_int8(per_channel()), columns=ColumnChoice(0.02)), _TOKEN_INT8),
         Scheme("W8A8_STATIC", _int8(per_channel()), replace(_int8(per_tensor()), range=OutputSearch())),
         Scheme("INT8_TENSOR", _int8(per_tensor()), _TOKEN_INT8),
         Scheme("W4A8", int_weight(4, 128), _TOKEN_INT8),

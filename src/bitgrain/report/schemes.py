@@ -30,7 +30,7 @@ _COLUMNS = ("scheme", "weights", "activations", "bits", "on disk", "vLLM", "text
 _NOTE = (
     f"bits: stored per weight, scales included, of a {FEATURES}x{FEATURES} bfloat16 layer. "
     "(e8m0): how scales are stored. vLLM: by its documented rules, and SGLang's are the same here. "
-    "text: needs one to calibrate static scales of activations."
+    "text: needs one to calibrate static scales of activations, or to choose columns."
 )
 
 
@@ -102,7 +102,8 @@ def short_text(scheme: Scheme) -> str:
         tile = granularity_text(scheme.input.granularity)
         other = "" if scheme.input.format == weight.format else f"{format_text(scheme.input.format)} "
         text += "/" + other + ("token" if tile == "channel" else tile)
-    return text if weight.symmetric else f"{text} asym"
+    text = text if weight.symmetric else f"{text} asym"
+    return text if weight.columns is None else f"{text} + {100 * weight.columns.share:g} % 16-bit"
 
 
 def _cells() -> list[list[str]]:
@@ -168,4 +169,6 @@ def _spec_text(spec: QuantSpec, row: str) -> str:
         parts += [] if spec.dynamic else ["static"]
     elif isinstance(spec.scale, QuantSpec) or spec.scale.name == "e8m0":
         parts.append(f"({spec.scale_format.name.removeprefix('fp8_')})")
+    if spec.columns is not None:
+        parts.append(f"+ {100 * spec.columns.share:g} % 16-bit")
     return " ".join(parts)

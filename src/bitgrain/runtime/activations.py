@@ -30,6 +30,7 @@ class InputQuantizer(nn.Module):
     """x [..., in_features] -> the same rounded to `spec`'s grid, in the dtype of x. Without parameters.
 
     outer_scale: of nested scales (NVFP4), as in the file. static: the scale of a static spec, as in the file.
+    columns: int32 [k], channels that stay as they are and do not count for the scales of the others.
     Raises SchemeError for a static spec without it.
     """
 
@@ -39,6 +40,7 @@ class InputQuantizer(nn.Module):
         outer_scale: float | None = None,
         rounding: Rounding = "vllm",
         static: StaticInput | None = None,
+        columns: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not spec.dynamic and static is None:
@@ -46,6 +48,7 @@ class InputQuantizer(nn.Module):
         self.spec = spec
         self.outer_scale = outer_scale
         self.static = None if spec.dynamic else static
+        self.columns = columns
         # a clipped input reaches the most negative code in every engine, also where the scale leaves it out
         self.all_codes = replace(spec, restricted=False)
         # compressed-tensors 0.20 gives a matrix [tokens, features] (OPT's MLP has such inputs) one scale for all tokens
@@ -56,6 +59,13 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == 0:
             return x
+        if self.columns is not None:
+            kept = self.columns.to(x.device, torch.int64)
+            rest = self._round_all(x.index_fill(-1, kept, 0.0))
+            return rest.index_copy(-1, kept, x.index_select(-1, kept))
+        return self._round_all(x)
+
+    def _round_all(self, x: Tensor) -> Tensor:
         if self.by_batch:
             return self._round(x.reshape(1, -1) if x.ndim <= 2 else x.flatten(2).flatten(0, 1)).reshape(x.shape)
         return self._round(x)

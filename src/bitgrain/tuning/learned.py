@@ -106,7 +106,8 @@ class LearnedWeight:
         values = self._grid(steps, zero)
         if zero is not None:
             values = values - zero.unsqueeze(-1)
-        return from_tiles(values * steps.unsqueeze(-1), self.start.spec.granularity, self.start.shape)
+        dense = from_tiles(values * steps.unsqueeze(-1), self.start.spec.granularity, self.start.shape)
+        return dense if self.start.columns is None else self.start.columns.put_into(dense)
 
     @torch.no_grad()
     def commit(self) -> QTensor:
@@ -123,7 +124,7 @@ class LearnedWeight:
         stored = q.zero
         if stored is not None and zero is not None and (self.lows is not None or self.shifts is not None):
             stored = zero.to(stored.dtype)
-        return QTensor(codes, scale, stored, spec)
+        return QTensor(codes, scale, stored, spec, columns=q.columns)
 
     def _latent_of(self, weight: Tensor | None) -> Tensor:
         """The weight (tiles) clipped into the cell of each code: its rounding gives the start's codes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,18 @@ from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, tw
 from bitgrain.numerics import QTensor
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.cache import observe_cache
+from bitgrain.pipeline.blockwise.columns import choose_columns, columns_of, keeping_layers
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer, wants_moments
 from bitgrain.pipeline.blockwise.local import block_settings, tune_locally
 from bitgrain.pipeline.blockwise.rewrite import Rewriter
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
-from bitgrain.pipeline.blockwise.static import Chosen, choose_inputs, require_reached, static_layers
+from bitgrain.pipeline.blockwise.static import Chosen, Observing, choose_inputs, require_reached, static_layers
 from bitgrain.pipeline.cost import HOLD_BYTES as _HOLD_BYTES
 from bitgrain.pipeline.cost import STREAMS as _STREAMS
 from bitgrain.pipeline.layers import outer_scales
-from bitgrain.pipeline.load import attach_input_quantizers, input_quantizer_for
+from bitgrain.pipeline.load import attach_input_quantizers, input_quantizer_for, shared_columns
 from bitgrain.pipeline.plan import Plan
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, get_solver
@@ -101,6 +103,7 @@ class _Block:
                 self.joined.setdefault(target, []).append(weight)
         self.joined_of = {weight.tensor: weight.targets for weight in here}
         self.dense: dict[str, Tensor] = {}
+        self.columns: dict[str, list[Tensor]] = {}
         self.result = SolvedBlock()
 
     def solve(self) -> SolvedBlock:
@@ -108,13 +111,15 @@ class _Block:
         calls = [batch.calls[self.index] for batch in self.flow.batches]
         self._transform(full, calls)
         block = twin(full) if self.flow.quantized else full
-        schemes = {name: layer.scheme for name, layer in self.layers.items() if layer.static_input is None}
+        later = {*static_layers(self.layers, self.layers), *keeping_layers(self.layers)}
+        schemes = {name: layer.scheme for name, layer in self.layers.items() if name not in later}
         if self.flow.quantized:
             attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix)
         names = list(dict.fromkeys(self._parameter(weight) for weight in self.weights.values()))
         stages = find_stages(full, names, (self.flow.full or self.flow.quantized)[0], calls[0]) if names else []
         require_reached([name for stage in stages if not stage.reached for name in self._static(stage)])
-        reached = [stage for stage in stages if stage.reached and (self.owner.needs_moments or self._static(stage))]
+        wanted = [stage for stage in stages if self.owner.needs_moments or later.intersection(self._of(stage))]
+        reached = [stage for stage in wanted if stage.reached]
         outer = outer_scales(self.layers, self.plan.fused_groups, self._original, self.stream.device)
         with ExitStack() as stack:
             quantized = exact = None
@@ -128,6 +133,7 @@ class _Block:
                 again = Reruns(full, self.flow.full, calls, reached, self.pool)
                 exact = stack.enter_context(again if lean else Kept(full, self.flow.full, calls, reached))
             for place, stage in enumerate(reached):
+                self._choose_columns(stage, place, quantized or exact, block)
                 self._choose_inputs(stage, place, quantized or exact, block)
                 moments = self._moments(stage, place, quantized, exact) if self.owner.needs_moments else {}
                 self._count_experts(stage, moments, block)
@@ -223,31 +229,53 @@ class _Block:
         both = 2 if self.flow.full and self.flow.quantized else 1
         return not stages or not all(stage.shared for stage in stages) or both * held > _HOLD_BYTES
 
+    def _of(self, stage: Stage) -> list[str]:
+        """The tensors that a stage solves."""
+        return [name for name, weight in self.weights.items() if self._parameter(weight) in stage.names]
+
     def _static(self, stage: Stage) -> list[str]:
-        names = [name for name, weight in self.weights.items() if self._parameter(weight) in stage.names]
-        return static_layers(self.layers, names)
+        return static_layers(self.layers, self._of(stage))
+
+    def _choose_columns(self, stage: Stage, place: int, walk: Walk | None, block: nn.Module) -> None:
+        """Choose the columns that a stage's weights keep; their inputs are not rounded from here on."""
+        assert walk is not None
+        chosen = choose_columns(*self._observing(stage, place, walk))
+        self.columns.update(chosen)
+        self._attach([name for name in chosen if self.layers[name].scheme.input is not None], walk, block)
 
     def _choose_inputs(self, stage: Stage, place: int, walk: Walk | None, block: nn.Module) -> None:
         """Choose the static scales of a stage's inputs; the quantized block rounds by them from here on."""
         assert walk is not None
+        chosen = choose_inputs(*self._observing(stage, place, walk))
+        self.result.inputs.update(chosen)
+        self._attach(list(chosen), walk, block)
+
+    def _observing(self, stage: Stage, place: int, walk: Walk) -> Observing:
+        """What `choose_inputs` and `choose_columns` look at."""
         parameters = {name: self._parameter(weight) for name, weight in self.weights.items()}
         windows = [len(hidden) for hidden in self.flow.quantized or self.flow.full]
-        chosen = choose_inputs(
-            *(stage, self.layers, parameters, lambda batch: walk.seen(batch, place), windows),
-            *(self._original, self.pool, self.prefix.removesuffix(".")),
-        )
-        self.result.inputs.update(chosen)
-        if not chosen or not self.flow.quantized:
+        label = self.prefix.removesuffix(".")
+        seen = partial(walk.seen, stage=place)
+        return stage, self.layers, parameters, seen, windows, self._original, self.pool, label
+
+    def _attach(self, names: Sequence[str], walk: Walk, block: nn.Module) -> None:
+        """The quantized block, and the runs that stand in front of them, round the inputs of these layers from here
+        on."""
+        if not names or not self.flow.quantized:
             return
-        targets = {target for name in chosen for target in self.joined_of[name]}
+        targets = {target for name in names for target in self.joined_of[name]}
         together = {weight.tensor for target in targets for weight in self.joined[target]}
         schemes = {name: layer.scheme for name, layer in self.layers.items() if name in together}
-        static = {name: [one.static] for name, one in chosen.items()}
-        attach_input_quantizers(block, self.stream.anatomy, schemes, prefix=self.prefix, static=static)
+        static = {name: [self.result.inputs[name].static] for name in names if name in self.result.inputs}
+        attach_input_quantizers(
+            block, self.stream.anatomy, schemes, prefix=self.prefix, static=static, columns=self.columns
+        )
         rounding = {
-            parameters[name]: input_quantizer_for(spec, static=static[name])
-            for name in chosen
-            if (spec := self.layers[name].static_input) is not None
+            self._parameter(self.weights[name]): input_quantizer_for(
+                spec, static=static.get(name, ()), columns=shared_columns(self.columns.get(name, ()), name)
+            )
+            for name in names
+            if (spec := self.layers[name].scheme.input) is not None
         }
         walk.round_inputs(rounding)
 
@@ -285,14 +313,17 @@ class _Block:
     def _solve_stage(
         self, stage: Stage, moments: Mapping[Key, Moments], outer: Mapping[str, Tensor], block: nn.Module
     ) -> None:
-        names = [name for name, weight in self.weights.items() if self._parameter(weight) in stage.names]
+        names = self._of(stage)
 
         def one(name: str) -> tuple[list[Solution], dict[str, Any]]:
             weight, layer, original = self.weights[name], self.layers[name], self._original(name)
             experts = range(layer.experts) if layer.experts > 1 else [weight.expert]
             keys = [Key(self._parameter(weight), expert) for expert in experts]
             solver, target = self.owner.solver, self.owner.recipe.target
-            solutions = solve_layer(layer, original, moments, keys, solver, target, outer.get(name), self.stream.device)
+            kept = self.columns[name] if name in self.columns else columns_of(layer, original)
+            solutions = solve_layer(
+                layer, original, moments, keys, solver, target, outer.get(name), self.stream.device, kept
+            )
             return solutions, record_of(layer, original, solutions)
 
         for name, (solutions, record) in zip(names, self.pool.map(one, names), strict=True):

@@ -13,6 +13,7 @@ from bitgrain.models.stream import StreamedModel, share_calls
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.block import BlockSolver, Flow, SolvedBlock
 from bitgrain.pipeline.blockwise.cache import saved_scales
+from bitgrain.pipeline.blockwise.columns import columns_of
 from bitgrain.pipeline.blockwise.layer import UNREACHED, loss_note, record_of, solve_layer
 from bitgrain.pipeline.blockwise.outside import solve_outside
 from bitgrain.pipeline.blockwise.rewrite import PROBE
@@ -207,7 +208,8 @@ class _Pass:
             keys = [Key(weight.memory)] * layer.experts
             scale = outer.get(weight.tensor)
             with single_threaded():
-                solutions = solve_layer(layer, original, {}, keys, solver, None, scale, self.stream.device)
+                kept = columns_of(layer, original)
+                solutions = solve_layer(layer, original, {}, keys, solver, None, scale, self.stream.device, kept)
             result.parts[weight.tensor] = [solution.q for solution in solutions]
             record = record_of(layer, original, solutions)
             record["notes"] = list(dict.fromkeys([*record["notes"], UNREACHED]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.models.anatomy import Weight
+from bitgrain.numerics import QuantSpec
 from bitgrain.pipeline.layers import matrices, record, report, to_cpu
 from bitgrain.pipeline.plan import Plan
 from bitgrain.recipes.recipe import Target
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, Solver, get_solver
+from bitgrain.solvers.beside import solve_beside
 from bitgrain.solvers.guard import solve_guarded
 from bitgrain.solvers.target import target_weight
 
@@ -41,10 +44,12 @@ def solve_layer(
     target: Target | None,
     outer_scale: Tensor | None,
     device: torch.device,
+    columns: Sequence[Tensor] = (),
 ) -> list[Solution]:
     """One Solution for each matrix of `original` (as on disk); `keys`: as what each matrix's inputs were seen.
 
-    A matrix without moments under a solver that needs them is rounded to nearest, and says so.
+    columns: those that each matrix keeps in 16 bits, where the scheme says so. A matrix without moments under a solver
+    that needs them is rounded to nearest, and says so.
     """
     solutions: list[Solution] = []
     for i, (matrix, key) in enumerate(zip(matrices(original, layer), keys, strict=True)):
@@ -52,19 +57,34 @@ def solve_layer(
         known = moments.get(key)
         label = layer.tensor if layer.experts == 1 else f"{layer.tensor}[{i}]"
         spec = layer.scheme.weight
-        if known is None and solver.needs_calibration:
-            found = get_solver("rtn").solve(matrix, spec, outer_scale=outer_scale, name=label)
-            solutions.append(Solution(found.q, found.method, found.figures, (*found.notes, UNREACHED)))
-            continue
-        if known is None:
-            solutions.append(solver.solve(matrix, spec, outer_scale=outer_scale, name=label))
-            continue
         aim = None
-        if target is not None:
+        if target is not None and known is not None:
             settings = {"inputs": target.inputs, "residual": target.residual, "damping": target.damping}
             aim = target_weight(matrix, known, **settings, name=label)
-        solutions.append(solve_guarded(matrix, spec, known, [solver], target=aim, outer_scale=outer_scale, name=label))
+        solve = partial(_solve_matrix, solver, outer_scale, label)
+        if spec.columns is None:
+            solutions.append(solve(matrix, spec, known, aim))
+        else:
+            kept = columns[i].to(device)
+            solutions.append(solve_beside(solve, matrix, spec, kept, known, target=aim, name=label))
     return solutions
+
+
+def _solve_matrix(
+    solver: Solver,
+    outer_scale: Tensor | None,
+    name: str,
+    matrix: Tensor,
+    spec: QuantSpec,
+    known: Moments | None,
+    aim: Tensor | None,
+) -> Solution:
+    if known is not None:
+        return solve_guarded(matrix, spec, known, [solver], target=aim, outer_scale=outer_scale, name=name)
+    if not solver.needs_calibration:
+        return solver.solve(matrix, spec, outer_scale=outer_scale, name=name)
+    found = get_solver("rtn").solve(matrix, spec, outer_scale=outer_scale, name=name)
+    return Solution(found.q, found.method, found.figures, (*found.notes, UNREACHED))
 
 
 def record_of(layer: StoredLayer, original: Tensor, solutions: Sequence[Solution]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from torch import Tensor
 from bitgrain.models.stream import StreamedModel
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.block import Flow, SolvedBlock
+from bitgrain.pipeline.blockwise.columns import choose_columns, columns_of, needs_inputs
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import loss_note, record_of, solve_layer, wants_moments
 from bitgrain.pipeline.blockwise.runs import Seen
 from bitgrain.pipeline.blockwise.stages import Stage
-from bitgrain.pipeline.blockwise.static import choose_inputs
-from bitgrain.pipeline.load import input_quantizer_for
+from bitgrain.pipeline.blockwise.static import Observing, choose_inputs
+from bitgrain.pipeline.load import input_quantizer_for, shared_columns
 from bitgrain.pipeline.plan import Plan
 from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.runtime.watch import Done, Key, Watch
@@ -43,7 +44,8 @@ def solve_outside(
         original = changed[weight.tensor] if weight.tensor in changed else plan.checkpoint.read(weight.tensor)
         moments: dict[Key, Moments] = {}
         measured = wants_moments(plan, weight)
-        if weight.role != "embedding" and (measured or layer.static_input is not None):
+        kept = [] if needs_inputs(layer) else columns_of(layer, original)
+        if weight.role != "embedding" and (measured or layer.static_input is not None or needs_inputs(layer)):
             stage = Stage((weight.memory,), shared=True)
             hidden = flow.quantized or flow.full
             rounding: list[InputQuantizer] = []
@@ -63,23 +65,28 @@ def solve_outside(
             compare = target is not None and flow.quantized and flow.full
             # one at a time: the blocks step aside while the model's own forward runs
             with Pool(1) as alone:
+                layers, windows = {weight.tensor: layer}, [len(one) for one in ids]
+                observing: Observing = (
+                    *(stage, layers, {weight.tensor: weight.memory}, seen, windows),
+                    *(lambda _, original=original: original, alone, "the model"),
+                )
+                if needs_inputs(layer):
+                    kept = choose_columns(*observing)[weight.tensor]
                 if layer.static_input is not None:
-                    layers, windows = {weight.tensor: layer}, [len(one) for one in ids]
-                    known = choose_inputs(
-                        *(stage, layers, {weight.tensor: weight.memory}, seen, windows),
-                        *(lambda _, original=original: original, alone, "the model"),
-                    )
-                    result.inputs.update(known)
+                    result.inputs.update(choose_inputs(*observing))
                 if flow.quantized and (spec := layer.scheme.input) is not None:
                     static = [result.inputs[weight.tensor].static] if layer.static_input is not None else []
-                    rounding.append(input_quantizer_for(spec, static=static))
+                    columns = shared_columns(kept, weight.tensor)
+                    rounding.append(input_quantizer_for(spec, static=static, columns=columns))
                 if measured:
                     moments = gather_moments(stage, len(ids), seen, full if compare else None, alone, "the model")
         keys = [key] * layer.experts
         chosen = get_solver("rtn") if weight.role == "embedding" else solver
         solutions = next(
             pool.map(
-                lambda _, a=(layer, original, moments, keys, chosen): solve_layer(*a, target, None, stream.device),
+                lambda _, a=(layer, original, moments, keys, chosen), kept=kept: solve_layer(
+                    *a, target, None, stream.device, kept
+                ),
                 [None],
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -207,7 +208,8 @@ class Rewriter:
     def _specs(self, index: int) -> dict[str, tuple[QuantSpec, QuantSpec | None]]:
         prefix = self.plan.anatomy.block_names[index] + "."
         return {
-            target.removeprefix(prefix): (layer.scheme.weight, layer.scheme.input)
+            # the columns that weights keep are chosen when all transforms are done
+            target.removeprefix(prefix): (replace(layer.scheme.weight, columns=None), layer.scheme.input)
             for weight in self.plan.anatomy.weights
             if weight.block == index and (layer := self.plan.quantized.get(weight.tensor)) is not None
             for target in weight.targets

@@ -62,6 +62,19 @@ def stored_inputs(layer: StoredLayer, chosen: Mapping[str, Chosen]) -> list[Stat
     return [] if layer.static_input is None else [chosen[layer.tensor].static] * layer.experts
 
 
+Observing = tuple[
+    Stage,
+    Mapping[str, StoredLayer],
+    Mapping[str, str],
+    Callable[[int], Seen],
+    Sequence[int],
+    Callable[[str], Tensor],
+    Pool,
+    str,
+]
+"""The arguments of `choose_inputs`."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What is to be kept of a stage's inputs.

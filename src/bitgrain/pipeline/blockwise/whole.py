@@ -16,7 +16,9 @@ from bitgrain.errors import ModelError
 from bitgrain.models.naming import convert_tensors
 from bitgrain.models.stream import StreamedModel
 from bitgrain.numerics import QTensor
+from bitgrain.numerics.columns import Columns
 from bitgrain.numerics.observers import StaticInput
+from bitgrain.numerics.outliers import Outliers
 from bitgrain.pipeline.blockwise.batches import single_threaded
 from bitgrain.pipeline.blockwise.local import whole_tensor
 from bitgrain.pipeline.blockwise.work import OUTSIDE, Work, block_file
@@ -157,6 +159,7 @@ def _load(
     static scales of inputs."""
     start: dict[str, QTensor] = {}
     inputs: dict[str, list[StaticInput]] = {}
+    columns: dict[str, list[Tensor]] = {}
     extras: dict[str, Tensor] = {}
     for index in (*range(len(stream.anatomy.block_names)), None):
         file = OUTSIDE if index is None else block_file(index)
@@ -171,6 +174,8 @@ def _load(
             parts = plan.layout.decode(layer, read)
             if layer.static_input is not None:
                 inputs[name] = plan.layout.decode_inputs(layer, read)
+            if layer.scheme.weight.columns is not None:
+                columns[name] = plan.layout.decode_columns(layer, read)
             for i, part in enumerate(parts):
                 start[f"{name}#{i}"] = _to(part, stream.device)
             if index is None:  # the reference predicts with the head in full precision; the loss replaces it
@@ -183,7 +188,7 @@ def _load(
             if name not in plan.quantized and _is_gain(plan, stream, name):
                 extras[name] = tensor.to(stream.device, torch.float32)
     schemes = {name: layer.scheme for name, layer in plan.quantized.items()}
-    attach_input_quantizers(stream.model, plan.anatomy, schemes, static=inputs)
+    attach_input_quantizers(stream.model, plan.anatomy, schemes, static=inputs, columns=columns)
     return start, extras, inputs
 
 
@@ -223,6 +228,8 @@ def _to(q: QTensor, device: torch.device) -> QTensor:
             changed[field.name] = value.to(device)
         elif isinstance(value, QTensor):
             changed[field.name] = _to(value, device)
+        elif isinstance(value, Outliers | Columns):
+            changed[field.name] = value.to(device)
         else:
             changed[field.name] = value
     return QTensor(**changed)

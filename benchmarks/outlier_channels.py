@@ -1,0 +1,102 @@
+"""What it saves to keep some input channels in 16 bits, chosen by activation, by weight or at random.
+
+    make bench-outlier-channels
+    make bench-outlier-channels ARGS="--models llama --schemes W3A16 --windows 20"
+
+AWQ's first experiment (arXiv 2306.00978, table 1) on the reference models: round to nearest, 0.1, 1 and 3 % of the
+channels. A model is calibrated once; each row is quantized disk to disk by these statistics, loaded, and compared with
+the original on held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import SHARED, machine_line, table, write_results
+
+import bitgrain
+from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
+from bitgrain.evaluation.language import record_base
+
+SHARES = (0.001, 0.01, 0.03)
+CHOICES = ("activation", "weight", "random")
+SEQLEN = 512
+
+
+def measure(
+    model: Path, text: Path, calibration: Path, schemes: Sequence[str], windows: int, solver: str, scratch: Path
+) -> list[dict[str, Any]]:
+    """One row for each scheme, share and choice."""
+    statistics, out = scratch / f"{model.name}-statistics", scratch / "out"
+    bitgrain.calibrate(model, statistics, calibration={"text": str(calibration), "windows": 32}, device="cpu")
+    ids = token_windows(load_tokenizer(model), read_text(text), SEQLEN, windows)
+    base = record_base(bitgrain.load(model, device="cpu"), ids)
+    rows: list[dict[str, Any]] = []
+    for scheme in schemes:
+        for share, by in [(0.0, "none"), *((share, by) for share in SHARES for by in CHOICES)]:
+            columns = {"share": share, "by": by} if share else None
+            made = bitgrain.quantize(
+                model, out, scheme, solver=solver, columns=columns, statistics=statistics, device="cpu"
+            )
+            found = bitgrain.evaluate(out, against=base, text=text, seqlen=SEQLEN, windows=windows, device="cpu")
+            shutil.rmtree(out)
+            row = {"model": model.name, "scheme": scheme, "share": share, "by": by, "bits": made.plan.bits_per_weight}
+            rows.append({**row, "kl": found.kl, "perplexity": found.perplexity, "of_base": found.base_perplexity})
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def report(rows: Sequence[dict[str, Any]], windows: int, solver: str) -> str:
+    """The Markdown page: a table for each model and scheme, a row for each share."""
+    page = (
+        "# Channels kept in 16 bits\n\n"
+        f"{machine_line()}. {solver}; KL in nats per token and perplexity on {windows} windows of {SEQLEN} tokens of "
+        "heldout.txt. Bits: stored for each quantized weight, scales and kept columns included.\n"
+    )
+    for model, scheme in dict.fromkeys((row["model"], row["scheme"]) for row in rows):
+        of = [row for row in rows if (row["model"], row["scheme"]) == (model, scheme)]
+        lines: list[list[str]] = []
+        for share in dict.fromkeys(row["share"] for row in of):
+            here = {row["by"]: row for row in of if row["share"] == share}
+            cells = [here.get(by, here.get("none")) for by in CHOICES]
+            figures = [f"{row['kl']:.4f} / {row['perplexity']:.2f}" for row in cells if row is not None]
+            lines.append([f"{100 * share:g} %", f"{next(iter(here.values()))['bits']:.3f}", *figures])
+        page += f"\n## {model}, {scheme} (perplexity of the original: {of[0]['of_base']:.2f})\n\n"
+        page += table(["kept", "bits", *(f"by {by}" if by != "random" else by for by in CHOICES)], lines)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="llama,llama-outliers", help="reference models, with commas between them")
+    parser.add_argument("--schemes", default="W3A16,W4A16", help="with commas between them")
+    parser.add_argument("--solver", default="rtn")
+    parser.add_argument("--windows", type=int, default=100, help="of held-out text")
+    parser.add_argument("--name", default="outlier-channels", help="of the files in benchmarks/results")
+    arguments = parser.parse_args()
+    text, calibration = SHARED / "text" / "heldout.txt", SHARED / "text" / "calibration.txt"
+    models = [SHARED / "models" / name for name in arguments.models.split(",")]
+    missing = [path.name for path in (*models, text, calibration) if not path.exists()]
+    if missing:
+        parser.error(f"not found beside the repository: {', '.join(missing)}")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="bitgrain-bench-") as scratch:
+        for model in models:
+            schemes = arguments.schemes.split(",")
+            rows += measure(
+                *(model, text, calibration, schemes, arguments.windows, arguments.solver, Path(scratch)),
+            )
+            settings = {"windows": arguments.windows, "solver": arguments.solver}
+            page = report(rows, arguments.windows, arguments.solver)
+            write_results(arguments.name, {**settings, "rows": rows}, page, show=model == models[-1])
+
+
+if __name__ == "__main__":
+    main()
