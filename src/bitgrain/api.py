@@ -51,10 +51,12 @@ def read_recipe(
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    experts: Mapping[str, Any] | str | None = None,
 ) -> Recipe:
     """One Recipe out of what a user may give: a scheme's name, a recipe (a name or a file), or both.
 
-    What is given beside a recipe replaces what it says; `calibration` is a text, or keys of `recipes.Calibration`.
+    What is given beside a recipe replaces what it says; `calibration` is a text, or keys of `recipes.Calibration`;
+    `experts` is a policy, or keys of `recipes.Experts`.
     Raises RecipeError, SchemeError.
     """
     given = {"scheme": scheme, "on_indivisible": on_indivisible, "solver": solver}
@@ -62,9 +64,11 @@ def read_recipe(
     if calibration is not None:
         text = {"text": str(calibration)} if isinstance(calibration, (str, Path)) else dict(calibration)
         settings["calibration"] = text
+    if experts is not None:
+        settings["experts"] = {"policy": experts} if isinstance(experts, str) else dict(experts)
     if isinstance(recipe, Recipe):
-        if "calibration" in settings:
-            settings["calibration"] = {**recipe.calibration.model_dump(), **settings["calibration"]}
+        for key in settings.keys() & {"calibration", "experts"}:
+            settings[key] = {**getattr(recipe, key).model_dump(), **settings[key]}
         return make_recipe(**{**recipe.model_dump(), **settings}) if settings else recipe
     if recipe is not None:
         return load_recipe(recipe, **settings)
@@ -81,6 +85,7 @@ def plan(
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    experts: Mapping[str, Any] | str | None = None,
     statistics: str | Path | None = None,
     keep: Sequence[str] = (),
     fallback: Sequence[str] = (),
@@ -98,6 +103,8 @@ def plan(
     """What `quantize` would do, before a weight is written: see `bitgrain.pipeline.plan.Plan`.
 
     calibration  the text that solvers may learn from, or keys of `recipes.Calibration`
+    experts      what experts that calibration hardly reached are solved with: "borrow", "all", "nearest", or keys of
+                 `recipes.Experts`
     statistics   a folder that `calibrate` wrote, in place of text: for any scheme, and any solver that learns from it
     keep         layers to be left in full precision, as `match` in a recipe's rules; "2%": the most sensitive ones that
                  hold this share of the weights (`pipeline.sensitive`)
@@ -111,7 +118,7 @@ def plan(
         raise RecipeError(f"statistics stand in place of text: give either them or {what}")
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
-    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration)
+    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration, experts)
     kept, fallen = _share(keep), _share(fallback)
     if bits is not None and (kept or fallen):
         raise RecipeError("bits weighs every layer itself: name those to keep or to fall back, or leave bits out")
@@ -155,8 +162,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, keep, fallback, include, bits,
-              engine, revision, trust_remote_code, max_shard_bytes, workers
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, experts, statistics, keep, fallback, include,
+              bits, engine, revision, trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
     cache = bits_cache(out)
@@ -171,6 +178,7 @@ def calibrate(
     out: str | Path,
     *,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    experts: Mapping[str, Any] | str | None = None,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -180,10 +188,11 @@ def calibrate(
     """Run MODEL over text once, and write what each of its layers is given into the new folder `out`.
 
     calibration  a text (None: built in), or keys of `recipes.Calibration`
+    experts      the policy that the statistics are to serve, as for `plan`; those taken with "all" serve every one
     `quantize(..., statistics=out)` then needs no text. Raises TextError, OutputError (`out` exists), NumericsError
     (NaN, Inf), ModelError (a model that cannot run block by block).
     """
-    recipe = read_recipe("W8A16", None, calibration=calibration)
+    recipe = read_recipe("W8A16", None, calibration=calibration, experts=experts)
     settings: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "workers": workers}
     draft = make_plan(model, recipe, calibrate=True, **settings)
     return run_calibration(draft, out, device=device, progress=progress)

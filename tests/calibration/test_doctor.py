@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitgrain.calibration.doctor import NGRAM, Finding, examine, ngrams
+from bitgrain.calibration.doctor import LAYERS, NGRAM, Finding, examine, ngrams
+from bitgrain.recipes import Experts
 
 
 def text(windows: int = 16, seqlen: int = 64, seed: int = 0) -> torch.Tensor:
@@ -78,14 +79,31 @@ def test_too_few_tokens_for_the_widest_layer():
 
 
 def test_experts_that_saw_little():
-    found = examine(text(), widest=8, experts_tokens={"m.experts": [0, 99, 3, 0, 98], "n.experts": [50, 50]})
-    assert messages(found) == (
-        "warning: m.experts: no calibration token reached 2 of 5 experts (0, 3): they are rounded without data; "
-        "use more or more varied text\n"
-        "note: m.experts: 1 of 5 experts (2) saw less than 10% of an even share of the tokens"
-    )
+    tokens = {"m.experts": [0, 9900, 3, 0, 98], "n.experts": [64, 64]}
+    remedies = {
+        "nearest": "they are rounded to nearest",
+        "borrow": "they borrow what all tokens of their layer would show them",
+        "all": "they were shown all tokens of their layer",
+    }
+    for policy, remedy in remedies.items():
+        found = examine(text(), widest=8, experts_tokens=tokens, experts=Experts(policy=policy))
+        assert messages(found) == (
+            f"{'note' if policy == 'all' else 'warning'}: m.experts: no calibration token reached 2 of 5 experts (0, 3): "
+            f"{remedy}; use more or more varied text\n"
+            f"note: m.experts: fewer than 64 tokens reached 1 of 5 experts (2: 3): {remedy}\n"
+            "note: m.experts: 1 of 5 experts (4) saw less than 10% of an even share of the tokens"
+        )
+    assert len(examine(text(), widest=8, experts_tokens=tokens, experts=Experts(tokens=3))) == 2
     many = examine(text(), widest=8, experts_tokens={"m": [0] * 20})
     assert "20 of 20 experts (0, 1, 2, 3, 4, 5, 6, 7 ...)" in messages(many)
+
+
+def test_of_many_layers_some_are_named():
+    tokens = {f"layers.{i}.experts": [0, 500] for i in range(40)}
+    found = examine(text(), widest=8, experts_tokens=tokens)
+    assert len(found) == LAYERS
+    assert found[0].message.startswith("layers.0.experts")
+    assert f"and so in {40 - LAYERS} more layers" in found[-1].message
 
 
 @pytest.mark.parametrize(("tokens", "severity"), [(0, None), (NGRAM, "note"), (50, "warning")])

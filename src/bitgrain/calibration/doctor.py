@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bitgrain.recipes import Experts
+
 NGRAM = 13
 REPEATED = 0.05
 """Share of n-grams that occurred before, from which text counts as duplicated."""
@@ -21,6 +23,9 @@ DEGENERATE = 0.5
 """Share of a window that one token takes, from which the window says little."""
 STARVED = 0.1
 """Share of an even load of tokens below which an expert counts as hardly seen."""
+
+LAYERS = 6
+"""Of a model with experts, of which one finding tells; the manifest has them all."""
 
 Severity = Literal["note", "warning"]
 
@@ -38,19 +43,21 @@ def examine(
     *,
     widest: int,
     experts_tokens: Mapping[str, Sequence[int]] | None = None,
+    experts: Experts | None = None,
     evaluation_ids: Tensor | None = None,
 ) -> list[Finding]:
     """Findings on calibration windows `ids` int64 [windows, seqlen].
 
     widest          inputs of the widest layer that is quantized by its Hessian
     experts_tokens  by the name of an experts module: how many tokens each of its experts saw
+    experts         what becomes of those that few tokens reached; None: as recipes say by default
     evaluation_ids  int64 [windows, seqlen] that the result will be measured on
     """
     found = [
         *_repetition(ids),
         *_degenerate(ids),
         *_few_tokens(ids.numel(), widest),
-        *_experts(experts_tokens or {}),
+        *examine_experts(experts_tokens or {}, experts or Experts()),
     ]
     return found if evaluation_ids is None else found + _overlap(ids, evaluation_ids)
 
@@ -129,25 +136,45 @@ def _few_tokens(tokens: int, widest: int) -> list[Finding]:
     return []
 
 
-def _experts(tokens: Mapping[str, Sequence[int]]) -> list[Finding]:
-    found: list[Finding] = []
+def examine_experts(tokens: Mapping[str, Sequence[int]], experts: Experts) -> list[Finding]:
+    """Findings on experts: those that no token reached, or few; see `examine`."""
+    none: list[str] = []
+    few: list[str] = []
+    uneven: list[str] = []
     for module, seen in tokens.items():
         even = sum(seen) / max(1, len(seen))
-        none = [i for i, count in enumerate(seen) if count == 0]
-        few = [i for i, count in enumerate(seen) if 0 < count < STARVED * even]
-        if none:
-            message = (
-                f"{module}: no calibration token reached {_listed(none, len(seen))}: they are rounded without data"
-            )
-            found.append(Finding("warning", f"{message}; use more or more varied text"))
-        if few:
-            message = f"{module}: {_listed(few, len(seen))} saw less than {STARVED:.0%} of an even share of the tokens"
-            found.append(Finding("note", message))
-    return found
+        idle = [str(i) for i, count in enumerate(seen) if count == 0]
+        rare = [f"{i}: {count}" for i, count in enumerate(seen) if 0 < count < experts.tokens]
+        odd = [str(i) for i, count in enumerate(seen) if experts.tokens <= count < STARVED * even]
+        none += [f"{module}: no calibration token reached {_listed(idle, len(seen))}"] * bool(idle)
+        few += [f"{module}: fewer than {experts.tokens} tokens reached {_listed(rare, len(seen))}"] * bool(rare)
+        share = f"saw less than {STARVED:.0%} of an even share of the tokens"
+        uneven += [f"{module}: {_listed(odd, len(seen))} {share}"] * bool(odd)
+    remedy = _REMEDIES[experts.policy]
+    severity = "note" if experts.policy == "all" else "warning"
+    return [
+        *(Finding(severity, f"{text}: {remedy}; use more or more varied text") for text in _few_layers(none)),
+        *(Finding("note", f"{text}: {remedy}") for text in _few_layers(few)),
+        *(Finding("note", text) for text in _few_layers(uneven)),
+    ]
 
 
-def _listed(experts: Sequence[int], of: int) -> str:
-    names = ", ".join(map(str, experts[:8])) + (" ..." if len(experts) > 8 else "")
+_REMEDIES = {
+    "borrow": "they borrow what all tokens of their layer would show them",
+    "all": "they were shown all tokens of their layer",
+    "nearest": "they are rounded to nearest",
+}
+
+
+def _few_layers(texts: Sequence[str]) -> list[str]:
+    """The first of many layers, of which the last says how many more there are."""
+    if len(texts) <= LAYERS:
+        return list(texts)
+    return [*texts[: LAYERS - 1], f"{texts[LAYERS - 1]}, and so in {len(texts) - LAYERS} more layers"]
+
+
+def _listed(experts: Sequence[str], of: int) -> str:
+    names = ", ".join(experts[:8]) + (" ..." if len(experts) > 8 else "")
     return f"{len(experts)} of {of} experts ({names})"
 
 

@@ -33,7 +33,17 @@ from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
-from bitgrain.pipeline.plan_text import findings, needs_text, not_by_statistics, read_calibration, statistics_note
+from bitgrain.pipeline.experts import count_saved
+from bitgrain.pipeline.plan_text import (
+    experts_not_by_statistics,
+    experts_note,
+    findings,
+    learns_from_inputs,
+    needs_text,
+    not_by_statistics,
+    read_calibration,
+    statistics_note,
+)
 from bitgrain.recipes import Recipe, Scheme
 from bitgrain.recipes.steps import read_step
 
@@ -254,13 +264,19 @@ def make_plan(
         calibration=calibration,
         statistics=saved,
     )
+    experts = [p.weight for p in layers if p.layer is not None and p.weight.role == "expert"]
+    if not learns_from_inputs(recipe, quantized.values()):
+        experts = []
     if saved is not None:
-        return replace(plan, notes=(*plan.notes, statistics_note(saved)))
+        told = experts_note(recipe, count_saved(experts, saved.all_tokens)) if experts else []
+        lacking = experts_not_by_statistics(recipe, saved, experts)
+        notes = (*plan.notes, statistics_note(saved), *told)
+        return replace(plan, notes=notes, problems=(*plan.problems, *lacking))
     if calibration is None:
         return plan
-    return replace(
-        plan, notes=(*plan.notes, calibration_note(plan), *findings(calibration, recipe, quantized.values()))
-    )
+    told = [calibration_note(plan), *findings(calibration, recipe, quantized.values())]
+    told += experts_note(recipe, None) if experts else []
+    return replace(plan, notes=(*plan.notes, *told))
 
 
 def _integer_weights(skeleton: nn.Module, anatomy: Anatomy, checkpoint: Checkpoint) -> list[str]:

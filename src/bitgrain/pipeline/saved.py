@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgrain.calibration.statistics import layer_key
+from bitgrain.calibration.statistics import layer_key, whole_key
 from bitgrain.calibration.statistics_file import StatisticsFile
 from bitgrain.models.anatomy import Weight
 from bitgrain.pipeline.blockwise.layer import record_of, solve_layer, wants_moments
 from bitgrain.pipeline.blockwise.static import Chosen, choose_input, require_reached, static_layers, stored_inputs
+from bitgrain.pipeline.experts import count_saved, needs_whole, note_for, settle, told_of
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.pipeline.statistics import group_key
+from bitgrain.recipes import Experts
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, get_solver
 
@@ -44,31 +46,66 @@ def solve_saved_unit(
         experts: Sequence[int | None] = range(layer.experts) if layer.experts > 1 else [weight.expert]
         keys = [Key(_parameter(weight), expert) for expert in experts]
         wanted = weight.role != "embedding" and wants_moments(plan, weight)
-        moments: Mapping[Key, Moments] = _Saved(plan.statistics, device) if wanted else {}
+        saved = _Saved(plan.statistics, device, plan.recipe.experts if weight.role == "expert" else None)
+        moments: Mapping[Key, Moments] = saved if wanted else {}
         solver = get_solver("rtn" if weight.role == "embedding" else plan.recipe.solver)
-        solutions = solve_layer(layer, original, moments, keys, solver, None, outer.get(name), device)
-        told = inputs[name].record if name in inputs else {}
+        notes = saved.notes(keys) if wanted else {}
+        solutions = solve_layer(layer, original, moments, keys, solver, None, outer.get(name), device, notes)
+        told: dict[str, Any] = dict(inputs[name].record) if name in inputs else {}
+        if wanted and weight.role == "expert":
+            told["experts"] = told_of(plan.recipe.experts, [saved.tokens(key) for key in keys])
         records[name] = {**record_of(layer, original, solutions), **told}
         parts = [to_cpu(solution.q) for solution in solutions]
         outputs.update(plan.layout.encode(layer, parts, stored_inputs(layer, inputs)))
     return outputs, records
 
 
-def saved_record(statistics: StatisticsFile) -> dict[str, Any]:
-    """What the manifest says of the calibration."""
-    return {**statistics.about.text, "statistics": dict(statistics.about.settings)}
+def saved_record(plan: Plan) -> dict[str, Any]:
+    """What the manifest says of a job with saved statistics."""
+    assert plan.statistics is not None
+    about = plan.statistics.about
+    told: dict[str, Any] = {"calibration": {**about.text, "statistics": dict(about.settings)}}
+    weights = [weight for weight in plan.anatomy.weights if weight.tensor in plan.quantized]
+    counts = count_saved(weights, plan.statistics.all_tokens) if wants_moments(plan) else {}
+    if counts:
+        told["experts"] = {path: told_of(plan.recipe.experts, tokens) for path, tokens in counts.items()}
+    return told
 
 
 class _Saved(Mapping[Key, Moments]):
-    """Moments out of the file, read when they are asked for."""
+    """Moments out of the file, read when they are asked for; those of experts as the policy `experts` wants them."""
 
-    def __init__(self, statistics: StatisticsFile, device: torch.device) -> None:
-        self._statistics, self._device = statistics, device
+    def __init__(self, statistics: StatisticsFile, device: torch.device, experts: Experts | None) -> None:
+        self._statistics, self._device, self._experts = statistics, device, experts
 
     def __getitem__(self, key: Key) -> Moments:
-        name = layer_key(key.name, key.expert)
-        if name not in self._statistics:
+        name, experts = layer_key(key.name, key.expert), self._experts
+        known = self._read(name)
+        if experts is not None:
+            whole = self._read(whole_key(name)) if needs_whole(experts, self.tokens(key)) else None
+            known = settle(experts, known, whole)
+        if known is None:
             raise KeyError(key)
+        return known
+
+    def tokens(self, key: Key) -> int:
+        """How many reached it."""
+        name = layer_key(key.name, key.expert)
+        return self._statistics.tokens(name) if name in self._statistics else 0
+
+    def notes(self, keys: Sequence[Key]) -> dict[Key, str]:
+        """What is to be told of experts."""
+        found: dict[Key, str] = {}
+        for key in keys if self._experts is not None else ():
+            settled = whole_key(layer_key(key.name, key.expert)) in self._statistics
+            settled = settled and needs_whole(self._experts, self.tokens(key))
+            if note := note_for(self._experts, self.tokens(key), settled):
+                found[key] = note
+        return found
+
+    def _read(self, name: str) -> Moments | None:
+        if name not in self._statistics:
+            return None
         moments = self._statistics.read(name).moments
         return Moments(moments.hessian.to(self._device), moments.tokens)
 

@@ -171,6 +171,17 @@ class Calibration(_Strict):
     batch: int = Field(default=8, ge=1)
 
 
+class Experts(_Strict):
+    """What experts that fewer than `tokens` calibration tokens reached are solved with (docs/experts.md).
+
+    policy  "borrow": with what all tokens of their layer would show them, mixed with what they saw; "nearest": with
+            nothing, rounded to nearest; "all": every expert, however many reached it, with all tokens of its layer
+    """
+
+    policy: Literal["borrow", "all", "nearest"] = "borrow"
+    tokens: int = Field(default=64, ge=1)
+
+
 class Target(_Strict):
     """What a layer's output is aimed at, beside that of its own weights (see `solvers.target`).
 
@@ -208,6 +219,7 @@ class Recipe(_Strict):
     solver: str | dict[str, Any] = "rtn"
     transforms: tuple[str | dict[str, Any], ...] = ()
     calibration: Calibration = Calibration()
+    experts: Experts = Experts()
     target: Target | None = None
     tuning: Tuning = Tuning()
     range: str | dict[str, Any] | None = None

@@ -21,10 +21,20 @@ from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, so
 from bitgrain.pipeline.blockwise.local import block_settings, tune_locally
 from bitgrain.pipeline.blockwise.rewrite import Rewriter
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
+from bitgrain.pipeline.blockwise.spread import whole_moments
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.blockwise.static import Chosen, choose_inputs, require_reached, static_layers
 from bitgrain.pipeline.cost import HOLD_BYTES as _HOLD_BYTES
 from bitgrain.pipeline.cost import STREAMS as _STREAMS
+from bitgrain.pipeline.experts import (
+    count_tokens,
+    experts_of,
+    needs_whole,
+    note_for,
+    require_whole,
+    settle,
+    told_of,
+)
 from bitgrain.pipeline.layers import outer_scales
 from bitgrain.pipeline.load import attach_input_quantizers, input_quantizer_for
 from bitgrain.pipeline.plan import Plan
@@ -97,6 +107,8 @@ class _Block:
             for target in weight.targets:
                 self.joined.setdefault(target, []).append(weight)
         self.joined_of = {weight.tensor: weight.targets for weight in here}
+        self.experts = experts_of(self.weights.values(), self.prefix)
+        self.tokens: dict[Key, int] = {}  # that the experts' matrices saw
         self.dense: dict[str, Tensor] = {}
         self.result = SolvedBlock()
 
@@ -127,14 +139,15 @@ class _Block:
             for place, stage in enumerate(reached):
                 self._choose_inputs(stage, place, quantized or exact, block)
                 moments = self._moments(stage, place, quantized, exact) if self.owner.needs_moments else {}
-                self._count_experts(stage, moments, block)
-                self._solve_stage(stage, moments, outer, block)
+                moments, notes = self._settle(stage, moments, block if quantized is not None else full, calls)
+                self._solve_stage(stage, moments, notes, outer, block)
                 for one in (quantized, exact):
                     if one is not None:
                         one.release(place)
             for stage in stages:
                 if stage not in reached:
-                    self._solve_stage(stage, {}, outer, block)
+                    self._solve_stage(stage, {}, {}, outer, block)
+            self.result.experts = self._count_experts()
             full_outputs = self._outputs(exact)
             if self.owner.tuning is not None:
                 self._tune(block, calls, full_outputs)
@@ -260,13 +273,31 @@ class _Block:
             label,
         )
 
-    def _count_experts(self, stage: Stage, moments: Mapping[Key, Moments], block: nn.Module) -> None:
-        for name in stage.names if moments else ():
-            parameter = block.get_parameter(name)
-            if parameter.ndim > 2:
-                seen = [moments.get(Key(name, i)) for i in range(len(parameter))]
-                module = self.prefix + name.rpartition(".")[0]
-                self.result.experts[module] = [0 if one is None else one.tokens for one in seen]
+    def _settle(
+        self, stage: Stage, moments: dict[Key, Moments], running: nn.Module, calls: Sequence[Call]
+    ) -> tuple[dict[Key, Moments], dict[Key, str]]:
+        """The same moments with those of experts as the recipe's policy wants them; and what is to be told of each."""
+        keys = [key for layer in self.experts.values() for one in layer for key in one if key.name in stage.names]
+        if not moments or not keys:
+            return moments, {}
+        experts, inputs = self.owner.recipe.experts, self.flow.quantized or self.flow.full
+        tokens = {key: moments[key].tokens if key in moments else 0 for key in keys}
+        self.tokens.update(tokens)
+        wanted = [key for key in keys if needs_whole(experts, tokens[key])]
+        whole = whole_moments(running, inputs, calls, stage, wanted, self.pool, self.prefix.removesuffix("."))
+        require_whole(experts, whole, self.prefix + keys[0].name)
+        settled, notes = dict(moments), dict[Key, str]()
+        for key in keys:
+            known = settle(experts, settled.pop(key, None), whole.get(key))
+            if known is not None:
+                settled[key] = known
+            if note := note_for(experts, tokens[key], known is not None):
+                notes[key] = note
+        return settled, notes
+
+    def _count_experts(self) -> dict[str, list[int]]:
+        counted = count_tokens(self.experts, self.tokens) if self.tokens else {}
+        return {self.prefix + path: tokens for path, tokens in counted.items()}
 
     def _outputs(self, walk: Walk | None) -> list[Tensor]:
         outputs = [] if walk is None else walk.outputs()
@@ -276,7 +307,12 @@ class _Block:
         return outputs
 
     def _solve_stage(
-        self, stage: Stage, moments: Mapping[Key, Moments], outer: Mapping[str, Tensor], block: nn.Module
+        self,
+        stage: Stage,
+        moments: Mapping[Key, Moments],
+        notes: Mapping[Key, str],
+        outer: Mapping[str, Tensor],
+        block: nn.Module,
     ) -> None:
         names = [name for name, weight in self.weights.items() if self._parameter(weight) in stage.names]
 
@@ -285,8 +321,12 @@ class _Block:
             experts = range(layer.experts) if layer.experts > 1 else [weight.expert]
             keys = [Key(self._parameter(weight), expert) for expert in experts]
             solver, target = self.owner.solver, self.owner.recipe.target
-            solutions = solve_layer(layer, original, moments, keys, solver, target, outer.get(name), self.stream.device)
-            return solutions, record_of(layer, original, solutions)
+            chosen = (solver, target, outer.get(name), self.stream.device, notes)
+            solutions = solve_layer(layer, original, moments, keys, *chosen)
+            record = record_of(layer, original, solutions)
+            if self.tokens and layer.role == "expert":
+                record["experts"] = told_of(self.owner.recipe.experts, [self.tokens.get(key, 0) for key in keys])
+            return solutions, record
 
         for name, (solutions, record) in zip(names, self.pool.map(one, names), strict=True):
             layer = self.layers[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.models.anatomy import Weight
+from bitgrain.pipeline.experts import BORROWED, FEW
 from bitgrain.pipeline.layers import matrices, record, report, to_cpu
 from bitgrain.pipeline.plan import Plan
+from bitgrain.pipeline.plan_text import learns_from_inputs
 from bitgrain.recipes.recipe import Target
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, Solver, get_solver
@@ -23,13 +26,10 @@ UNREACHED = "the calibration text never reached it: rounded to nearest"
 
 def wants_moments(plan: Plan, weight: Weight | None = None) -> bool:
     """Whether the moments of inputs are needed: in all blocks, or (`weight`) of one layer outside them."""
-    recipe = plan.recipe
-    if get_solver(recipe.solver).needs_calibration or recipe.target is not None:
-        return True
     layers = list(plan.quantized.values())
     if weight is not None and weight.block is None:
         layers = [plan.quantized[weight.tensor]]
-    return any(layer.scheme.weight.range.name == "weighted" for layer in layers)
+    return learns_from_inputs(plan.recipe, layers)
 
 
 def solve_layer(
@@ -41,11 +41,14 @@ def solve_layer(
     target: Target | None,
     outer_scale: Tensor | None,
     device: torch.device,
+    notes: Mapping[Key, str] | None = None,
 ) -> list[Solution]:
     """One Solution for each matrix of `original` (as on disk); `keys`: as what each matrix's inputs were seen.
 
-    A matrix without moments under a solver that needs them is rounded to nearest, and says so.
+    A matrix without moments under a solver that needs them is rounded to nearest, and says so; `notes`: what else is to
+    be told of a matrix, or why it has none.
     """
+    notes = notes or {}
     solutions: list[Solution] = []
     for i, (matrix, key) in enumerate(zip(matrices(original, layer), keys, strict=True)):
         matrix = matrix.to(device, torch.float32)
@@ -54,7 +57,8 @@ def solve_layer(
         spec = layer.scheme.weight
         if known is None and solver.needs_calibration:
             found = get_solver("rtn").solve(matrix, spec, outer_scale=outer_scale, name=label)
-            solutions.append(Solution(found.q, found.method, found.figures, (*found.notes, UNREACHED)))
+            why = notes.get(key, UNREACHED)
+            solutions.append(Solution(found.q, found.method, found.figures, (*found.notes, why)))
             continue
         if known is None:
             solutions.append(solver.solve(matrix, spec, outer_scale=outer_scale, name=label))
@@ -63,7 +67,8 @@ def solve_layer(
         if target is not None:
             settings = {"inputs": target.inputs, "residual": target.residual, "damping": target.damping}
             aim = target_weight(matrix, known, **settings, name=label)
-        solutions.append(solve_guarded(matrix, spec, known, [solver], target=aim, outer_scale=outer_scale, name=label))
+        found = solve_guarded(matrix, spec, known, [solver], target=aim, outer_scale=outer_scale, name=label)
+        solutions.append(replace(found, notes=(*found.notes, notes[key])) if key in notes else found)
     return solutions
 
 
@@ -105,4 +110,6 @@ def loss_note(module: str, solutions: Sequence[Solution]) -> str:
     methods = "+".join(sorted({solution.method for solution in solutions}))
     total = sum(figures["rtn_loss"] for figures in measured)
     share = f", {sum(figures['loss'] for figures in measured) / total:.2f} of rtn's loss" if total > 0 else ""
-    return f"{module}: {methods}{share}"
+    few = sum(not {BORROWED, FEW, UNREACHED}.isdisjoint(solution.notes) for solution in solutions)
+    told = "" if not few else ", hardly reached" if len(solutions) == 1 else f", {few} experts hardly reached"
+    return f"{module}: {methods}{share}{told}"
