@@ -87,9 +87,10 @@ def test_experts_that_saw_little():
     }
     for policy, remedy in remedies.items():
         found = examine(text(), widest=8, experts_tokens=tokens, experts=Experts(policy=policy))
+        severity = "note" if policy == "all" else "warning"
         assert messages(found) == (
-            f"{'note' if policy == 'all' else 'warning'}: m.experts: no calibration token reached 2 of 5 experts (0, 3): "
-            f"{remedy}; use more or more varied text\n"
+            f"{severity}: m.experts: no calibration token reached 2 of 5 experts (0, 3): {remedy}; "
+            "use more or more varied text\n"
             f"note: m.experts: fewer than 64 tokens reached 1 of 5 experts (2: 3): {remedy}\n"
             "note: m.experts: 1 of 5 experts (4) saw less than 10% of an even share of the tokens"
         )

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from bitgrain.calibration.statistics import layer_key
 from bitgrain.errors import ModelError
 from bitgrain.models.anatomy import Weight
@@ -17,6 +15,7 @@ from bitgrain.solvers import Moments
 
 BORROWED = "hardly any calibration token reached it: solved with what all tokens of its layer would have shown"
 FEW = "hardly any calibration token reached it: rounded to nearest"
+ALONE = "hardly any calibration token reached it, and its module cannot be shown others: solved with those"
 
 Members = dict[str, list[list[Key]]]
 """By the path of the module that holds the experts: the keys of each expert's matrices."""
@@ -74,21 +73,20 @@ def needs_whole(experts: Experts, tokens: int) -> bool:
 def settle(experts: Experts, own: Moments | None, whole: Moments | None) -> Moments | None:
     """The moments that an expert's matrix is solved with; None: it is rounded to nearest.
 
-    own    of the tokens that reached it; whole: of all tokens of its layer, where `needs_whole`
-    Borrowed moments are mixed with its own in proportion to how far these go: n / `experts.tokens` of them.
+    own    of the n tokens that reached it; whole: of all tokens of its layer, where `needs_whole` and they are known
+    Borrowed moments are mixed with its own, which count n / `experts.tokens`: they fade out at the threshold.
     """
     tokens = 0 if own is None else own.tokens
     if not is_handled(experts, tokens):
         return own
-    if experts.policy == "nearest" or whole is None:
+    if experts.policy == "nearest":
         return None
-    if experts.policy == "all" or own is None:
+    if whole is None:
+        return own
+    if own is None or experts.policy == "all":
         return whole
-    return Moments(_mix(own.hessian, whole.hessian, tokens / experts.tokens), tokens)
-
-
-def _mix(own: Tensor, whole: Tensor, share: float) -> Tensor:
-    return own * share + whole * (1 - share)
+    share = tokens / experts.tokens
+    return Moments(own.hessian * share + whole.hessian * (1 - share), tokens)
 
 
 def require_whole(experts: Experts, whole: Mapping[Key, Moments], name: str) -> None:
@@ -100,13 +98,14 @@ def require_whole(experts: Experts, whole: Mapping[Key, Moments], name: str) -> 
         )
 
 
-def note_for(experts: Experts, tokens: int, settled: bool) -> str | None:
-    """What is told of an expert's matrix that `tokens` tokens reached; `settled`: it has moments in the end."""
+def note_for(experts: Experts, tokens: int, whole: bool) -> str | None:
+    """What is told of an expert's matrix that `tokens` tokens reached; `whole`: all tokens of its layer are known.
+    Of one that has no moments at all, whoever rounds it tells."""
     if experts.policy == "all" or not is_handled(experts, tokens):
         return None
-    if settled:
+    if experts.policy == "borrow" and whole:
         return BORROWED
-    return FEW if tokens else None  # of none at all, whoever rounds it tells
+    return (FEW if experts.policy == "nearest" else ALONE) if tokens else None
 
 
 def told_of(experts: Experts, tokens: Sequence[int]) -> dict[str, Any]:

@@ -96,11 +96,11 @@ class _Saved(Mapping[Key, Moments]):
     def notes(self, keys: Sequence[Key]) -> dict[Key, str]:
         """What is to be told of experts."""
         found: dict[Key, str] = {}
-        for key in keys if self._experts is not None else ():
-            settled = whole_key(layer_key(key.name, key.expert)) in self._statistics
-            settled = settled and needs_whole(self._experts, self.tokens(key))
-            if note := note_for(self._experts, self.tokens(key), settled):
-                found[key] = note
+        if self._experts is not None:
+            for key in keys:
+                whole = whole_key(layer_key(key.name, key.expert)) in self._statistics
+                if note := note_for(self._experts, self.tokens(key), whole):
+                    found[key] = note
         return found
 
     def _read(self, name: str) -> Moments | None:

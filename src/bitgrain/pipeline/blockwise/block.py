@@ -291,7 +291,7 @@ class _Block:
             known = settle(experts, settled.pop(key, None), whole.get(key))
             if known is not None:
                 settled[key] = known
-            if note := note_for(experts, tokens[key], known is not None):
+            if note := note_for(experts, tokens[key], key in whole):
                 notes[key] = note
         return settled, notes
 

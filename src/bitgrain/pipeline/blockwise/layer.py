@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.models.anatomy import Weight
-from bitgrain.pipeline.experts import BORROWED, FEW
+from bitgrain.pipeline.experts import ALONE, BORROWED, FEW
 from bitgrain.pipeline.layers import matrices, record, report, to_cpu
 from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.plan_text import learns_from_inputs
@@ -110,6 +110,6 @@ def loss_note(module: str, solutions: Sequence[Solution]) -> str:
     methods = "+".join(sorted({solution.method for solution in solutions}))
     total = sum(figures["rtn_loss"] for figures in measured)
     share = f", {sum(figures['loss'] for figures in measured) / total:.2f} of rtn's loss" if total > 0 else ""
-    few = sum(not {BORROWED, FEW, UNREACHED}.isdisjoint(solution.notes) for solution in solutions)
+    few = sum(not {ALONE, BORROWED, FEW, UNREACHED}.isdisjoint(solution.notes) for solution in solutions)
     told = "" if not few else ", hardly reached" if len(solutions) == 1 else f", {few} experts hardly reached"
     return f"{module}: {methods}{share}{told}"

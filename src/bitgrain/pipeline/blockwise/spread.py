@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bitgrain.models.stream import Call, call_block
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
@@ -26,6 +27,8 @@ from bitgrain.solvers import Moments
 
 _AT_ONCE = 8
 """Experts whose inputs and moments are held at a time."""
+_COMPARED = 4
+"""Tokens of an expert that are looked for among those that entered the module around it."""
 
 Entered = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a module."""
@@ -38,20 +41,27 @@ class Spread(AbstractContextManager["Spread"]):
     """
 
     def __init__(self, block: nn.Module, inputs: Sequence[Tensor], calls: Sequence[Call], stage: Stage) -> None:
-        self._block, self._inputs, self._calls, self._stage = block, inputs, calls, stage
+        self._block, self._inputs, self._calls = block, inputs, calls
         self._here = threading.local()
-        paths = dict.fromkeys(self._entrance(name) for name in stage.names)
-        self._hooks = [
-            block.get_submodule(path).register_forward_pre_hook(self._noting(path, len(paths)), with_kwargs=True)
-            for path in paths
-        ]
+        self._hooks: list[RemovableHandle] = []
+        lists = {name: place for name in stage.names if (place := self._listed(name)) is not None}
+        self._entrance = {
+            name: lists[name][0].rpartition(".")[0] if name in lists else name.rpartition(".")[0]
+            for name in stage.names
+        }
+        for name in stage.names:
+            if name in lists:
+                self._listen(f"{lists[name][0]}.{lists[name][1]}", self._inside, self._entrance[name])
+        for path in dict.fromkeys(self._entrance.values()):
+            around = any(self._entrance[name] == path for name in lists)
+            self._listen(path, self._around if around else self._stack, path)
 
     def seen(self, batch: int, keys: Sequence[Key]) -> Seen:
         """What these matrices are given if all tokens of a batch go to each of them; some or all may be missing."""
         entered = self._enter(batch)
         experts: dict[tuple[str, int | None], set[Key]] = {}
         for key in keys:
-            experts.setdefault((_module(key), key.expert), set()).add(key)
+            experts.setdefault((self._module(key), key.expert), set()).add(key)
         seen = Seen()
         for (path, expert), its in experts.items():
             found: dict[Key, Tensor] = {}
@@ -62,17 +72,19 @@ class Spread(AbstractContextManager["Spread"]):
                     if len(found) == len(its):
                         raise Done
 
-            given = entered.get(self._entrance(next(iter(its)).name))
-            arguments = None if given is None else _for_one(given, expert)
-            if arguments is not None:
+            given = entered.get(self._entrance[next(iter(its)).name])
+            if given is not None and expert is not None:
+                given = _for_one(given, expert)
+            if given is not None:
                 with suppress(Done), Watch(parameters_of(self._block, {key.name for key in its}), product):
-                    self._block.get_submodule(path)(*arguments[0], **arguments[1])
+                    self._block.get_submodule(path)(*given[0], **given[1])
             seen.inputs.update(found)
         return seen
 
     def _enter(self, batch: int) -> dict[str, Entered]:
-        """With what the layer of experts is called in the block's own run, which ends there."""
-        self._here.entered = entered = {}
+        """What the experts can be called with, by their entrance: from the block's own run, which ends there."""
+        entered: dict[str, Entered] = {}
+        self._here.entered, self._here.tokens = entered, None
         try:
             with suppress(Done):
                 call_block(self._block, self._inputs[batch], self._calls[batch])
@@ -80,21 +92,39 @@ class Spread(AbstractContextManager["Spread"]):
             self._here.entered = None
         return entered
 
-    def _entrance(self, name: str) -> str:
-        """The module whose arguments are the tokens that enter the layer: the stack's, or that around a list."""
-        place = None if self._block.get_parameter(name).ndim > 2 else list_place(name)
-        return name.rpartition(".")[0] if place is None else place[0].rpartition(".")[0]
+    def _listed(self, name: str) -> tuple[str, int] | None:
+        return None if self._block.get_parameter(name).ndim > 2 else list_place(name)
 
-    def _noting(self, path: str, count: int) -> Callable[..., None]:
+    def _module(self, key: Key) -> str:
+        """The module that is called for an expert: that of the stack, or its own."""
+        place = self._listed(key.name)
+        return key.name.rpartition(".")[0] if place is None else f"{place[0]}.{place[1]}"
+
+    def _listen(self, path: str, listener: Callable[[dict[str, Entered], str, Entered], None], entrance: str) -> None:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entered: dict[str, Entered] | None = getattr(self._here, "entered", None)
-            if entered is None:
-                return
-            entered[path] = args, kwargs
-            if len(entered) == count:
-                raise Done
+            if entered is not None:
+                listener(entered, entrance, (args, kwargs))
 
-        return before
+        self._hooks.append(self._block.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True))
+
+    def _stack(self, entered: dict[str, Entered], entrance: str, given: Entered) -> None:
+        entered[entrance] = given
+        raise Done
+
+    def _around(self, entered: dict[str, Entered], entrance: str, given: Entered) -> None:
+        """The module around a list is called: what it is given might be what its experts choose from."""
+        self._here.tokens = next((x for x in (*given[0], *given[1].values()) if isinstance(x, Tensor)), None)
+
+    def _inside(self, entered: dict[str, Entered], entrance: str, given: Entered) -> None:
+        """An expert of a list is called: whether its tokens are among those, tells."""
+        tokens, mine = self._here.tokens, next((x for x in given[0] if isinstance(x, Tensor)), None)
+        if tokens is None or mine is None or not len(mine):
+            return
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        if mine.shape[-1] == rows.shape[-1] and all(bool((rows == one).all(-1).any()) for one in mine[:_COMPARED]):
+            entered[entrance] = (rows,), {}
+        raise Done
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
@@ -145,15 +175,10 @@ def whole_moments(
     return found
 
 
-def _for_one(given: Entered, expert: int | None) -> Entered | None:
-    """The arguments with which all tokens go to one expert. None: they do not say where tokens go.
-
-    expert: its place in the stack; None: a module of its own, which is given what entered the layer
-    """
+def _for_one(given: Entered, expert: int) -> Entered | None:
+    """The arguments of a stack with which all tokens go to one expert. None: they do not say where tokens go."""
     args, kwargs = given
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if expert is None:
-        return ((values[0].reshape(-1, values[0].shape[-1]),), {}) if values else None
     index = next((v for v in values if v.ndim == 2 and v.dtype in (torch.int64, torch.int32)), None)
     if index is None:
         return None
@@ -161,13 +186,7 @@ def _for_one(given: Entered, expert: int | None) -> Entered | None:
     def one(value: Any) -> Any:
         if value is index:
             return torch.full_like(index[:, :1], expert)
-        same = isinstance(value, Tensor) and value.shape == index.shape
-        return torch.ones_like(value[:, :1]) if same else value
+        weights = isinstance(value, Tensor) and value.shape == index.shape
+        return torch.ones_like(value[:, :1]) if weights else value
 
     return tuple(one(value) for value in args), {key: one(value) for key, value in kwargs.items()}
-
-
-def _module(key: Key) -> str:
-    """The module that is called for an expert: that of the stack, or its own."""
-    place = list_place(key.name) if key.expert is None else None
-    return key.name.rpartition(".")[0] if place is None else f"{place[0]}.{place[1]}"
