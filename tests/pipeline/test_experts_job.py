@@ -53,7 +53,7 @@ def routed(folder: Path, text: Path) -> dict[str, list[int]]:
         return before
 
     for name, module in model.named_modules():
-        if name.endswith("experts") and hasattr(module, "down_proj"):
+        if isinstance(getattr(module, "down_proj", None), torch.nn.Parameter):
             module.register_forward_pre_hook(counting(name, len(module.down_proj)), with_kwargs=True)
     model(input_ids=calibration_windows(str(text), load_tokenizer(folder), windows=5, seqlen=24).ids)
     return found
@@ -89,7 +89,7 @@ def test_every_expert_of_every_architecture_is_accounted_for(name: str, readable
     # each has been solved with what calibration knows of it
     for tensor, layer in layers_of(result).items():
         assert layer["method"] in ("gptq", "rtn", "gptq + rtn")
-        assert ("loss" in layer["figures"]) and layer["figures"]["loss"] <= layer["figures"]["rtn_loss"], tensor
+        assert layer["figures"]["loss"] <= layer["figures"]["rtn_loss"], tensor
         if layer["role"] != "expert":
             assert "experts" not in layer
             continue
@@ -159,25 +159,23 @@ def test_where_all_is_asked_the_router_decides_only_what_flows_on(readable: Make
 
 
 def test_an_expert_few_tokens_reached_is_told_of_with_their_number(readable: Make, text: Path, tmp_path: Path):
-    class Listening(Progress):
-        notes: list[str] = []
+    heard: list[str] = []
 
+    class Listening(Progress):
         def advance(self, amount: float = 1.0, note: str = "") -> None:
-            self.notes.append(note)
+            heard.append(note)
 
     result = run(readable("gpt-oss"), tmp_path / "out", recipe_for(text, "nearest", 50), progress=Listening())
     for path, told in result.manifest["experts"].items():
         few = {i: count for i, count in enumerate(told["tokens"]) if count < 50}
         assert list(few) == told["handled"]
         listed = ", ".join(f"{i}: {count}" for i, count in few.items())
-        message = (
-            f"{path}: fewer than 50 tokens reached {len(few)} of 4 experts ({listed}): they are rounded to nearest"
-        )
-        assert not few or message in result.manifest["notes"]
+        message = f"{path}: fewer than 50 tokens reached {len(few)} of 4 experts ({listed}): they are rounded"
+        assert any(note.startswith(message) for note in result.manifest["notes"]) == bool(few)
         layer = layers_of(result)[f"{path}.down_proj"]
         numbers = ", ".join(map(str, few))
         assert layer["notes"] == ([f"expert{'s' * (len(few) > 1)} {numbers}: {FEW}"] if few else [])
-        assert any(f"{len(few)} experts hardly reached" in note for note in Listening.notes) == bool(few)
+        assert any(f"{len(few)} experts hardly reached" in note for note in heard) == bool(few)
     assert any(told["handled"] for told in result.manifest["experts"].values())
 
 
@@ -218,7 +216,7 @@ def test_neither_workers_nor_a_kill_change_the_bytes(
         ("most", "experts.policy: Input should be 'borrow', 'all' or 'nearest'"),
         ({"tokens": -3}, "experts.tokens: Input should be greater than or equal to 1"),
         ({"tokens": 0}, "experts.tokens: Input should be greater than or equal to 1"),
-        ({"polcy": "all"}, "experts.polcy.*policy"),
+        ({"polcy": "all"}, "unknown key 'experts.polcy'; known keys: .*policy"),
     ],
 )
 def test_a_policy_that_does_not_exist(experts: Any, words: str, readable: Make):
