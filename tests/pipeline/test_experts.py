@@ -15,14 +15,15 @@ from bitgrain.pipeline.experts import (
     ALONE,
     BORROWED,
     FEW,
-    count_tokens,
     experts_of,
     list_place,
     needs_whole,
     note_for,
     require_whole,
+    saved_tokens,
     settle,
     told_of,
+    told_of_model,
 )
 from bitgrain.recipes import Experts
 from bitgrain.runtime.watch import Key
@@ -46,6 +47,7 @@ def test_whose_matrix_it_is(name: str, parts: set[str], tiny: Tiny):
     assert list(members) == ([f"model.layers.{i}.mlp.experts" for i in (0, 1)] if parts else [])
     for path, layer in members.items():
         assert [set(keys) for keys in layer] == [{Key(f"{path}.{part}", i) for part in parts} for i in range(4)]
+        assert all(n == (256 if "down" in key.name else 128) for keys in layer for key, n in keys.items())
     inside = experts_of([weight for weight in weights if weight.block == 1], "model.layers.1.")
     assert list(inside) == (["mlp.experts"] if parts else [])
 
@@ -65,8 +67,15 @@ def test_where_a_parameter_of_a_list_is(name: str, place: Any):
 
 
 def test_tokens_are_counted_by_any_matrix_of_an_expert():
-    members = {"m": [[Key("up", 0), Key("down", 0)], [Key("up", 1), Key("down", 1)], []]}
-    assert count_tokens(members, {Key("up", 0): 5, Key("down", 0): 4}) == {"m": [5, 0, 0]}
+    members = {"m": [{Key("up", 0): 8, Key("down", 0): 16}, {Key("up", 1): 8, Key("down", 1): 16}, {}]}
+    assert saved_tokens(members, {"up[0]": 31, "down[0]": 32, "q": 9}) == {
+        Key("up", 0): 31,
+        Key("down", 0): 32,
+        Key("up", 1): 0,
+        Key("down", 1): 0,
+    }
+    told = told_of_model(Experts(), members, {Key("up", 0): 31, Key("down", 0): 32})
+    assert told == {"m": {"policy": "borrow", "threshold": 2 * 16, "tokens": [32, 0, 0], "short": [1, 2]}}
 
 
 @settings(deadline=None, max_examples=30)
@@ -74,8 +83,8 @@ def test_tokens_are_counted_by_any_matrix_of_an_expert():
 def test_what_is_borrowed_fades_out_at_the_threshold(tokens: int, threshold: int, known: bool):
     own, whole = moments(tokens, 1.0) if tokens else None, moments(99, 3.0)
     experts = Experts(policy="borrow", tokens=threshold)
-    found = settle(experts, own, whole if known else None)
-    assert needs_whole(experts, tokens) == (tokens < threshold)
+    found = settle(experts, own, whole if known else None, 77)
+    assert needs_whole(experts, tokens, 77) == (tokens < threshold)
     if tokens >= threshold or not known:
         assert found is own
         return
@@ -102,18 +111,20 @@ def test_what_is_borrowed_fades_out_at_the_threshold(tokens: int, threshold: int
     ],
 )
 def test_the_policies(policy: Policy, tokens: int, whole: int | None, expected: str, note: str | None):
-    experts = Experts(policy=policy, tokens=8)
     own, layer = moments(tokens, 1.0) if tokens else None, None if whole is None else moments(whole, 3.0)
-    found = settle(experts, own, layer)
+    for experts, in_features in ((Experts(policy=policy, tokens=8), 5), (Experts(policy=policy), 4)):
+        check_settled(settle(experts, own, layer, in_features), own, layer, expected)
+        assert note_for(experts, tokens, layer is not None, in_features) == note
+
+
+def check_settled(found: Moments | None, own: Moments | None, layer: Moments | None, expected: str) -> None:
     kinds = {"none": None, "own": own, "whole": layer}
     assert (found is kinds[expected]) if expected in kinds else (found is not own and found is not layer)
-    assert note_for(experts, tokens, layer is not None) == note
 
 
 def test_what_is_told():
-    told = told_of(Experts(tokens=8), [3, 8, 0])
-    assert told == {"policy": "borrow", "threshold": 8, "tokens": [3, 8, 0], "handled": [0, 2]}
-    assert told_of(Experts(policy="all"), [300, 0])["handled"] == [0, 1]
+    told = told_of(Experts(policy="all"), [3, 8, 0], 8)
+    assert told == {"policy": "all", "threshold": 8, "tokens": [3, 8, 0], "short": [0, 2]}
 
 
 def test_all_cannot_be_had_of_every_layer():

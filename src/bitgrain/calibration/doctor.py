@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-from bitgrain.recipes import Experts
 
 NGRAM = 13
 REPEATED = 0.05
@@ -42,22 +40,21 @@ def examine(
     ids: Tensor,
     *,
     widest: int,
-    experts_tokens: Mapping[str, Sequence[int]] | None = None,
-    experts: Experts | None = None,
+    experts: Mapping[str, Mapping[str, Any]] | None = None,
     evaluation_ids: Tensor | None = None,
 ) -> list[Finding]:
     """Findings on calibration windows `ids` int64 [windows, seqlen].
 
     widest          inputs of the widest layer that is quantized by its Hessian
-    experts_tokens  by the name of an experts module: how many tokens each of its experts saw
-    experts         what becomes of those that few tokens reached; None: as recipes say by default
+    experts         by the name of an experts module: how many `tokens` reached each of its experts, the `threshold`
+                    of few, and the `policy` for those
     evaluation_ids  int64 [windows, seqlen] that the result will be measured on
     """
     found = [
         *_repetition(ids),
         *_degenerate(ids),
         *_few_tokens(ids.numel(), widest),
-        *examine_experts(experts_tokens or {}, experts or Experts()),
+        *examine_experts(experts or {}),
     ]
     return found if evaluation_ids is None else found + _overlap(ids, evaluation_ids)
 
@@ -136,26 +133,24 @@ def _few_tokens(tokens: int, widest: int) -> list[Finding]:
     return []
 
 
-def examine_experts(tokens: Mapping[str, Sequence[int]], experts: Experts) -> list[Finding]:
+def examine_experts(experts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Findings on experts: those that no token reached, or few; see `examine`."""
     none: list[str] = []
     few: list[str] = []
     uneven: list[str] = []
-    for module, seen in tokens.items():
+    for module, told in experts.items():
+        seen, threshold, remedy = told["tokens"], told["threshold"], _REMEDIES[told["policy"]]
         even = sum(seen) / max(1, len(seen))
         idle = [str(i) for i, count in enumerate(seen) if count == 0]
-        rare = [f"{i}: {count}" for i, count in enumerate(seen) if 0 < count < experts.tokens]
-        odd = [str(i) for i, count in enumerate(seen) if experts.tokens <= count < STARVED * even]
-        none += [f"{module}: no calibration token reached {_listed(idle, len(seen))}"] * bool(idle)
-        few += [f"{module}: fewer than {experts.tokens} tokens reached {_listed(rare, len(seen))}"] * bool(rare)
+        rare = [f"{i}: {seen[i]}" for i in sorted(range(len(seen)), key=seen.__getitem__) if 0 < seen[i] < threshold]
+        odd = [str(i) for i, count in enumerate(seen) if threshold <= count < STARVED * even]
+        none += [f"{module}: no calibration token reached {_listed(idle, len(seen))}: {remedy}"] * bool(idle)
+        few += [f"{module}: fewer than {threshold} tokens reached {_listed(rare, len(seen))}: {remedy}"] * bool(rare)
         share = f"saw less than {STARVED:.0%} of an even share of the tokens"
         uneven += [f"{module}: {_listed(odd, len(seen))} {share}"] * bool(odd)
-    remedy = _REMEDIES[experts.policy]
-    severity = "note" if experts.policy == "all" else "warning"
     return [
-        *(Finding(severity, f"{text}: {remedy}; use more or more varied text") for text in _few_layers(none)),
-        *(Finding("note", f"{text}: {remedy}") for text in _few_layers(few)),
-        *(Finding("note", text) for text in _few_layers(uneven)),
+        *(Finding("warning", f"{text}; use more or more varied text") for text in _few_layers(none)),
+        *(Finding("note", text) for text in (*_few_layers(few), *_few_layers(uneven))),
     ]
 
 
@@ -170,7 +165,7 @@ def _few_layers(texts: Sequence[str]) -> list[str]:
     """The first of many layers, of which the last says how many more there are."""
     if len(texts) <= LAYERS:
         return list(texts)
-    return [*texts[: LAYERS - 1], f"{texts[LAYERS - 1]}, and so in {len(texts) - LAYERS} more layers"]
+    return [*texts[: LAYERS - 1], f"{texts[LAYERS - 1]} (and so in {len(texts) - LAYERS} more layers)"]
 
 
 def _listed(experts: Sequence[str], of: int) -> str:

@@ -114,7 +114,10 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
         "all tokens to all experts, or round to nearest",
     )
     parser.add_argument(
-        "--expert-tokens", type=parse_count, metavar="N", help="how many tokens an expert needs of its own; default 64"
+        "--expert-tokens",
+        type=parse_count,
+        metavar="N",
+        help="how many tokens an expert needs of its own; default 2 for each input of its matrices",
     )
 
 

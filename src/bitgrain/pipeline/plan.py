@@ -33,7 +33,6 @@ from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
-from bitgrain.pipeline.experts import count_saved
 from bitgrain.pipeline.plan_text import (
     experts_not_by_statistics,
     experts_note,
@@ -268,14 +267,14 @@ def make_plan(
     if not learns_from_inputs(recipe, quantized.values()):
         experts = []
     if saved is not None:
-        told = experts_note(recipe, count_saved(experts, saved.all_tokens)) if experts else []
+        told = experts_note(recipe, saved, experts) if experts else []
         lacking = experts_not_by_statistics(recipe, saved, experts)
         notes = (*plan.notes, statistics_note(saved), *told)
         return replace(plan, notes=notes, problems=(*plan.problems, *lacking))
     if calibration is None:
         return plan
     told = [calibration_note(plan), *findings(calibration, recipe, quantized.values())]
-    told += experts_note(recipe, None) if experts else []
+    told += experts_note(recipe, None, experts) if experts else []
     return replace(plan, notes=(*plan.notes, *told))
 
 

@@ -31,7 +31,7 @@ from bitgrain.pipeline.blockwise.static import Observed, Wanted, group_name, mer
 from bitgrain.pipeline.blockwise.streamed import streamed
 from bitgrain.pipeline.blockwise.work import Work, hidden_file
 from bitgrain.pipeline.cost import HOLD_BYTES, STREAMS
-from bitgrain.pipeline.experts import count_saved, experts_of, needs_whole, require_whole
+from bitgrain.pipeline.experts import experts_of, needs_whole, require_whole, saved_tokens, told_of_model
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
@@ -88,8 +88,9 @@ def run_calibration(
     finally:
         progress.finish()
     widest = max((weight.in_features for weight in weights), default=0)
-    policy, tokens = plan.recipe.experts, count_saved(weights, writer.tokens)
-    found = examine(plan.calibration.ids, widest=widest, experts_tokens=tokens, experts=policy)
+    members = experts_of(weights)
+    told = told_of_model(plan.recipe.experts, members, saved_tokens(members, writer.tokens))
+    found = examine(plan.calibration.ids, widest=widest, experts=told)
     notes = dict.fromkeys([*plan.calibration.notes, *(finding.message for finding in found)])
     return Calibrated(Path(out), about, len(weights), tuple(notes))
 
@@ -210,13 +211,13 @@ class _Walk:
     ) -> dict[str, LayerStatistics]:
         """What all tokens of their layer would show the experts that want it; `own`: what they saw."""
         label = prefix.removesuffix(".")
-        tokens = {
-            key: own[name].tokens if (name := prefix + _place(key)) in own else 0
-            for layer in experts_of(weights, prefix).values()
-            for one in layer
-            for key in one
-        }
-        wanted = [key for key, count in tokens.items() if needs_whole(self.experts, count)]
+        every = (one for layer in experts_of(weights, prefix).values() for one in layer)
+        wanted = [
+            key
+            for one in every
+            for key, in_features in one.items()
+            if needs_whole(self.experts, own[name].tokens if (name := prefix + _place(key)) in own else 0, in_features)
+        ]
         wants = Wanted(lambda key: [_place(key)], histogram=lambda _: False, sampled=lambda _: False)
         parts: dict[str, dict[int, Observed]] = {}
 

@@ -36,6 +36,8 @@ from bitgrain.solvers.base import make_with_settings
 from bitgrain.tuning import BlockSettings, EndToEndSettings, Learn
 
 OnIndivisible = Literal["error", "pad", "channel", "skip"]
+ENOUGH = 2
+"""Tokens for each input of an expert's matrix, below which its moments say little: docs/decisions/0020."""
 QUANTIZED_ROLES = ("linear", "expert")
 """What a scheme reaches without a rule: lm_head, embeddings, routers and convolutions only by name."""
 
@@ -176,10 +178,15 @@ class Experts(_Strict):
 
     policy  "borrow": with what all tokens of their layer would show them, mixed with what they saw; "nearest": with
             nothing, rounded to nearest; "all": every expert, however many reached it, with all tokens of its layer
+    tokens  None: `ENOUGH` for each input of the matrix
     """
 
     policy: Literal["borrow", "all", "nearest"] = "borrow"
-    tokens: int = Field(default=64, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+
+    def threshold(self, in_features: int) -> int:
+        """How many tokens a matrix with so many inputs needs of its own."""
+        return ENOUGH * in_features if self.tokens is None else self.tokens
 
 
 class Target(_Strict):
@@ -365,7 +372,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"] if str(part) not in ("str", "SchemeModel", "SpecModel"))
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        parts = (Recipe, Rule, SchemeModel, SpecModel, Calibration, Target, Tuning)
+        parts = (Recipe, Rule, SchemeModel, SpecModel, Calibration, Experts, Target, Tuning)
         known = sorted({name for part in parts for name in part.model_fields})
         near = difflib.get_close_matches(key, known, n=1)
         return f"unknown key {where!r}" + (

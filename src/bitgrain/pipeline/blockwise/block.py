@@ -27,13 +27,13 @@ from bitgrain.pipeline.blockwise.static import Chosen, choose_inputs, require_re
 from bitgrain.pipeline.cost import HOLD_BYTES as _HOLD_BYTES
 from bitgrain.pipeline.cost import STREAMS as _STREAMS
 from bitgrain.pipeline.experts import (
-    count_tokens,
     experts_of,
     needs_whole,
     note_for,
     require_whole,
     settle,
     told_of,
+    told_of_model,
 )
 from bitgrain.pipeline.layers import outer_scales
 from bitgrain.pipeline.load import attach_input_quantizers, input_quantizer_for
@@ -69,8 +69,8 @@ class SolvedBlock:
     changed: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     transforms: list[dict[str, Any]] = field(default_factory=list)
-    experts: dict[str, list[int]] = field(default_factory=dict)
-    """How many tokens each expert of a module saw."""
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is told of the experts of a module: see `experts.told_of_model`."""
 
 
 class BlockSolver:
@@ -147,7 +147,9 @@ class _Block:
             for stage in stages:
                 if stage not in reached:
                     self._solve_stage(stage, {}, {}, outer, block)
-            self.result.experts = self._count_experts()
+            if self.tokens:
+                told = told_of_model(self.owner.recipe.experts, self.experts, self.tokens)
+                self.result.experts = {self.prefix + path: one for path, one in told.items()}
             full_outputs = self._outputs(exact)
             if self.owner.tuning is not None:
                 self._tune(block, calls, full_outputs)
@@ -277,27 +279,24 @@ class _Block:
         self, stage: Stage, moments: dict[Key, Moments], running: nn.Module, calls: Sequence[Call]
     ) -> tuple[dict[Key, Moments], dict[Key, str]]:
         """The same moments with those of experts as the recipe's policy wants them; and what is to be told of each."""
-        keys = [key for layer in self.experts.values() for one in layer for key in one if key.name in stage.names]
+        every = {key: n for layer in self.experts.values() for one in layer for key, n in one.items()}
+        keys = {key: n for key, n in every.items() if key.name in stage.names}
         if not moments or not keys:
             return moments, {}
         experts, inputs = self.owner.recipe.experts, self.flow.quantized or self.flow.full
         tokens = {key: moments[key].tokens if key in moments else 0 for key in keys}
         self.tokens.update(tokens)
-        wanted = [key for key in keys if needs_whole(experts, tokens[key])]
+        wanted = [key for key, in_features in keys.items() if needs_whole(experts, tokens[key], in_features)]
         whole = whole_moments(running, inputs, calls, stage, wanted, self.pool, self.prefix.removesuffix("."))
-        require_whole(experts, whole, self.prefix + keys[0].name)
+        require_whole(experts, whole, self.prefix + stage.names[0])
         settled, notes = dict(moments), dict[Key, str]()
-        for key in keys:
-            known = settle(experts, settled.pop(key, None), whole.get(key))
+        for key, in_features in keys.items():
+            known = settle(experts, settled.pop(key, None), whole.get(key), in_features)
             if known is not None:
                 settled[key] = known
-            if note := note_for(experts, tokens[key], key in whole):
+            if note := note_for(experts, tokens[key], key in whole, in_features):
                 notes[key] = note
         return settled, notes
-
-    def _count_experts(self) -> dict[str, list[int]]:
-        counted = count_tokens(self.experts, self.tokens) if self.tokens else {}
-        return {self.prefix + path: tokens for path, tokens in counted.items()}
 
     def _outputs(self, walk: Walk | None) -> list[Tensor]:
         outputs = [] if walk is None else walk.outputs()
@@ -325,7 +324,8 @@ class _Block:
             solutions = solve_layer(layer, original, moments, keys, *chosen)
             record = record_of(layer, original, solutions)
             if self.tokens and layer.role == "expert":
-                record["experts"] = told_of(self.owner.recipe.experts, [self.tokens.get(key, 0) for key in keys])
+                experts, tokens = self.owner.recipe.experts, [self.tokens.get(key, 0) for key in keys]
+                record["experts"] = told_of(experts, tokens, experts.threshold(layer.in_features))
             return solutions, record
 
         for name, (solutions, record) in zip(names, self.pool.map(one, names), strict=True):

@@ -20,7 +20,6 @@ from bitgrain.pipeline.blockwise.static import require_reached, static_layers, s
 from bitgrain.pipeline.blockwise.streamed import streamed
 from bitgrain.pipeline.blockwise.whole import tune_whole
 from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
-from bitgrain.pipeline.experts import told_of
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.progress import Progress
@@ -109,12 +108,12 @@ class _Pass:
         self.progress.finish()
         assert self.plan.calibration is not None
         told: dict[str, Any] = {"calibration": self.plan.calibration.description}
-        experts: dict[str, list[int]] = {}
+        experts: dict[str, dict[str, Any]] = {}
         for index in range(count):
             experts |= self.work.record(block_file(index)).get("experts", {})
         told["notes"] = [*self.plan.notes, *solver.rewriter.left_out, *self._findings(experts)]
         if experts:
-            told["experts"] = {path: told_of(self.plan.recipe.experts, tokens) for path, tokens in experts.items()}
+            told["experts"] = experts
         if self.plan.recipe.transforms:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
@@ -142,11 +141,10 @@ class _Pass:
         kept = self.plan.checkpoint.entries.keys() - self.plan.quantized.keys()
         return sorted(held.intersection(kept))
 
-    def _findings(self, experts: Mapping[str, list[int]]) -> list[str]:
+    def _findings(self, experts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """What the doctor says of the experts."""
         assert self.plan.calibration is not None
-        policy = self.plan.recipe.experts
-        found = examine(self.plan.calibration.ids, widest=0, experts_tokens=experts, experts=policy)
+        found = examine(self.plan.calibration.ids, widest=0, experts=experts)
         return [finding.message for finding in found if finding.message not in self.plan.notes]
 
     def _start(self, first: int) -> Flow:
