@@ -50,10 +50,48 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOssForCausalLM", {**GROUPED, **HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
+_SMALL = {**GROUPED, "intermediate_size": 128, "num_hidden_layers": 1}
+_ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+# more models with experts, one layer each
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    # shared experts behind a gate
+    "qwen2-moe": (
+        "Qwen2MoeForCausalLM",
+        {**_SMALL, **_ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 128, "decoder_sparse_step": 1},
+    ),
+    # a dense layer first, shared experts, groups of experts, a bias that only chooses, low-rank attention
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **WIDTHS,
+            **_ROUTED,
+            "intermediate_size": 128,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "n_shared_experts": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 32,
+        },
+    ),
+    "granite-moe": ("GraniteMoeForCausalLM", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("OlmoeForCausalLM", {**_SMALL, "num_experts": 4, "num_experts_per_tok": 2}),
+    "phi-moe": ("PhimoeForCausalLM", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # all experts at once, by one product of three dimensions
+    "llama4": (
+        "Llama4ForCausalLM",
+        {**_SMALL, **HEADS, "num_local_experts": 4, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1},
+    ),
+}
+
 
 def build(name: str, **changes: Any) -> Any:
     """The model in memory, random; the same in every run."""
-    class_name, settings = ZOO[name]
+    class_name, settings = {**ZOO, **EXPERTS}[name]
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**{**settings, **changes})).eval()

@@ -59,10 +59,12 @@ def read_recipe(
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
     columns: Mapping[str, Any] | float | None = None,
+    experts: Mapping[str, Any] | str | None = None,
 ) -> Recipe:
     """One Recipe out of what a user may give: a scheme's name, a recipe (a name or a file), or both.
 
-    What is given beside a recipe replaces what it says; `calibration` is a text, or keys of `recipes.Calibration`.
+    What is given beside a recipe replaces what it says; `calibration` is a text, or keys of `recipes.Calibration`;
+    `experts` is a policy, or keys of `recipes.Experts`.
     Raises RecipeError, SchemeError.
     """
     given = {"scheme": scheme, "on_indivisible": on_indivisible, "solver": solver}
@@ -72,9 +74,11 @@ def read_recipe(
         settings["calibration"] = text
     if columns is not None:
         settings["columns"] = dict(columns) if isinstance(columns, Mapping) else {"share": columns}
+    if experts is not None:
+        settings["experts"] = {"policy": experts} if isinstance(experts, str) else dict(experts)
     if isinstance(recipe, Recipe):
-        if "calibration" in settings:
-            settings["calibration"] = {**recipe.calibration.model_dump(), **settings["calibration"]}
+        for key in settings.keys() & {"calibration", "experts"}:
+            settings[key] = {**getattr(recipe, key).model_dump(), **settings[key]}
         return make_recipe(**{**recipe.model_dump(), **settings}) if settings else recipe
     if recipe is not None:
         return load_recipe(recipe, **settings)
@@ -91,6 +95,7 @@ def plan(
     on_indivisible: OnIndivisible | None = None,
     solver: str | None = None,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    experts: Mapping[str, Any] | str | None = None,
     statistics: str | Path | None = None,
     columns: Mapping[str, Any] | float | None = None,
     keep: Sequence[str] = (),
@@ -110,6 +115,8 @@ def plan(
     """What `quantize` would do, before a weight is written: see `bitgrain.pipeline.plan.Plan`.
 
     calibration  the text that solvers may learn from, or keys of `recipes.Calibration`
+    experts      what experts that calibration hardly reached are solved with: "borrow", "all", "nearest", or keys of
+                 `recipes.Experts`
     statistics   a folder that `calibrate` wrote, in place of text: for any scheme, and any solver that learns from it
     columns      share of the input channels whose columns are kept in 16 bits, or keys of `recipes.ColumnsModel`
     keep         layers to be left in full precision, as `match` in a recipe's rules; "2%": the most sensitive ones that
@@ -125,7 +132,7 @@ def plan(
         raise RecipeError(f"statistics stand in place of text: give either them or {what}")
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
-    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration, columns)
+    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration, columns, experts)
     if kv_cache is not None:
         chosen = make_recipe(**{**chosen.model_dump(), "kv_cache": kv_cache})
     kept, fallen = _share(keep), _share(fallback)
@@ -171,8 +178,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize MODEL (a folder or a hub name) into the new folder `out`.
 
-    settings  as for `plan`: recipe, on_indivisible, solver, calibration, statistics, columns, keep, fallback, include,
-              bits, kv_cache, engine, revision, trust_remote_code, max_shard_bytes, workers
+    settings  as for `plan`: recipe, on_indivisible, solver, calibration, experts, statistics, columns, keep,
+              fallback, include, bits, kv_cache, engine, revision, trust_remote_code, max_shard_bytes, workers
     Killed at any moment, the same call resumes. Raises a BitgrainError that says what is wrong and what to do.
     """
     cache = bits_cache(out)
@@ -187,6 +194,7 @@ def calibrate(
     out: str | Path,
     *,
     calibration: Mapping[str, Any] | str | Path | None = None,
+    experts: Mapping[str, Any] | str | None = None,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -196,10 +204,11 @@ def calibrate(
     """Run MODEL over text once, and write what each of its layers is given into the new folder `out`.
 
     calibration  a text (None: built in), or keys of `recipes.Calibration`
+    experts      the policy that the statistics are to serve, as for `plan`; those taken with "all" serve every one
     `quantize(..., statistics=out)` then needs no text. Raises TextError, OutputError (`out` exists), NumericsError
     (NaN, Inf), ModelError (a model that cannot run block by block).
     """
-    recipe = read_recipe("W8A16", None, calibration=calibration)
+    recipe = read_recipe("W8A16", None, calibration=calibration, experts=experts)
     settings: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "workers": workers}
     draft = make_plan(model, recipe, calibrate=True, **settings)
     return run_calibration(draft, out, device=device, progress=progress)

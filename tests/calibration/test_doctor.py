@@ -7,11 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitgrain.calibration.doctor import NGRAM, Finding, examine, ngrams
+from bitgrain.calibration.doctor import LAYERS, NGRAM, Finding, examine, ngrams
 
 
 def text(windows: int = 16, seqlen: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 1000, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def reached(*tokens: int, policy: str = "borrow") -> dict[str, Any]:
+    """What is told of a layer whose experts need 64 tokens."""
+    return {"policy": policy, "threshold": 64, "tokens": list(tokens)}
 
 
 def messages(found: list[Finding]) -> str:
@@ -19,8 +24,8 @@ def messages(found: list[Finding]) -> str:
 
 
 def test_sound_text_gives_no_findings():
-    load = {"layers.0.experts": [250, 300, 200, 270]}
-    assert examine(text(), widest=256, experts_tokens=load, evaluation_ids=text(seed=1)) == []
+    load = {"layers.0.experts": reached(250, 300, 200, 270)}
+    assert examine(text(), widest=256, experts=load, evaluation_ids=text(seed=1)) == []
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
@@ -78,14 +83,28 @@ def test_too_few_tokens_for_the_widest_layer():
 
 
 def test_experts_that_saw_little():
-    found = examine(text(), widest=8, experts_tokens={"m.experts": [0, 99, 3, 0, 98], "n.experts": [50, 50]})
-    assert messages(found) == (
-        "warning: m.experts: no calibration token reached 2 of 5 experts (0, 3): they are rounded without data; "
-        "use more or more varied text\n"
-        "note: m.experts: 1 of 5 experts (2) saw less than 10% of an even share of the tokens"
-    )
-    many = examine(text(), widest=8, experts_tokens={"m": [0] * 20})
+    remedies = {
+        "nearest": "they are rounded to nearest",
+        "borrow": "they borrow what all tokens of their layer would show them",
+        "all": "they were shown all tokens of their layer",
+    }
+    for policy, remedy in remedies.items():
+        told = {"m.experts": reached(0, 9900, 63, 3, 0, 98, policy=policy), "n.experts": reached(64, 64)}
+        assert messages(examine(text(), widest=8, experts=told)) == (
+            f"warning: m.experts: no calibration token reached 2 of 6 experts (0, 4): {remedy}; "
+            "use more or more varied text\n"
+            f"note: m.experts: fewer than 64 tokens reached 2 of 6 experts (3: 3, 2: 63): {remedy}\n"
+            "note: m.experts: 1 of 6 experts (5) saw less than 10% of an even share of the tokens"
+        )
+    many = examine(text(), widest=8, experts={"m": reached(*[0] * 20)})
     assert "20 of 20 experts (0, 1, 2, 3, 4, 5, 6, 7 ...)" in messages(many)
+
+
+def test_of_many_layers_some_are_named():
+    found = examine(text(), widest=8, experts={f"layers.{i}.experts": reached(0, 500) for i in range(40)})
+    assert len(found) == LAYERS
+    assert found[0].message.startswith("layers.0.experts")
+    assert f"(and so in {40 - LAYERS} more layers)" in found[-1].message
 
 
 @pytest.mark.parametrize(("tokens", "severity"), [(0, None), (NGRAM, "note"), (50, "warning")])

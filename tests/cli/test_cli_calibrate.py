@@ -72,6 +72,25 @@ def test_contradictions_are_usage_errors(run, options: tuple[str, ...], words: s
     assert words in ran.err
 
 
+def test_experts_are_asked_for(run, model: Path, tmp_path: Path):
+    """They change nothing in a model that has none; what does not exist is said with what does."""
+    asked = ("--experts", "nearest", "--expert-tokens", "32")
+    assert run("calibrate", model, "-o", tmp_path / "statistics", "--quiet", *FEW, *asked).status == 0
+    planned = run("plan", model, "-s", "W4A16", "--recipe", "fast", *asked, "--statistics", tmp_path / "statistics")
+    assert planned.status == 0
+    assert run("quantize", model, "-s", "W4A16", *asked, "-o", tmp_path / "out", "--quiet").status == 0
+    assert "policy: nearest\n  tokens: 32\n" in (tmp_path / "out" / "recipe.yaml").read_text()
+    for option, value, words in (
+        ("--experts", "most", "invalid choice: 'most'"),
+        ("--expert-tokens", "-3", "'-3' is not a whole number of at least 1"),
+        ("--expert-tokens", "few", "'few' is not a whole number of at least 1"),
+    ):
+        for command in (("plan", model, "-s", "W4A16"), ("calibrate", model, "-o", tmp_path / "other")):
+            refused = run(*command, option, value)
+            assert refused.status == 2
+            assert words in refused.err
+
+
 def test_errors(run, model: Path, statistics: Path, tmp_path: Path):
     ran = run("calibrate", model, "-o", statistics)
     assert ran.status == 1

@@ -18,6 +18,7 @@ from bitgrain.pipeline.blockwise.layer import UNREACHED
 from calibrated_jobs import HEAD, TEXT, TUNED, activations, layers_of, recipe_of, run
 
 Make = Callable[..., Path]
+NEAREST = {"policy": "nearest", "tokens": 1}
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -44,7 +45,7 @@ def divergence(model: Any, base: Any, ids: torch.Tensor) -> float:
 )
 def test_the_guard_holds_and_the_manifest_tells(readable: Make, text: Path, tmp_path: Path, name: str, recipe: str):
     rules = [] if "tied" in name or name in ("gpt2", "phi") else [HEAD]
-    chosen = recipe_of(recipe, text, rules=rules)
+    chosen = recipe_of(recipe, text, rules=rules, experts={"tokens": 1})
     result = run(readable(name), tmp_path / "out", chosen)
     layers = layers_of(result)
     assert len(layers) == len(result.plan.quantized)
@@ -124,8 +125,8 @@ def test_experts_without_tokens_are_rounded_and_named(readable: Make, text: Path
     changes = {f"model__layers__{i}__block_sparse_moe__gate__weight": rows.clone() for i in (0, 1)}
     model = zoo.edited(source, tmp_path / "model", **changes)
     for name, recipe in (
-        ("plain", recipe_of("balanced", text, solver="gptq")),
-        ("nested", recipe_of("balanced", text, "NVFP4A16", solver="gptq")),
+        ("plain", recipe_of("balanced", text, solver="gptq", experts=NEAREST)),
+        ("nested", recipe_of("balanced", text, "NVFP4A16", solver="gptq", experts=NEAREST)),
     ):
         result = run(model, tmp_path / name, recipe)
         for tensor, layer in layers_of(result).items():
@@ -142,7 +143,7 @@ def test_of_a_stack_the_experts_without_tokens_are_named(readable: Make, text: P
     model = zoo.edited(
         source, tmp_path / "model", **{f"model__layers__{i}__mlp__router__bias": bias + i for i in (0, 1)}
     )
-    layers = layers_of(run(model, tmp_path / "out", recipe_of("fast", text)))
+    layers = layers_of(run(model, tmp_path / "out", recipe_of("fast", text, experts=NEAREST)))
     for tensor, layer in layers.items():
         stack = "experts" in tensor
         assert layer["notes"] == ([f"experts 1, 3: {UNREACHED}"] if stack else [])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ DEGENERATE = 0.5
 """Share of a window that one token takes, from which the window says little."""
 STARVED = 0.1
 """Share of an even load of tokens below which an expert counts as hardly seen."""
+
+LAYERS = 6
+"""Of a model with experts, of which one finding tells; the manifest has them all."""
 
 Severity = Literal["note", "warning"]
 
@@ -37,20 +40,21 @@ def examine(
     ids: Tensor,
     *,
     widest: int,
-    experts_tokens: Mapping[str, Sequence[int]] | None = None,
+    experts: Mapping[str, Mapping[str, Any]] | None = None,
     evaluation_ids: Tensor | None = None,
 ) -> list[Finding]:
     """Findings on calibration windows `ids` int64 [windows, seqlen].
 
     widest          inputs of the widest layer that is quantized by its Hessian
-    experts_tokens  by the name of an experts module: how many tokens each of its experts saw
+    experts         by the name of an experts module: how many `tokens` reached each of its experts, the `threshold`
+                    of few, and the `policy` for those
     evaluation_ids  int64 [windows, seqlen] that the result will be measured on
     """
     found = [
         *_repetition(ids),
         *_degenerate(ids),
         *_few_tokens(ids.numel(), widest),
-        *_experts(experts_tokens or {}),
+        *examine_experts(experts or {}),
     ]
     return found if evaluation_ids is None else found + _overlap(ids, evaluation_ids)
 
@@ -129,25 +133,43 @@ def _few_tokens(tokens: int, widest: int) -> list[Finding]:
     return []
 
 
-def _experts(tokens: Mapping[str, Sequence[int]]) -> list[Finding]:
-    found: list[Finding] = []
-    for module, seen in tokens.items():
+def examine_experts(experts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Findings on experts: those that no token reached, or few; see `examine`."""
+    none: list[str] = []
+    few: list[str] = []
+    uneven: list[str] = []
+    for module, told in experts.items():
+        seen, threshold, remedy = told["tokens"], told["threshold"], _REMEDIES[told["policy"]]
         even = sum(seen) / max(1, len(seen))
-        none = [i for i, count in enumerate(seen) if count == 0]
-        few = [i for i, count in enumerate(seen) if 0 < count < STARVED * even]
-        if none:
-            message = (
-                f"{module}: no calibration token reached {_listed(none, len(seen))}: they are rounded without data"
-            )
-            found.append(Finding("warning", f"{message}; use more or more varied text"))
-        if few:
-            message = f"{module}: {_listed(few, len(seen))} saw less than {STARVED:.0%} of an even share of the tokens"
-            found.append(Finding("note", message))
-    return found
+        idle = [str(i) for i, count in enumerate(seen) if count == 0]
+        rare = [f"{i}: {seen[i]}" for i in sorted(range(len(seen)), key=seen.__getitem__) if 0 < seen[i] < threshold]
+        odd = [str(i) for i, count in enumerate(seen) if threshold <= count < STARVED * even]
+        none += [f"{module}: no calibration token reached {_listed(idle, len(seen))}: {remedy}"] * bool(idle)
+        few += [f"{module}: fewer than {threshold} tokens reached {_listed(rare, len(seen))}: {remedy}"] * bool(rare)
+        share = f"saw less than {STARVED:.0%} of an even share of the tokens"
+        uneven += [f"{module}: {_listed(odd, len(seen))} {share}"] * bool(odd)
+    return [
+        *(Finding("warning", f"{text}; use more or more varied text") for text in _few_layers(none)),
+        *(Finding("note", text) for text in (*_few_layers(few), *_few_layers(uneven))),
+    ]
 
 
-def _listed(experts: Sequence[int], of: int) -> str:
-    names = ", ".join(map(str, experts[:8])) + (" ..." if len(experts) > 8 else "")
+_REMEDIES = {
+    "borrow": "they borrow what all tokens of their layer would show them",
+    "all": "they were shown all tokens of their layer",
+    "nearest": "they are rounded to nearest",
+}
+
+
+def _few_layers(texts: Sequence[str]) -> list[str]:
+    """The first of many layers, of which the last says how many more there are."""
+    if len(texts) <= LAYERS:
+        return list(texts)
+    return [*texts[: LAYERS - 1], f"{texts[LAYERS - 1]} (and so in {len(texts) - LAYERS} more layers)"]
+
+
+def _listed(experts: Sequence[str], of: int) -> str:
+    names = ", ".join(experts[:8]) + (" ..." if len(experts) > 8 else "")
     return f"{len(experts)} of {of} experts ({names})"
 
 

@@ -21,7 +21,7 @@ from bitgrain.numerics.observers import merge as merge_states
 from bitgrain.numerics.ranges import Percentile, Range
 from bitgrain.solvers.base import Moments
 
-__all__ = ["PIECE", "TOLERANCE", "Accumulator", "LayerStatistics", "layer_key", "merge", "symmetric"]
+__all__ = ["PIECE", "TOLERANCE", "Accumulator", "LayerStatistics", "layer_key", "merge", "symmetric", "whole_key"]
 
 PIECE = 512
 """Tokens that are multiplied at once."""
@@ -35,6 +35,11 @@ _HISTOGRAM = Percentile()
 def layer_key(parameter: str, expert: int | None = None) -> str:
     """The name under which a layer's statistics are kept: its parameter in memory, and its place in a stack."""
     return parameter if expert is None else f"{parameter}[{expert}]"
+
+
+def whole_key(key: str) -> str:
+    """Under which what all tokens of its layer would show an expert is kept, beside what it saw, at `key`."""
+    return f"{key}#whole"
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,11 @@ class StatisticsFile:
         """How many tokens the layer has seen. Raises StatisticsError for a layer that is not there."""
         return int(self._entry(key)["tokens"])
 
+    @property
+    def all_tokens(self) -> dict[str, int]:
+        """The same of all layers."""
+        return {key: int(entry["tokens"]) for key, entry in self._layers.items()}
+
     def place(self, key: str) -> tuple[str, str]:
         """Where a layer's statistics are: the same for layers that read the same input. Raises StatisticsError."""
         entry = self._entry(key)

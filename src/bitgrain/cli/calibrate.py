@@ -16,11 +16,13 @@ from pathlib import Path
 from bitgrain.cli.options import (
     add_calibration,
     add_device,
+    add_experts,
     add_model,
     add_output_style,
     add_source,
     add_workers,
     calibration_from,
+    experts_from,
     progress_from,
 )
 from bitgrain.cli.terminal import hide_download_bars, make_console, print_json
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-o", "--out", required=True, metavar="STATS", help="the new folder")
     add_calibration(parser)
+    add_experts(parser)
     add_device(parser)
     add_workers(parser)
     add_source(parser)
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             out,
             calibration=calibration_from(args),
+            experts=experts_from(args),
             device=args.device,
             revision=args.revision,
             trust_remote_code=args.trust_remote_code,

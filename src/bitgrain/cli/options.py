@@ -119,6 +119,28 @@ def calibration_from(args: argparse.Namespace) -> dict[str, Any] | None:
     return {key: value for key, value in given.items() if value is not None} or None
 
 
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    """What becomes of experts that calibration hardly reached; read back by `experts_from`."""
+    parser.add_argument(
+        "--experts",
+        choices=("borrow", "all", "nearest"),
+        help="experts that few calibration tokens reach: borrow what their layer's tokens would show (default), show "
+        "all tokens to all experts, or round to nearest",
+    )
+    parser.add_argument(
+        "--expert-tokens",
+        type=parse_count,
+        metavar="N",
+        help="how many tokens an expert needs of its own; default 2 for each input of its matrices",
+    )
+
+
+def experts_from(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The keys of `recipes.Experts` that `add_experts` read; None: none was given."""
+    given = {"policy": args.experts, "tokens": args.expert_tokens}
+    return {key: value for key, value in given.items() if value is not None} or None
+
+
 def add_job(parser: argparse.ArgumentParser) -> None:
     """Everything that decides what a quantization does; read back by `plan_from`."""
     add_model(parser)
@@ -129,6 +151,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         help="fast, balanced or best, or a recipe file (YAML); --scheme and others replace its keys",
     )
     add_calibration(parser)
+    add_experts(parser)
     parser.add_argument(
         "--statistics", metavar="STATS", help="in place of text: what `bitgrain calibrate` wrote for this model"
     )
@@ -203,6 +226,7 @@ def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache:
         on_indivisible=args.on_indivisible,
         solver=args.solver,
         calibration=calibration_from(args),
+        experts=experts_from(args),
         statistics=args.statistics,
         columns=args.columns,
         keep=args.keep or (),

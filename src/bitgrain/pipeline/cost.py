@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from bitgrain.pipeline.experts import experts_of
+
 if TYPE_CHECKING:
     from bitgrain.pipeline.plan import Plan
 
@@ -39,13 +41,24 @@ def calibrated_peak(plan: Plan) -> int:
     matrix = max((layer.out_features * layer.in_features for layer in plan.quantized.values()), default=0)
     streams = 4 * tokens * hidden * flows * 2
     held = min(HOLD_BYTES, 4 * tokens * (widest + STREAMS * hidden) * flows)
-    moments = 4 * widest * widest * (2 if recipe.target else 1) * (plan.workers + 2)
+    moments = 4 * max(widest * widest, _expert_inputs(plan)) * (2 if recipe.target else 1) * (plan.workers + 2)
     solving = plan.workers * 4 * (_SOLVER_COPIES * matrix + 4 * widest * widest)
     blocks = 4 * largest * (1 + flows)
     peak = 4 * outside + blocks + streams + held + moments + solving
     if recipe.tuning.end_to_end is not None:
         peak = max(peak, 4 * _GRADIENT_COPIES * (outside + everything) + streams)
     return peak
+
+
+def _expert_inputs(plan: Plan) -> int:
+    """Elements of the Hessians of one layer's experts that are held together: those of their matrices of one kind."""
+    quantized = (weight for weight in plan.anatomy.weights if weight.tensor in plan.quantized)
+    kinds = Counter[tuple[str, int]]()
+    for path, layer in experts_of(quantized).items():
+        for keys in layer:
+            for in_features in set(keys.values()):
+                kinds[path, in_features] += in_features * in_features
+    return max(kinds.values(), default=0)
 
 
 def saved_peak(plan: Plan) -> int:

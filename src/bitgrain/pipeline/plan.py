@@ -34,7 +34,16 @@ from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.cache_plan import CachePlan, plan_cache
 from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
-from bitgrain.pipeline.plan_text import findings, needs_text, not_by_statistics, read_calibration, statistics_note
+from bitgrain.pipeline.plan_text import (
+    experts_not_by_statistics,
+    experts_note,
+    findings,
+    learns_from_inputs,
+    needs_text,
+    not_by_statistics,
+    read_calibration,
+    statistics_note,
+)
 from bitgrain.recipes import Recipe, Scheme
 from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.recipes.steps import read_step
@@ -272,13 +281,19 @@ def make_plan(
         statistics=saved,
         cache=cache,
     )
+    experts = [p.weight for p in layers if p.layer is not None and p.weight.role == "expert"]
+    if not learns_from_inputs(recipe, quantized.values()):
+        experts = []
     if saved is not None:
-        return replace(plan, notes=(*plan.notes, statistics_note(saved)))
+        told = experts_note(recipe, saved, experts) if experts else []
+        lacking = experts_not_by_statistics(recipe, saved, experts)
+        notes = (*plan.notes, statistics_note(saved), *told)
+        return replace(plan, notes=notes, problems=(*plan.problems, *lacking))
     if calibration is None:
         return plan
-    return replace(
-        plan, notes=(*plan.notes, calibration_note(plan), *findings(calibration, recipe, quantized.values()))
-    )
+    told = [calibration_note(plan), *findings(calibration, recipe, quantized.values())]
+    told += experts_note(recipe, None, experts) if experts else []
+    return replace(plan, notes=(*plan.notes, *told))
 
 
 def _integer_weights(skeleton: nn.Module, anatomy: Anatomy, checkpoint: Checkpoint) -> list[str]:

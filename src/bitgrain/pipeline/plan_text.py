@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from transformers import PretrainedConfig
 
-from bitgrain.calibration.doctor import examine
+from bitgrain.calibration.doctor import examine, examine_experts
+from bitgrain.calibration.statistics import layer_key
 from bitgrain.calibration.statistics_file import StatisticsFile
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.calibration.windows import CalibrationText, calibration_windows
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.models.anatomy import Weight
 from bitgrain.models.source import ModelSource
-from bitgrain.recipes import Recipe, Scheme
+from bitgrain.pipeline.experts import experts_of, needs_whole, saved_tokens, told_of_model
+from bitgrain.recipes import Experts, Recipe, Scheme
+from bitgrain.recipes.recipe import ENOUGH
 from bitgrain.solvers import get_solver
 
 
@@ -49,6 +53,57 @@ def findings(calibration: CalibrationText, recipe: Recipe, layers: Iterable[Stor
     hessians = get_solver(recipe.solver).needs_calibration
     widest = max((layer.in_features for layer in layers if hessians), default=0)
     return [finding.message for finding in examine(calibration.ids, widest=widest)]
+
+
+def learns_from_inputs(recipe: Recipe, layers: Iterable[StoredLayer]) -> bool:
+    """Whether the moments of inputs decide how any of the layers is rounded."""
+    if get_solver(recipe.solver).needs_calibration or recipe.target is not None:
+        return True
+    return any(layer.scheme.weight.range.name == "weighted" for layer in layers)
+
+
+def experts_note(recipe: Recipe, statistics: StatisticsFile | None, weights: Sequence[Weight]) -> list[str]:
+    """What the plan says of experts: their tokens where saved statistics tell them, else the policy."""
+    if statistics is not None:
+        members = experts_of(weights)
+        told = told_of_model(recipe.experts, members, saved_tokens(members, statistics.all_tokens))
+        return [finding.message for finding in examine_experts(told)]
+    tokens = recipe.experts.tokens
+    few = f"experts that fewer than {f'{ENOUGH} calibration tokens an input' if tokens is None else tokens} reach"
+    texts = {
+        "borrow": f"{few} borrow what all tokens of their layer would show them",
+        "all": "calibration is routed to all experts",
+        "nearest": f"{few} are rounded to nearest",
+    }
+    return [texts[recipe.experts.policy]]
+
+
+def experts_not_by_statistics(recipe: Recipe, statistics: StatisticsFile, weights: Iterable[Weight]) -> list[str]:
+    """A problem if the policy for experts needs what was not kept of them."""
+    asked, taken = recipe.experts, Experts(**statistics.about.settings.get("experts", {"policy": "nearest"}))
+    lacking: dict[str, int] = {}
+    tokens = statistics.all_tokens
+    for one in (one for layer in experts_of(weights).values() for one in layer):
+        for key, in_features in one.items():
+            name = layer_key(key.name, key.expert)
+            count = tokens.get(name, 0)
+            if needs_whole(asked, count, in_features) and not needs_whole(taken, count, in_features):
+                lacking[name] = asked.threshold(in_features)
+    if not lacking:
+        return []
+    first, threshold = next(iter(lacking.items()))
+    if asked.policy == "all":
+        return [
+            f"--experts all: the statistics {statistics.folder.name} were taken of the experts that the router chose; "
+            "calibrate again with --experts all, or ask for another policy"
+        ]
+    more = "" if asked.tokens is None else f" --expert-tokens {asked.tokens}"
+    less = "" if taken.policy == "nearest" else f" or --expert-tokens {taken.tokens}"
+    return [
+        f"fewer than {threshold} tokens reached {first} (and {len(lacking) - 1} more matrices of experts), and the "
+        f"statistics {statistics.folder.name} keep nothing that it could borrow: calibrate again with --experts borrow"
+        f"{more}, or ask for --experts nearest{less}"
+    ]
 
 
 def needs_text(recipe: Recipe, schemes: Iterable[Scheme | None]) -> bool:

@@ -86,7 +86,7 @@ def run_plan(
         passes = Work(job.work) if plan.calibration is not None else None
         told = passes.record(FINISHED) if passes is not None and passes.has(FINISHED) else None
         if plan.statistics is not None:
-            told = {"calibration": saved_record(plan.statistics)}
+            told = saved_record(plan)
         manifest = write_output_files(plan, job, told)
         job.finish()
     return QuantizeResult(out, plan, manifest)

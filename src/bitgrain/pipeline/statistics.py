@@ -9,12 +9,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitgrain.calibration.doctor import examine
-from bitgrain.calibration.statistics import LayerStatistics, layer_key
+from bitgrain.calibration.statistics import LayerStatistics, layer_key, whole_key
 from bitgrain.calibration.statistics_file import About, StatisticsWriter
 from bitgrain.checkpoints.content import content_sha256
 from bitgrain.errors import ModelError, NumericsError
@@ -24,11 +25,13 @@ from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.outside import inputs_outside
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Seen
+from bitgrain.pipeline.blockwise.spread import whole_moments
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.blockwise.static import Observed, Wanted, group_name, merge_observed, observe_inputs
 from bitgrain.pipeline.blockwise.streamed import streamed
 from bitgrain.pipeline.blockwise.work import Work, hidden_file
 from bitgrain.pipeline.cost import HOLD_BYTES, STREAMS
+from bitgrain.pipeline.experts import experts_of, needs_whole, require_whole, saved_tokens, told_of_model
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
@@ -67,7 +70,9 @@ def run_calibration(
     assert plan.calibration is not None
     where = resolve_device(device)
     progress = progress or make_progress("quiet")
-    settings = {"activations": "full", "batch": plan.recipe.calibration.batch, "device": where.type}
+    settings: dict[str, Any] = {"activations": "full", "batch": plan.recipe.calibration.batch, "device": where.type}
+    if any(weight.role == "expert" for weight in plan.anatomy.weights):
+        settings["experts"] = plan.recipe.experts.model_dump()
     about = About(content_sha256(plan.checkpoint), plan.calibration.description, settings)
     writer = StatisticsWriter(out, about)
     weights = [weight for weight in plan.anatomy.weights if weight.role in ROLES]
@@ -76,7 +81,6 @@ def run_calibration(
     try:
         with streamed(plan, where) as (stream, pool):
             _Walk(plan, weights, stream, pool, progress, writer).run()
-        experts = _experts(weights, stream, writer.tokens)
         writer.finish()
     except (NumericsError, ModelError):
         shutil.rmtree(writer.partial)
@@ -84,7 +88,9 @@ def run_calibration(
     finally:
         progress.finish()
     widest = max((weight.in_features for weight in weights), default=0)
-    found = examine(plan.calibration.ids, widest=widest, experts_tokens=experts)
+    members = experts_of(weights)
+    told = told_of_model(plan.recipe.experts, members, saved_tokens(members, writer.tokens))
+    found = examine(plan.calibration.ids, widest=widest, experts=told)
     notes = dict.fromkeys([*plan.calibration.notes, *(finding.message for finding in found)])
     return Calibrated(Path(out), about, len(weights), tuple(notes))
 
@@ -105,6 +111,7 @@ class _Walk:
         assert plan.calibration is not None
         self.ids = list(plan.calibration.ids.split(plan.recipe.calibration.batch))
         self.windows = [len(ids) for ids in self.ids]
+        self.experts = plan.recipe.experts
         (writer.partial / "work").mkdir(exist_ok=True)
         self.work = Work(writer.partial / "work")
 
@@ -142,9 +149,10 @@ class _Walk:
         layers: dict[str, LayerStatistics] = {}
         with self._runs(block, hidden, calls, reached, max((w.in_features for w in weights), default=0)) as walk:
             for place, stage in enumerate(reached):
-                layers |= self._stage(stage, lambda batch, place=place: walk.seen(batch, place), self.pool, prefix)
-                walk.release(place)
                 of_stage = [weight for weight in weights if weight.targets[0].removeprefix(prefix) in stage.names]
+                found = self._stage(stage, lambda batch, place=place: walk.seen(batch, place), self.pool, prefix)
+                layers |= found | self._whole(block, hidden, calls, stage, of_stage, found, prefix)
+                walk.release(place)
                 self.progress.advance(sum(weight.elements for weight in of_stage), prefix + stage.names[0])
             outputs = walk.outputs()
         if not all(bool(torch.isfinite(output.sum()).item()) for output in outputs):
@@ -191,6 +199,46 @@ class _Walk:
                 found[group_key(prefix + name)] = observed[group]
         return found
 
+    def _whole(
+        self,
+        block: nn.Module,
+        hidden: Sequence[Tensor],
+        calls: Sequence[Call],
+        stage: Stage,
+        weights: Sequence[Weight],
+        own: Mapping[str, LayerStatistics],
+        prefix: str,
+    ) -> dict[str, LayerStatistics]:
+        """What all tokens of their layer would show the experts that want it; `own`: what they saw."""
+        label = prefix.removesuffix(".")
+        every = (one for layer in experts_of(weights, prefix).values() for one in layer)
+        wanted = [
+            key
+            for one in every
+            for key, in_features in one.items()
+            if needs_whole(self.experts, own[name].tokens if (name := prefix + _place(key)) in own else 0, in_features)
+        ]
+        wants = Wanted(lambda key: [_place(key)], histogram=lambda _: False, sampled=lambda _: False)
+        parts: dict[str, dict[int, Observed]] = {}
+
+        def noted(batch: int, seen: Seen) -> None:
+            for name, observed in observe_inputs(stage, seen, wants, batch, self.windows, label).items():
+                parts.setdefault(name, {})[batch] = {name: observed}
+
+        moments = whole_moments(block, hidden, calls, stage, wanted, self.pool, label, noted)
+        if wanted:
+            require_whole(self.experts, moments, prefix + stage.names[0])
+        observed: dict[str, LayerStatistics] = {}
+        for batches in parts.values():
+            observed |= merge_observed(batches[batch] for batch in sorted(batches))
+        found: dict[str, LayerStatistics] = {}
+        shared: dict[int, LayerStatistics] = {}  # experts that read the layer's input have one object
+        for key, known in moments.items():
+            if _place(key) in observed:
+                shared[id(known)] = replace(observed[_place(key)], hessian=known.hessian)
+            found[whole_key(prefix + _place(key))] = shared[id(known)]
+        return found
+
     def _outside(self, weight: Weight, hidden: Sequence[Tensor]) -> None:
         stage = Stage((weight.memory,), shared=True)
 
@@ -201,16 +249,6 @@ class _Walk:
         with Pool(1) as alone:
             self.writer.add(self._stage(stage, seen, alone, ""))
         self.progress.advance(weight.elements, weight.memory)
-
-
-def _experts(weights: Sequence[Weight], stream: StreamedModel, tokens: Mapping[str, int]) -> dict[str, list[int]]:
-    """How many tokens each expert of a module saw."""
-    found: dict[str, list[int]] = {}
-    for name in dict.fromkeys(target for weight in weights if weight.role == "expert" for target in weight.targets):
-        stack = stream.model.get_parameter(name).shape
-        if len(stack) > 2:
-            found[name.rpartition(".")[0]] = [tokens.get(layer_key(name, i), 0) for i in range(stack[0])]
-    return found
 
 
 def _place(key: Key) -> str:

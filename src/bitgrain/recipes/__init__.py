@@ -1,11 +1,12 @@
 """Schemes, their presets, and recipe files."""
 
-from bitgrain.recipes.recipe import OnIndivisible, Recipe, Rule, load_recipe, make_recipe
+from bitgrain.recipes.recipe import Experts, OnIndivisible, Recipe, Rule, load_recipe, make_recipe
 from bitgrain.recipes.scheme import ALIASES, PRESETS, Scheme, get_scheme
 
 __all__ = [
     "ALIASES",
     "PRESETS",
+    "Experts",
     "OnIndivisible",
     "Recipe",
     "Rule",

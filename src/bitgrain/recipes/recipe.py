@@ -39,6 +39,8 @@ from bitgrain.solvers.base import make_with_settings
 from bitgrain.tuning import BlockSettings, EndToEndSettings, Learn
 
 OnIndivisible = Literal["error", "pad", "channel", "skip"]
+ENOUGH = 2
+"""Tokens for each input of an expert's matrix, below which its moments say little: docs/decisions/0020."""
 QUANTIZED_ROLES = ("linear", "expert")
 """What a scheme reaches without a rule: lm_head, embeddings, routers and convolutions only by name."""
 
@@ -195,6 +197,22 @@ class Calibration(_Strict):
     batch: int = Field(default=8, ge=1)
 
 
+class Experts(_Strict):
+    """What experts that fewer than `tokens` calibration tokens reached are solved with (docs/experts.md).
+
+    policy  "borrow": with what all tokens of their layer would show them, mixed with what they saw; "nearest": with
+            nothing, rounded to nearest; "all": every expert, however many reached it, with all tokens of its layer
+    tokens  None: `ENOUGH` for each input of the matrix
+    """
+
+    policy: Literal["borrow", "all", "nearest"] = "borrow"
+    tokens: int | None = Field(default=None, ge=1)
+
+    def threshold(self, in_features: int) -> int:
+        """How many tokens a matrix with so many inputs needs of its own."""
+        return ENOUGH * in_features if self.tokens is None else self.tokens
+
+
 class Target(_Strict):
     """What a layer's output is aimed at, beside that of its own weights (see `solvers.target`).
 
@@ -232,6 +250,7 @@ class Recipe(_Strict):
     solver: str | dict[str, Any] = "rtn"
     transforms: tuple[str | dict[str, Any], ...] = ()
     calibration: Calibration = Calibration()
+    experts: Experts = Experts()
     target: Target | None = None
     tuning: Tuning = Tuning()
     range: str | dict[str, Any] | None = None
@@ -385,7 +404,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"] if str(part) not in ("str", "SchemeModel", "SpecModel"))
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        parts = (Recipe, Rule, SchemeModel, SpecModel, ColumnsModel, Calibration, Target, Tuning)
+        parts = (Recipe, Rule, SchemeModel, SpecModel, ColumnsModel, Calibration, Experts, Target, Tuning)
         known = sorted({name for part in parts for name in part.model_fields})
         near = difflib.get_close_matches(key, known, n=1)
         return f"unknown key {where!r}" + (

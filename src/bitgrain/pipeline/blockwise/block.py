@@ -24,10 +24,20 @@ from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, so
 from bitgrain.pipeline.blockwise.local import block_settings, tune_locally
 from bitgrain.pipeline.blockwise.rewrite import Rewriter
 from bitgrain.pipeline.blockwise.runs import Kept, Reruns, Runs, Walk
+from bitgrain.pipeline.blockwise.spread import whole_moments
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.blockwise.static import Chosen, Observing, choose_inputs, require_reached, static_layers
 from bitgrain.pipeline.cost import HOLD_BYTES as _HOLD_BYTES
 from bitgrain.pipeline.cost import STREAMS as _STREAMS
+from bitgrain.pipeline.experts import (
+    experts_of,
+    needs_whole,
+    note_for,
+    require_whole,
+    settle,
+    told_of,
+    told_of_model,
+)
 from bitgrain.pipeline.layers import outer_scales
 from bitgrain.pipeline.load import attach_input_quantizers, input_quantizer_for, shared_columns
 from bitgrain.pipeline.plan import Plan
@@ -62,8 +72,8 @@ class SolvedBlock:
     changed: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     transforms: list[dict[str, Any]] = field(default_factory=list)
-    experts: dict[str, list[int]] = field(default_factory=dict)
-    """How many tokens each expert of a module saw."""
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is told of the experts of a module: see `experts.told_of_model`."""
     cache: dict[str, Tensor] = field(default_factory=dict)
     """Static scales of keys and values, by name on disk."""
 
@@ -102,6 +112,8 @@ class _Block:
             for target in weight.targets:
                 self.joined.setdefault(target, []).append(weight)
         self.joined_of = {weight.tensor: weight.targets for weight in here}
+        self.experts = experts_of(self.weights.values(), self.prefix)
+        self.tokens: dict[Key, int] = {}  # that the experts' matrices saw
         self.dense: dict[str, Tensor] = {}
         self.columns: dict[str, list[Tensor]] = {}
         self.result = SolvedBlock()
@@ -136,14 +148,17 @@ class _Block:
                 self._choose_columns(stage, place, quantized or exact, block)
                 self._choose_inputs(stage, place, quantized or exact, block)
                 moments = self._moments(stage, place, quantized, exact) if self.owner.needs_moments else {}
-                self._count_experts(stage, moments, block)
-                self._solve_stage(stage, moments, outer, block)
+                moments, notes = self._settle(stage, moments, block if quantized is not None else full, calls)
+                self._solve_stage(stage, moments, notes, outer, block)
                 for one in (quantized, exact):
                     if one is not None:
                         one.release(place)
             for stage in stages:
                 if stage not in reached:
-                    self._solve_stage(stage, {}, outer, block)
+                    self._solve_stage(stage, {}, {}, outer, block)
+            if self.tokens:
+                told = told_of_model(self.owner.recipe.experts, self.experts, self.tokens)
+                self.result.experts = {self.prefix + path: one for path, one in told.items()}
             full_outputs = self._outputs(exact)
             if self.owner.tuning is not None:
                 self._tune(block, calls, full_outputs)
@@ -295,13 +310,28 @@ class _Block:
             label,
         )
 
-    def _count_experts(self, stage: Stage, moments: Mapping[Key, Moments], block: nn.Module) -> None:
-        for name in stage.names if moments else ():
-            parameter = block.get_parameter(name)
-            if parameter.ndim > 2:
-                seen = [moments.get(Key(name, i)) for i in range(len(parameter))]
-                module = self.prefix + name.rpartition(".")[0]
-                self.result.experts[module] = [0 if one is None else one.tokens for one in seen]
+    def _settle(
+        self, stage: Stage, moments: dict[Key, Moments], running: nn.Module, calls: Sequence[Call]
+    ) -> tuple[dict[Key, Moments], dict[Key, str]]:
+        """The same moments with those of experts as the recipe's policy wants them; and what is to be told of each."""
+        every = {key: n for layer in self.experts.values() for one in layer for key, n in one.items()}
+        keys = {key: n for key, n in every.items() if key.name in stage.names}
+        if not moments or not keys:
+            return moments, {}
+        experts, inputs = self.owner.recipe.experts, self.flow.quantized or self.flow.full
+        tokens = {key: moments[key].tokens if key in moments else 0 for key in keys}
+        self.tokens.update(tokens)
+        wanted = [key for key, in_features in keys.items() if needs_whole(experts, tokens[key], in_features)]
+        whole = whole_moments(running, inputs, calls, stage, wanted, self.pool, self.prefix.removesuffix("."))
+        require_whole(experts, whole, self.prefix + stage.names[0])
+        settled, notes = dict(moments), dict[Key, str]()
+        for key, in_features in keys.items():
+            known = settle(experts, settled.pop(key, None), whole.get(key), in_features)
+            if known is not None:
+                settled[key] = known
+            if note := note_for(experts, tokens[key], key in whole, in_features):
+                notes[key] = note
+        return settled, notes
 
     def _outputs(self, walk: Walk | None) -> list[Tensor]:
         outputs = [] if walk is None else walk.outputs()
@@ -311,7 +341,12 @@ class _Block:
         return outputs
 
     def _solve_stage(
-        self, stage: Stage, moments: Mapping[Key, Moments], outer: Mapping[str, Tensor], block: nn.Module
+        self,
+        stage: Stage,
+        moments: Mapping[Key, Moments],
+        notes: Mapping[Key, str],
+        outer: Mapping[str, Tensor],
+        block: nn.Module,
     ) -> None:
         names = self._of(stage)
 
@@ -321,10 +356,13 @@ class _Block:
             keys = [Key(self._parameter(weight), expert) for expert in experts]
             solver, target = self.owner.solver, self.owner.recipe.target
             kept = self.columns[name] if name in self.columns else columns_of(layer, original)
-            solutions = solve_layer(
-                layer, original, moments, keys, solver, target, outer.get(name), self.stream.device, kept
-            )
-            return solutions, record_of(layer, original, solutions)
+            chosen = (solver, target, outer.get(name), self.stream.device, kept, notes)
+            solutions = solve_layer(layer, original, moments, keys, *chosen)
+            record = record_of(layer, original, solutions)
+            if self.tokens and layer.role == "expert":
+                experts, tokens = self.owner.recipe.experts, [self.tokens.get(key, 0) for key in keys]
+                record["experts"] = told_of(experts, tokens, experts.threshold(layer.in_features))
+            return solutions, record
 
         for name, (solutions, record) in zip(names, self.pool.map(one, names), strict=True):
             layer = self.layers[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,7 +114,12 @@ class _Pass:
         self.progress.finish()
         assert self.plan.calibration is not None
         told: dict[str, Any] = {"calibration": self.plan.calibration.description}
-        told["notes"] = [*self.plan.notes, *solver.rewriter.left_out, *self._findings(count)]
+        experts: dict[str, dict[str, Any]] = {}
+        for index in range(count):
+            experts |= self.work.record(block_file(index)).get("experts", {})
+        told["notes"] = [*self.plan.notes, *solver.rewriter.left_out, *self._findings(experts)]
+        if experts:
+            told["experts"] = experts
         if self.plan.recipe.transforms:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
@@ -149,13 +155,10 @@ class _Pass:
         kept = self.plan.checkpoint.entries.keys() - self.plan.quantized.keys()
         return sorted(held.intersection(kept))
 
-    def _findings(self, count: int) -> list[str]:
+    def _findings(self, experts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """What the doctor says of the experts."""
-        experts: dict[str, list[int]] = {}
-        for index in range(count):
-            experts |= self.work.record(block_file(index)).get("experts", {})
         assert self.plan.calibration is not None
-        found = examine(self.plan.calibration.ids, widest=0, experts_tokens=experts)
+        found = examine(self.plan.calibration.ids, widest=0, experts=experts)
         return [finding.message for finding in found if finding.message not in self.plan.notes]
 
     def _start(self, first: int) -> Flow:

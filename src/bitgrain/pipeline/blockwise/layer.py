@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.models.anatomy import Weight
 from bitgrain.numerics import QuantSpec
+from bitgrain.pipeline.experts import ALONE, BORROWED, FEW
 from bitgrain.pipeline.layers import matrices, record, report, to_cpu
 from bitgrain.pipeline.plan import Plan
+from bitgrain.pipeline.plan_text import learns_from_inputs
 from bitgrain.recipes.recipe import Target
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments, Solution, Solver, get_solver
@@ -26,13 +29,10 @@ UNREACHED = "the calibration text never reached it: rounded to nearest"
 
 def wants_moments(plan: Plan, weight: Weight | None = None) -> bool:
     """Whether the moments of inputs are needed: in all blocks, or (`weight`) of one layer outside them."""
-    recipe = plan.recipe
-    if get_solver(recipe.solver).needs_calibration or recipe.target is not None:
-        return True
     layers = list(plan.quantized.values())
     if weight is not None and weight.block is None:
         layers = [plan.quantized[weight.tensor]]
-    return any(layer.scheme.weight.range.name == "weighted" for layer in layers)
+    return learns_from_inputs(plan.recipe, layers)
 
 
 def solve_layer(
@@ -45,12 +45,14 @@ def solve_layer(
     outer_scale: Tensor | None,
     device: torch.device,
     columns: Sequence[Tensor] = (),
+    notes: Mapping[Key, str] | None = None,
 ) -> list[Solution]:
     """One Solution for each matrix of `original` (as on disk); `keys`: as what each matrix's inputs were seen.
 
     columns: those that each matrix keeps in 16 bits, where the scheme says so. A matrix without moments under a solver
-    that needs them is rounded to nearest, and says so.
+    that needs them is rounded to nearest, and says so; `notes`: what else is to be told of one, or why it has none.
     """
+    notes = notes or {}
     solutions: list[Solution] = []
     for i, (matrix, key) in enumerate(zip(matrices(original, layer), keys, strict=True)):
         matrix = matrix.to(device, torch.float32)
@@ -63,10 +65,13 @@ def solve_layer(
             aim = target_weight(matrix, known, **settings, name=label)
         solve = partial(_solve_matrix, solver, outer_scale, label)
         if spec.columns is None:
-            solutions.append(solve(matrix, spec, known, aim))
+            found = solve(matrix, spec, known, aim)
         else:
             kept = columns[i].to(device)
-            solutions.append(solve_beside(solve, matrix, spec, kept, known, target=aim, name=label))
+            found = solve_beside(solve, matrix, spec, kept, known, target=aim, name=label)
+        note = notes.get(key, UNREACHED if known is None else "")
+        told = bool(note) and (known is not None or solver.needs_calibration)
+        solutions.append(replace(found, notes=(*found.notes, note)) if told else found)
     return solutions
 
 
@@ -83,8 +88,7 @@ def _solve_matrix(
         return solve_guarded(matrix, spec, known, [solver], target=aim, outer_scale=outer_scale, name=name)
     if not solver.needs_calibration:
         return solver.solve(matrix, spec, outer_scale=outer_scale, name=name)
-    found = get_solver("rtn").solve(matrix, spec, outer_scale=outer_scale, name=name)
-    return Solution(found.q, found.method, found.figures, (*found.notes, UNREACHED))
+    return get_solver("rtn").solve(matrix, spec, outer_scale=outer_scale, name=name)
 
 
 def record_of(layer: StoredLayer, original: Tensor, solutions: Sequence[Solution]) -> dict[str, Any]:
@@ -125,4 +129,6 @@ def loss_note(module: str, solutions: Sequence[Solution]) -> str:
     methods = "+".join(sorted({solution.method for solution in solutions}))
     total = sum(figures["rtn_loss"] for figures in measured)
     share = f", {sum(figures['loss'] for figures in measured) / total:.2f} of rtn's loss" if total > 0 else ""
-    return f"{module}: {methods}{share}"
+    few = sum(not {ALONE, BORROWED, FEW, UNREACHED}.isdisjoint(solution.notes) for solution in solutions)
+    told = "" if not few else ", hardly reached" if len(solutions) == 1 else f", {few} experts hardly reached"
+    return f"{module}: {methods}{share}{told}"

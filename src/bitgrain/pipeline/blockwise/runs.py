@@ -86,7 +86,10 @@ def observe(
     def product(key: Key, x: Tensor) -> None:
         if key.name not in waiting and key.name not in names:
             return
-        if follows.get(key.name, key.name) == key.name:
+        if stacked[key.name] and key.expert is None and x.ndim == 3:  # all experts at once, tokens of others as zeros
+            for expert, rows in enumerate(x):
+                parts[Key(key.name, expert)].append(rows[rows.any(dim=-1)])
+        elif follows.get(key.name, key.name) == key.name:
             parts[key].append(_flat(x))
         if key.name in sources and sources[key.name] in streams:
             seen.residuals[key.name] = _flat(streams[sources[key.name]])
@@ -98,7 +101,9 @@ def observe(
         streams[key.name] = result
 
     watched = list(dict.fromkeys([*names, *(source for source in sources.values() if source)]))
-    with suppress(Done), Watch(parameters_of(block, watched), product, total, summed=set(sources.values())):
+    parameters = parameters_of(block, watched)
+    stacked = {name: parameter.ndim > 2 for name, parameter in parameters.items()}
+    with suppress(Done), Watch(parameters, product, total, summed=set(sources.values())):
         output = call_block(block, hidden, call)
     seen.inputs = {key: torch.cat(x) if len(x) > 1 else x[0] for key, x in parts.items()}
     return seen, output[0] if isinstance(output, tuple) else output

@@ -40,8 +40,10 @@ def find_stages(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Ca
     streams: list[tuple[str, Tensor]] = [(BLOCK_INPUT, hidden)]
     residual: dict[str, str] = {}
 
+    parameters = parameters_of(block, names)
+
     def product(key: Key, x: Tensor) -> None:
-        if key.expert is not None:
+        if key.expert is not None or parameters[key.name].ndim > 2:
             experts.add(key.name)
         if key.name in known:
             return
@@ -58,7 +60,7 @@ def find_stages(block: nn.Module, names: Sequence[str], hidden: Tensor, call: Ca
             residual[key.name] = source
             streams.append((key.name, result))
 
-    with Watch(parameters_of(block, names), product, total):
+    with Watch(parameters, product, total):
         call_block(block, hidden, call)
     # an expert of a list of modules that this batch did not choose goes where its like are
     for name in names:
