@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
 from bitgrain.pipeline.load import load
 from bitgrain.pipeline.mixed import allocate_bits
+from bitgrain.pipeline.module_calibration import ModuleCalibration, calibrate_module
 from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
 from bitgrain.pipeline.sensitive import spare_layers
@@ -166,6 +167,9 @@ def quantize(
     return result
 
 
+@overload
+def calibrate(model: nn.Module, out: Iterable[Any], /, *, progress: Progress | None = None) -> ModuleCalibration: ...
+@overload
 def calibrate(
     model: str | Path,
     out: str | Path,
@@ -176,13 +180,34 @@ def calibrate(
     trust_remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Calibrated:
+) -> Calibrated: ...
+def calibrate(
+    model: str | Path | nn.Module,
+    out: str | Path | Iterable[Any],
+    *,
+    calibration: Mapping[str, Any] | str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Calibrated | ModuleCalibration:
     """Run MODEL over text once, and write what each of its layers is given into the new folder `out`.
 
     calibration  a text (None: built in), or keys of `recipes.Calibration`
     `quantize(..., statistics=out)` then needs no text. Raises TextError, OutputError (`out` exists), NumericsError
     (NaN, Inf), ModelError (a model that cannot run block by block).
+
+    calibrate(module, batches) runs a module in memory over an iterable of what it is called with (tensors, tuples of
+    arguments, dicts of keywords), and returns what `quantize_(module, ..., calibration=)` needs: see
+    `bitgrain.pipeline.module_calibration.calibrate_module`.
     """
+    if isinstance(model, nn.Module):
+        if isinstance(out, (str, Path)) or calibration is not None:
+            raise RecipeError("a module in memory is calibrated by batches: calibrate(module, batches)")
+        return calibrate_module(model, out, progress=progress)
+    if not isinstance(out, (str, Path)):
+        raise RecipeError("calibrate(MODEL, OUT) writes into a folder; batches are for a module in memory")
     recipe = read_recipe("W8A16", None, calibration=calibration)
     settings: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "workers": workers}
     draft = make_plan(model, recipe, calibrate=True, **settings)

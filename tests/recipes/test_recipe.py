@@ -23,6 +23,7 @@ class Layer:
     role: str = "linear"
     class_name: str = "Linear"
     memory: str | None = None
+    place: int = 0
 
     @property
     def memory_module(self) -> str:

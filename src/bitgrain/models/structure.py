@@ -17,15 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitgrain.errors import ModelError
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+from bitgrain.runtime.convolutions import CONVOLUTIONS
 
 Role = Literal["linear", "expert", "router", "embedding", "lm_head", "conv"]
 
@@ -74,7 +66,7 @@ def find_matrices(skeleton: nn.Module) -> dict[str, Matrix]:
 def _kind(module: nn.Module, leaf: str, parameter: torch.Tensor, root: nn.Module) -> tuple[Role, bool] | None:
     if not parameter.is_floating_point():
         return None
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         return ("conv", False) if leaf == "weight" else None
     if isinstance(module, nn.Embedding):
         return ("embedding", False) if leaf == "weight" else None

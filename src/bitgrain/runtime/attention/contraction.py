@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from bitgrain.errors import SchemeError
 
-NAMES = {"b": "batch", "h": "head", "q": "query token", "k": "key token", "d": "channel"}
+NAMES = {
+    "b": "batch",
+    "h": "head",
+    "q": "query token",
+    "k": "key token",
+    "d": "channel",
+    "c": "input channel",
+    "i": "kernel position",
+    "o": "output channel",
+}
 
 
 @dataclass(frozen=True)
