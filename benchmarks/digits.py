@@ -213,9 +213,9 @@ def report(lines: list[dict[str, Any]], seeds: list[dict[str, Any]]) -> str:
     seconds = statistics.mean(seed["train_s"] for seed in seeds)
     return (
         "# A small ResNet on digits\n\n"
-        f"{machine_line()}, one thread. Trained from {len(seeds)} seeds ({seconds:.0f} s each), tested on {tested} images "
-        "that it did not learn from. points: difference in accuracy from FP32, mean of the seeds; KL: nats per image, from "
-        "FP32.\n\n"
+        f"{machine_line()}, one thread. Trained from {len(seeds)} seeds ({seconds:.0f} s each), tested on {tested} "
+        "images that it did not learn from. points: difference in accuracy from FP32, mean of the seeds; KL: nats per "
+        "image, from FP32.\n\n"
         + table(header, body)
         + "\n\\* A simulation: the product sums over input channels, so no engine can take their scales out of it.\n"
     )

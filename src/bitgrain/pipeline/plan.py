@@ -7,7 +7,7 @@ that it predicts are the sizes that are written.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.content import content_sha256
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
+from bitgrain.checkpoints.safetensors_header import HeaderEntry
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, plan_shards, weights_nbytes
 from bitgrain.errors import PlanError, SchemeError
 from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
@@ -36,6 +37,7 @@ from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.pipeline.plan_text import findings, needs_text, not_by_statistics, read_calibration, statistics_note
 from bitgrain.recipes import Recipe, Scheme
 from bitgrain.recipes.steps import read_step
+from bitgrain.runtime.convolutions import check_inputs
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNIT_BYTES = 64_000_000
@@ -226,7 +228,7 @@ def make_plan(
         for name in _integer_weights(skeleton, anatomy, checkpoint)
     )
     layers = [
-        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor].dtype, recipe, problems)
+        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor], recipe, problems)
         for weight, scheme in zip(anatomy.weights, schemes, strict=True)
     ]
     if not any(planned.layer for planned in layers):
@@ -276,10 +278,11 @@ def _integer_weights(skeleton: nn.Module, anatomy: Anatomy, checkpoint: Checkpoi
 
 
 def _plan_layer(
-    weight: Weight, scheme: Scheme | None, dtype: torch.dtype, recipe: Recipe, problems: list[str]
+    weight: Weight, scheme: Scheme | None, entry: HeaderEntry, recipe: Recipe, problems: list[str]
 ) -> PlannedLayer:
     if scheme is None:
         return PlannedLayer(weight, None)
+    dtype = entry.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         problems.append(f"{weight.tensor} is stored as {dtype}: only float weights can be quantized")
         return PlannedLayer(weight, None)
@@ -287,6 +290,8 @@ def _plan_layer(
         problems.append(
             f"{weight.module}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme"
         )
+    if weight.role == "conv":
+        problems.extend(_not_for_convolutions(weight, scheme, recipe))
     scheme, note = scheme.for_dtype(dtype), ""
     reason = scheme.indivisible(weight.out_features, weight.in_features)
     if reason:
@@ -315,8 +320,22 @@ def _plan_layer(
         transposed=weight.transposed,
         dtype=dtype,
         scheme=scheme,
+        original=tuple(entry.shape) if weight.role == "conv" else (),
     )
     return PlannedLayer(weight, layer, note)
+
+
+def _not_for_convolutions(weight: Weight, scheme: Scheme, recipe: Recipe) -> Iterator[str]:
+    if recipe.needs_calibration or scheme.needs_calibration:
+        yield (
+            f"{weight.module} is a convolution, which text does not calibrate: give it a scheme with dynamic "
+            "activations and solver rtn, or calibrate the module in memory (bitgrain.calibrate, quantize_)"
+        )
+    if scheme.input is not None:
+        try:
+            check_inputs(scheme.input, weight.module)
+        except SchemeError as error:
+            yield str(error)
 
 
 def _choose_layout(layers: Sequence[StoredLayer], recipe: Recipe, problems: list[str]) -> tuple[Layout, list[str]]:
