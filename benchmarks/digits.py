@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import machine_line, table, write_results
 
 import bitgrain
-from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.numerics import IntFormat, QuantSpec, per_channel, per_tensor
 from bitgrain.numerics.granularity import Granularity
 from bitgrain.numerics.ranges import MSE, MinMax
@@ -163,7 +162,7 @@ def run_seed(seed: int, epochs: int) -> dict[str, Any]:
     began = time.perf_counter()
     model = train(x, y, seed, epochs)
     seconds = time.perf_counter() - began
-    folded = fold_batch_norms_(model, x[:32])
+    folded = bitgrain.fold_batch_norms_(model, x[:32])
     assert not folded.kept
     with torch.no_grad():
         base = model(test_x)

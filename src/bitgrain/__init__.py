@@ -7,6 +7,7 @@ bitgrain.evaluate("OUT", against="MODEL", text="FILE")
 bitgrain.inspect("MODEL")                       ranges, outliers, what each granularity would lose
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
+bitgrain.calibrate(module, batches)             for quantize_(..., calibration=): static scales, solvers
 bitgrain.quantize_tensor(w, "NVFP4")            one tensor
 bitgrain.KVCache("kivi-int4", config)           keys and values in few bits, for generate
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         KVCache,
         calibrate,
         evaluate,
+        fold_batch_norms_,
         inspect,
         load,
         plan,
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "fold_batch_norms_",
     "inspect",
     "load",
     "plan",

@@ -14,6 +14,7 @@ from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.errors import RecipeError
 from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
+from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
 from bitgrain.pipeline.load import load
@@ -36,6 +37,7 @@ __all__ = [
     "KVCache",
     "calibrate",
     "evaluate",
+    "fold_batch_norms_",
     "inspect",
     "load",
     "plan",

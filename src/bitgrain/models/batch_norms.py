@@ -172,26 +172,26 @@ class _Seen(TorchFunctionMode):
 def _fold(module: nn.Module, norm_name: str, layer_name: str) -> Callable[[], None]:
     """Put one norm into its layer; returns what undoes it."""
     norm: Any = module.get_submodule(norm_name)
-    layer: Any = module.get_submodule(layer_name)
-    weight, bias = layer.weight.detach().clone(), layer.bias
-    old = None if bias is None else bias.detach().clone()
+    part = module.get_submodule(layer_name)
+    layer: Any = part
+    weight = layer.weight.detach().clone()
+    bias = None if layer.bias is None else layer.bias.detach().clone()
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() if old is None else old.double() - norm.running_mean.double()
-    shift = shift * factor
+    shift = ((0.0 if bias is None else bias.double()) - norm.running_mean.double()) * factor
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    if isinstance(layer, nn.Linear):
+    if isinstance(part, nn.Linear):
         folded = weight.double() * factor.unsqueeze(1)
     else:
-        geometry = geometry_of(layer)
+        geometry = geometry_of(part)
         folded = geometry.weight(geometry.matrix(weight.double()) * factor.unsqueeze(1))
     layer.weight.data.copy_(folded)
     if bias is None:
         layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=layer.weight.requires_grad)
     else:
-        bias.data.copy_(shift)
+        layer.get_parameter("bias").data.copy_(shift)
     parent, _, leaf = norm_name.rpartition(".")
     owner = module.get_submodule(parent)
     setattr(owner, leaf, nn.Identity())
@@ -199,10 +199,10 @@ def _fold(module: nn.Module, norm_name: str, layer_name: str) -> Callable[[], No
     def undo() -> None:
         setattr(owner, leaf, norm)
         layer.weight.data.copy_(weight)
-        if old is None:
+        if bias is None:
             layer.bias = None
         else:
-            bias.data.copy_(old)
+            layer.bias.data.copy_(bias)
 
     return undo
 

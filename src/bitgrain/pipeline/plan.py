@@ -23,11 +23,10 @@ from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.content import content_sha256
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
-from bitgrain.checkpoints.safetensors_header import HeaderEntry
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, plan_shards, weights_nbytes
 from bitgrain.errors import PlanError, SchemeError
 from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
-from bitgrain.models.naming import natural_order
+from bitgrain.models.naming import StoredTensor, natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
@@ -278,7 +277,7 @@ def _integer_weights(skeleton: nn.Module, anatomy: Anatomy, checkpoint: Checkpoi
 
 
 def _plan_layer(
-    weight: Weight, scheme: Scheme | None, entry: HeaderEntry, recipe: Recipe, problems: list[str]
+    weight: Weight, scheme: Scheme | None, entry: StoredTensor, recipe: Recipe, problems: list[str]
 ) -> PlannedLayer:
     if scheme is None:
         return PlannedLayer(weight, None)
