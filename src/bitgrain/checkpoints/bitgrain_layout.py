@@ -43,7 +43,7 @@ class BitgrainLayout:
     name = "bitgrain"
 
     def refusal(self, layer: StoredLayer) -> str | None:
-        if layer.class_name.startswith("ConvTranspose"):
+        if layer.role == "conv" and layer.transposed:
             return f"{layer.module} is a transposed convolution, whose outputs are not the rows of its tensor"
         nested = layer.scheme.weight.scale
         if isinstance(nested, QuantSpec) and isinstance(nested.scale, QuantSpec):

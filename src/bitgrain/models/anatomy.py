@@ -161,7 +161,7 @@ def read_anatomy(skeleton: nn.Module, stored: Mapping[str, StoredTensor]) -> Ana
 def _weight(name: str, shape: Sequence[int], route: Route, matrix: Matrix, block: int | None) -> Weight:
     role, transposed, experts = matrix.role, matrix.transposed != route.flipped, 1
     if role == "conv" or len(shape) > 3:
-        role, transposed, rows, columns = "conv", False, shape[0], prod(shape[1:])
+        role, transposed, rows, columns = "conv", matrix.transposed, shape[0], prod(shape[1:])
     elif len(shape) == 3:
         experts, rows, columns = shape
         if role != "expert":

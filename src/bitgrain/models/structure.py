@@ -26,7 +26,7 @@ Role = Literal["linear", "expert", "router", "embedding", "lm_head", "conv"]
 class Matrix:
     """A parameter in memory that is a matrix, or `experts` matrices stacked along its first dimension.
 
-    `transposed`: each matrix is [in, out] instead of [out, in].
+    `transposed`: each matrix is [in, out] instead of [out, in]; a convolution's weight [in, out/groups, *kernel].
     """
 
     name: str
@@ -67,7 +67,7 @@ def _kind(module: nn.Module, leaf: str, parameter: torch.Tensor, root: nn.Module
     if not parameter.is_floating_point():
         return None
     if isinstance(module, CONVOLUTIONS):
-        return ("conv", False) if leaf == "weight" else None
+        return ("conv", bool(module.transposed)) if leaf == "weight" else None
     if isinstance(module, nn.Embedding):
         return ("embedding", False) if leaf == "weight" else None
     if parameter.ndim == 2 and leaf == "weight":
