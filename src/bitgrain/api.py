@@ -170,7 +170,9 @@ def quantize(
 
 
 @overload
-def calibrate(model: nn.Module, out: Iterable[Any], /, *, progress: Progress | None = None) -> ModuleCalibration: ...
+def calibrate(
+    model: nn.Module, out: Iterable[Any], /, *, moments: bool = True, progress: Progress | None = None
+) -> ModuleCalibration: ...
 @overload
 def calibrate(
     model: str | Path,
@@ -192,6 +194,7 @@ def calibrate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     workers: int | None = None,
+    moments: bool = True,
     progress: Progress | None = None,
 ) -> Calibrated | ModuleCalibration:
     """Run MODEL over text once, and write what each of its layers is given into the new folder `out`.
@@ -202,12 +205,12 @@ def calibrate(
 
     calibrate(module, batches) runs a module in memory over an iterable of what it is called with (tensors, tuples of
     arguments, dicts of keywords), and returns what `quantize_(module, ..., calibration=)` needs: see
-    `bitgrain.pipeline.module_calibration.calibrate_module`.
+    `bitgrain.pipeline.module_calibration.calibrate_module`. moments=False takes less, enough for static scales.
     """
     if isinstance(model, nn.Module):
-        if isinstance(out, (str, Path)) or calibration is not None:
-            raise RecipeError("a module in memory is calibrated by batches: calibrate(module, batches)")
-        return calibrate_module(model, out, progress=progress)
+        if isinstance(out, (str, Path)) or (calibration, device, revision, workers) != (None, "auto", None, None):
+            raise RecipeError("a module in memory is calibrated by batches, where it is: calibrate(module, batches)")
+        return calibrate_module(model, out, moments=moments, progress=progress)
     if not isinstance(out, (str, Path)):
         raise RecipeError("calibrate(MODEL, OUT) writes into a folder; batches are for a module in memory")
     recipe = read_recipe("W8A16", None, calibration=calibration)

@@ -148,6 +148,8 @@ def test_bad_batches_are_one_clear_error():
         bitgrain.calibrate(net, [images(2), poisoned()])
     with pytest.raises(RecipeError, match="calibrated by batches"):
         bitgrain.calibrate(net, "folder")  # type: ignore[call-overload]
+    with pytest.raises(RecipeError, match="where it is"):
+        bitgrain.calibrate(net, [images(2)], device="cpu")  # type: ignore[call-overload]
     with pytest.raises(RecipeError, match="batches are for a module in memory"):
         bitgrain.calibrate("MODEL", [images(2)])  # type: ignore[call-overload]
     assert not any(part._forward_pre_hooks for part in net.modules())
@@ -179,3 +181,12 @@ def test_a_layer_that_no_batch_reaches():
         results = bitgrain.quantize_(copy.deepcopy(net), recipe, calibration=calibration, keep=["right"])
         assert list(results) == ["left.weight"]
     assert list(bitgrain.quantize_(net, "W8A8", calibration=calibration)) == ["left.weight", "right.weight"]
+
+
+def test_moments_can_be_left_out():
+    for net, batch in ((network(), images(4)), (zoo.build("mixtral"), {"input_ids": torch.arange(24).view(2, 12)})):
+        calibration = bitgrain.calibrate(net, [batch], moments=False)
+        assert not any(layer.moments for layer in calibration.layers.values())
+        assert bitgrain.quantize_(copy.deepcopy(net), "W8A8_STATIC", calibration=calibration)
+        with pytest.raises(SchemeError, match="calibrate first"):
+            bitgrain.quantize_(net, make_recipe(scheme="W8A16", solver="gptq"), calibration=calibration)

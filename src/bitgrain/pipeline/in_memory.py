@@ -158,9 +158,10 @@ def _only_rounding(recipe: Recipe, schemes: Sequence[Scheme]) -> None:
 
 def _settle(module: nn.Module, matrix: Matrix, scheme: Scheme, on_indivisible: str, calibrated: bool) -> Scheme | None:
     parameter = module.get_parameter(matrix.name)
-    rows, cols = (matrices(module, matrix)[0].shape) if matrix.experts == 1 else parameter.shape[-2:]
-    if matrix.experts > 1 and matrix.transposed:
-        rows, cols = cols, rows
+    if matrix.role == "conv":
+        rows, cols = matrices(module, matrix)[0].shape
+    else:
+        rows, cols = parameter.shape[-2:][::-1] if matrix.transposed else parameter.shape[-2:]
     scheme = scheme.for_dtype(parameter.dtype)
     if scheme.needs_calibration and not calibrated:
         raise SchemeError(

@@ -59,9 +59,10 @@ def solve_matrices(
     """
     weights, spec, name = matrices(module, matrix), scheme.weight, matrix.name
     embedded = matrix.role == "embedding"
-    if calibration is None or embedded or (name not in calibration.layers and not solver.needs_calibration):
+    unreached = calibration is not None and name not in calibration.layers and not solver.needs_calibration
+    moments = [] if calibration is None or embedded or unreached else calibration.moments(name, matrix)
+    if not moments:
         return [solver.solve(weight, spec, outer_scale=outer, name=name).q for weight in weights]
-    moments = calibration.moments(name, matrix)
     if len(moments) == len(weights):
         return [
             solver.solve(weight, spec, one, outer_scale=outer, name=name).q

@@ -37,7 +37,8 @@ class LayerInputs:
     """What calibration leaves behind for one layer in memory.
 
     statistics  of its inputs, a row for each token; for convolutions [samples * places, channels], without padding
-    moments     of what its product sums over: one, or one for each group of a convolution ([in/groups * kernel] each)
+    moments     of what its product sums over: one, or one for each group of a convolution ([in/groups * kernel] each);
+                none if they were not asked for
     rows        [some, in] of that, drawn from all; convolutions: [some, in * kernel]
     """
 
@@ -81,23 +82,27 @@ class ModuleCalibration:
         return self.layers[name]
 
     def moments(self, name: str, matrix: Matrix) -> list[Moments]:
-        """One for each matrix, or for each group of a convolution; experts that no token reached have 0 tokens."""
+        """One for each matrix, or for each group of a convolution; experts that no token reached have 0 tokens. Empty
+        if none were taken."""
         if matrix.experts == 1:
             return list(self.of(name).moments)
         size = self.of(name).statistics.in_features
         none = Moments(torch.zeros(size, size), 0)
         keys = [layer_key(name, expert) for expert in range(matrix.experts)]
-        return [self.layers[key].moments[0] if key in self.layers else none for key in keys]
+        found = [self.layers[key].moments if key in self.layers else (none,) for key in keys]
+        return [one for (one,) in found] if all(found) else []
 
 
 @torch.no_grad()
 def calibrate_module(
-    module: nn.Module, batches: Iterable[Any], *, progress: Progress | None = None
+    module: nn.Module, batches: Iterable[Any], *, moments: bool = True, progress: Progress | None = None
 ) -> ModuleCalibration:
     """Run `module` over `batches` and keep what `quantize_` needs for static scales and for solvers.
 
     batches  an iterable of what the module is called with: a tensor; a tuple or list of arguments; a dict of keywords.
              They are moved to the module's device.
+    moments  whether to take what solvers need, which is most of the work and the memory: float32 [in, in] a layer (for
+             convolutions in = in/groups * kernel, once for each group)
     The module runs in eval mode, without gradients, and is left as it was; layers that share a module or a parameter
     are one. Raises SchemeError (no batches, or a tensor in place of a list of them), NumericsError (NaN or Inf in a
     layer's inputs, naming it).
@@ -112,7 +117,7 @@ def calibrate_module(
     where = device_of(module)
     count = 0
     try:
-        with _evaluating(module), _listening(module, found, recorders):
+        with _evaluating(module), _listening(module, found, recorders, moments):
             for batch in batches:
                 call(module, moved(batch, where))
                 count += 1
@@ -133,8 +138,8 @@ class _Recorder(Protocol):
 class _LinearRecorder:
     """Of inputs [.., in]."""
 
-    def __init__(self, name: str, features: int, device: torch.device, hessian: bool = True) -> None:
-        self.sums = Accumulator(features, name, hessian=hessian, histogram=True, device=device)
+    def __init__(self, name: str, features: int, device: torch.device, moments: bool) -> None:
+        self.sums = Accumulator(features, name, hessian=moments, histogram=True, device=device)
         self.drawn = _Drawn()
 
     def update(self, x: Tensor) -> None:
@@ -151,8 +156,8 @@ class _LinearRecorder:
 class _ConvolutionRecorder:
     """Of inputs [samples, channels, *space]."""
 
-    def __init__(self, name: str, channels: int, geometry: Convolution, device: torch.device) -> None:
-        self.geometry, self.channels, self.name = geometry, channels, name
+    def __init__(self, name: str, channels: int, geometry: Convolution, device: torch.device, wanted: bool) -> None:
+        self.geometry, self.channels, self.wanted = geometry, channels, wanted
         self.sums = Accumulator(channels, name, hessian=False, histogram=True, device=device)
         self.hessian: Tensor | None = None  # [groups, in/groups * kernel, the same]
         self.positions = 0
@@ -163,17 +168,17 @@ class _ConvolutionRecorder:
         self.sums.update(x.movedim(1, -1).reshape(-1, self.channels))
         for sample in x.split(1):  # one at a time: bounds memory, and the cuts between batches leave no trace
             (patches,) = self.geometry.patches(sample)
-            if self.hessian is None:
+            if self.hessian is None and self.wanted:
                 groups, size, _ = patches.shape
                 self.hessian = torch.zeros(groups, size, size, device=x.device)
-            self.hessian.baddbmm_(patches, patches.mT)
+            if self.hessian is not None:
+                self.hessian.baddbmm_(patches, patches.mT)
             self.positions += patches.shape[-1]
             flat = patches.flatten(0, 1)
             self.drawn.update(patches.shape[-1], lambda places, flat=flat: flat[:, places].T)
 
     def finish(self) -> LayerInputs:
-        assert self.hessian is not None
-        hessians = self.hessian.div_(max(1, self.positions))
+        hessians = () if self.hessian is None else self.hessian.div_(max(1, self.positions))
         moments = tuple(Moments(symmetric(hessian), self.positions) for hessian in hessians)
         return LayerInputs(self.sums.finish(), moments, self.drawn.rows)
 
@@ -208,7 +213,9 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _listening(module: nn.Module, found: Mapping[str, Matrix], recorders: dict[str, _Recorder]) -> Generator[None]:
+def _listening(
+    module: nn.Module, found: Mapping[str, Matrix], recorders: dict[str, _Recorder], moments: bool
+) -> Generator[None]:
     """While entered, every layer's inputs go into its recorder, made when it first runs."""
     names: dict[int, str] = {}  # a shared parameter has one recorder, under its first name
     shapes = {name: module.get_parameter(name).shape for name in found}
@@ -219,12 +226,12 @@ def _listening(module: nn.Module, found: Mapping[str, Matrix], recorders: dict[s
         stacked = found[key.name].experts > 1
         where = module.get_parameter(key.name).device
         if key.name not in recorders:
-            recorders[key.name] = _LinearRecorder(key.name, features, where, hessian=not stacked)
+            recorders[key.name] = _LinearRecorder(key.name, features, where, moments and not stacked)
         recorders[key.name].update(x)
         if stacked and key.expert is not None:
             label = layer_key(key.name, key.expert)
             if label not in recorders:
-                recorders[label] = _LinearRecorder(label, features, where)
+                recorders[label] = _LinearRecorder(label, features, where, moments)
             recorders[label].update(x)
 
     def before(owner: nn.Module, args: tuple[Any, ...]) -> None:
@@ -233,10 +240,10 @@ def _listening(module: nn.Module, found: Mapping[str, Matrix], recorders: dict[s
             weight = module.get_parameter(name)
             if found[name].role == "conv":
                 channels = cast(int, owner.in_channels)
-                recorders[name] = _ConvolutionRecorder(name, channels, geometry_of(owner), weight.device)
+                recorders[name] = _ConvolutionRecorder(name, channels, geometry_of(owner), weight.device, moments)
             else:
                 features = weight.shape[0 if found[name].transposed else 1]
-                recorders[name] = _LinearRecorder(name, features, weight.device)
+                recorders[name] = _LinearRecorder(name, features, weight.device, moments)
         recorders[name].update(args[0])
 
     first: dict[int, str] = {}
