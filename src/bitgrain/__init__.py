@@ -7,6 +7,7 @@ bitgrain.evaluate("OUT", against="MODEL", text="FILE")
 bitgrain.inspect("MODEL")                       ranges, outliers, what each granularity would lose
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
+bitgrain.calibrate(module, batches)             for quantize_(..., calibration=): static scales, solvers
 bitgrain.quantize_tensor(w, "NVFP4")            one tensor
 bitgrain.low_bit_(module, "NF4")                in memory, weights stay packed
 bitgrain.finetune("OUT", "ADAPTER", text="FILE")    LoRA on packed weights; bitgrain.merge adds it to them
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         calibrate,
         evaluate,
         finetune,
+        fold_batch_norms_,
         inspect,
         load,
         low_bit_,
@@ -44,6 +46,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "finetune",
+    "fold_batch_norms_",
     "inspect",
     "load",
     "low_bit_",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from bitgrain.calibration.text import load_tokenizer, read_text, token_windows
 from bitgrain.errors import RecipeError
 from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
+from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.finetune import Finetuned, finetune
 from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
@@ -21,6 +22,7 @@ from bitgrain.pipeline.load import cache_for, load
 from bitgrain.pipeline.low_bit import low_bit_
 from bitgrain.pipeline.merge import merge
 from bitgrain.pipeline.mixed import allocate_bits
+from bitgrain.pipeline.module_calibration import ModuleCalibration, calibrate_module
 from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
 from bitgrain.pipeline.sensitive import spare_layers
@@ -40,6 +42,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "finetune",
+    "fold_batch_norms_",
     "inspect",
     "load",
     "low_bit_",
@@ -189,6 +192,11 @@ def quantize(
     return result
 
 
+@overload
+def calibrate(
+    model: nn.Module, out: Iterable[Any], /, *, moments: bool = True, progress: Progress | None = None
+) -> ModuleCalibration: ...
+@overload
 def calibrate(
     model: str | Path,
     out: str | Path,
@@ -200,14 +208,38 @@ def calibrate(
     trust_remote_code: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Calibrated:
+) -> Calibrated: ...
+def calibrate(
+    model: str | Path | nn.Module,
+    out: str | Path | Iterable[Any],
+    *,
+    calibration: Mapping[str, Any] | str | Path | None = None,
+    experts: Mapping[str, Any] | str | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    moments: bool = True,
+    progress: Progress | None = None,
+) -> Calibrated | ModuleCalibration:
     """Run MODEL over text once, and write what each of its layers is given into the new folder `out`.
 
     calibration  a text (None: built in), or keys of `recipes.Calibration`
     experts      the policy that the statistics are to serve, as for `plan`; those taken with "all" serve every one
     `quantize(..., statistics=out)` then needs no text. Raises TextError, OutputError (`out` exists), NumericsError
     (NaN, Inf), ModelError (a model that cannot run block by block).
+
+    calibrate(module, batches) runs a module in memory over an iterable of what it is called with (tensors, tuples of
+    arguments, dicts of keywords), and returns what `quantize_(module, ..., calibration=)` needs: see
+    `bitgrain.pipeline.module_calibration.calibrate_module`. moments=False takes less, enough for static scales.
     """
+    if isinstance(model, nn.Module):
+        of_the_job = (calibration, experts, device, revision, workers)
+        if isinstance(out, (str, Path)) or of_the_job != (None, None, "auto", None, None):
+            raise RecipeError("a module in memory is calibrated by batches, where it is: calibrate(module, batches)")
+        return calibrate_module(model, out, moments=moments, progress=progress)
+    if not isinstance(out, (str, Path)):
+        raise RecipeError("calibrate(MODEL, OUT) writes into a folder; batches are for a module in memory")
     recipe = read_recipe("W8A16", None, calibration=calibration, experts=experts)
     settings: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "workers": workers}
     draft = make_plan(model, recipe, calibrate=True, **settings)

@@ -305,17 +305,23 @@ def test_quantized_inputs_of_an_embedding_make_no_sense(tiny: Tiny):
     assert not plan(tiny("llama"), rules=({"match": "embed_tokens", "scheme": "W8A16"},)).problems
 
 
-def test_convolutions_by_name_are_a_problem_that_names_them(tmp_path: Path, tiny: Tiny):
+def test_convolutions_by_name(tmp_path: Path):
     import transformers
 
     config = transformers.Wav2Vec2Config(
         hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256, conv_dim=(32, 32),
         conv_stride=(2, 2), conv_kernel=(3, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
+        num_conv_pos_embedding_groups=4, vocab_size=128,
     )  # fmt: skip
     transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "speech")
     found = plan(tmp_path / "speech", "W8A16", rules=({"match": "Conv1d", "scheme": "W8A16"},))
-    assert any("is a convolution, which this version cannot store quantized" in problem for problem in found.problems)
+    assert not found.problems
+    convolutions = {layer.original: layer.shape for layer in found.quantized.values() if layer.role == "conv"}
+    assert convolutions == {(32, 1, 3): (32, 3), (32, 32, 3): (32, 96)}
+    assert found.layout.name == "bitgrain"
+    zoo.save_tokenizer(tmp_path / "speech")  # as of a model with convolutions that reads text
+    learned = plan(tmp_path / "speech", "W8A16", rules=({"match": "Conv1d", "scheme": "FP8"},))
+    assert any("is a convolution, which text does not calibrate" in problem for problem in learned.problems)
 
 
 def test_idle_rule_is_an_error_at_once(tiny: Tiny):

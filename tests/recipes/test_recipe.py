@@ -23,6 +23,7 @@ class Layer:
     role: str = "linear"
     class_name: str = "Linear"
     memory: str | None = None
+    place: int = 0
 
     @property
     def memory_module(self) -> str:
@@ -301,3 +302,14 @@ def test_a_key_given_twice_is_an_error(tmp_path: Path):
     path.write_text("scheme: W4A16\nrules: []\nscheme: W8A16\n")
     with pytest.raises(RecipeError, match="'scheme' is given twice"):
         load_recipe(path)
+
+
+def test_the_first_and_the_last_layer():
+    found = names(rules({"match": "@first", "keep": True}, {"match": "@last", "scheme": "W8A16"}))
+    assert found["model.layers.0.self_attn.q_proj"] is None
+    assert found["lm_head"] == "W8A16"  # embeddings and routers are neither
+    assert list(found.values()).count("W4A16") == 4
+    turned = [replace(layer, place=-i) for i, layer in enumerate(LAYERS)]  # the order of the model, not of the list
+    assert names(rules({"match": "@first", "scheme": "W8A16"}), turned)["lm_head"] == "W8A16"
+    with pytest.raises(RecipeError, match="'@last' matches no layer"):
+        names(rules({"match": "@last", "keep": True}), LAYERS[:1])

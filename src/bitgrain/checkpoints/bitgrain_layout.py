@@ -1,7 +1,8 @@
 """The bitgrain layout: any QuantSpec on any stack of matrices, for what compressed-tensors cannot express.
 
 `quant_method: bitgrain` in config.json; readers that do not know it refuse the checkpoint instead of misreading it.
-Tensors of a layer whose original tensor was `T` (E = stacked matrices, absent from the shapes where there is one):
+Tensors of a layer whose original tensor was `T` (E = stacked matrices, absent from the shapes where there is one; a
+convolution is one matrix [out, in/groups * kernel]):
 
 | tensor        | dtype and shape |
 |---|---|
@@ -45,8 +46,8 @@ class BitgrainLayout:
     name = "bitgrain"
 
     def refusal(self, layer: StoredLayer) -> str | None:
-        if layer.role == "conv":
-            return f"{layer.module} is a convolution, which this version cannot store quantized"
+        if layer.role == "conv" and layer.transposed:
+            return f"{layer.module} is a transposed convolution, whose outputs are not the rows of its tensor"
         nested = layer.scheme.weight.scale
         if isinstance(nested, QuantSpec) and isinstance(nested.scale, QuantSpec):
             return f"{layer.module}: scales of scales of scales"
@@ -151,6 +152,7 @@ class BitgrainLayout:
                 "module": layer.memory_module,
                 "class": layer.class_name,
                 "role": layer.role,
+                **({"original": list(layer.original)} if layer.original else {}),
             }
         return {
             "quant_method": "bitgrain",
@@ -177,6 +179,7 @@ def read_layers(config: Mapping[str, Any]) -> list[StoredLayer]:
             transposed=entry["transposed"],
             dtype=getattr(torch, entry["dtype"]),
             scheme=schemes[entry["scheme"]],
+            original=tuple(entry.get("original", ())),
         )
         for tensor, entry in config["layers"].items()
     ]

@@ -30,6 +30,7 @@ class StoredLayer:
     out_features, in_features: of one matrix; experts: matrices stacked in the tensor (1 unless it is 3-D)
     transposed    the original stores [in, out]; codes are always stored [out, in]
     dtype         of the original
+    original      shape of the tensor, where it is seen as a matrix and is none: a convolution's [out, in, *kernel]
     """
 
     tensor: str
@@ -43,6 +44,7 @@ class StoredLayer:
     transposed: bool
     dtype: torch.dtype
     scheme: Scheme
+    original: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -30,6 +30,7 @@ class Weight:
     transposed: stored [in, out]. experts: matrices stacked in this tensor, 1 unless it is 3-D.
     expert: its place in the stack in memory, where each expert has its own tensor on disk; else None.
     block: index into `Anatomy.block_names`; None outside the blocks.
+    place: of its parameter among those of the model in memory.
     fused: id of the group that must share a scheme, as engines join its members; None for no group.
     """
 
@@ -47,6 +48,7 @@ class Weight:
     fused: str | None
     expert: int | None = None
     targets: tuple[str, ...] = ()
+    place: int = 0
 
     @property
     def elements(self) -> int:
@@ -120,6 +122,7 @@ def read_anatomy(skeleton: nn.Module, stored: Mapping[str, StoredTensor]) -> Ana
     Raises ModelError when a shape does not fit the model, or when a stack of experts cannot be read.
     """
     matrices = find_matrices(skeleton)
+    place_of = {name: place for place, name in enumerate(matrices)}
     blocks = find_blocks(skeleton, matrices)
     index_of = {path: index for index, path in enumerate(blocks)}
     routes = trace_routes(skeleton, stored)
@@ -137,7 +140,8 @@ def read_anatomy(skeleton: nn.Module, stored: Mapping[str, StoredTensor]) -> Ana
         elif matrix is None or len(shape) < 2 or not stored[name].dtype.is_floating_point:
             others.append(name)
         else:
-            weights.append(_weight(name, shape, route, matrix, block_of[name]))
+            weight = _weight(name, shape, route, matrix, block_of[name])
+            weights.append(replace(weight, place=place_of[matrix.name]))
 
     tied = _tied_groups(skeleton, {target for route in routes.values() for target in route.targets})
     return Anatomy(
@@ -157,7 +161,7 @@ def read_anatomy(skeleton: nn.Module, stored: Mapping[str, StoredTensor]) -> Ana
 def _weight(name: str, shape: Sequence[int], route: Route, matrix: Matrix, block: int | None) -> Weight:
     role, transposed, experts = matrix.role, matrix.transposed != route.flipped, 1
     if role == "conv" or len(shape) > 3:
-        role, transposed, rows, columns = "conv", False, shape[0], prod(shape[1:])
+        role, transposed, rows, columns = "conv", matrix.transposed, shape[0], prod(shape[1:])
     elif len(shape) == 3:
         experts, rows, columns = shape
         if role != "expert":

@@ -17,15 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bitgrain.errors import ModelError
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+from bitgrain.runtime.convolutions import CONVOLUTIONS
 
 Role = Literal["linear", "expert", "router", "embedding", "lm_head", "conv"]
 
@@ -34,7 +26,7 @@ Role = Literal["linear", "expert", "router", "embedding", "lm_head", "conv"]
 class Matrix:
     """A parameter in memory that is a matrix, or `experts` matrices stacked along its first dimension.
 
-    `transposed`: each matrix is [in, out] instead of [out, in].
+    `transposed`: each matrix is [in, out] instead of [out, in]; a convolution's weight [in, out/groups, *kernel].
     """
 
     name: str
@@ -74,8 +66,8 @@ def find_matrices(skeleton: nn.Module) -> dict[str, Matrix]:
 def _kind(module: nn.Module, leaf: str, parameter: torch.Tensor, root: nn.Module) -> tuple[Role, bool] | None:
     if not parameter.is_floating_point():
         return None
-    if isinstance(module, _CONVOLUTIONS):
-        return ("conv", False) if leaf == "weight" else None
+    if isinstance(module, CONVOLUTIONS):
+        return ("conv", bool(module.transposed)) if leaf == "weight" else None
     if isinstance(module, nn.Embedding):
         return ("embedding", False) if leaf == "weight" else None
     if parameter.ndim == 2 and leaf == "weight":

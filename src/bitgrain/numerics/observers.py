@@ -30,6 +30,7 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics.affine import store_zero
+from bitgrain.numerics.formats import Format
 from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite, store_scale
 from bitgrain.numerics.ranges import KL, MSE, MinMax, MovingAverage, Percentile, Range, Weighted, scale_from_limits
@@ -225,8 +226,8 @@ def static_scale(state: State, spec: QuantSpec, name: str = "activation") -> tup
 class StaticInput:
     """The fixed scale of a layer's inputs, as it is stored.
 
-    scale  [1, 1] in the storage dtype of its spec
-    zero   None if symmetric, else codes (or numbers) [1, 1]
+    scale  [1, 1] in the storage dtype of its spec; [1, in] for a scale for each channel
+    zero   None if symmetric, else codes (or numbers) of the same shape
     """
 
     scale: Tensor
@@ -247,6 +248,22 @@ def static_input(state: State, spec: QuantSpec, name: str = "activation") -> Sta
     if not isinstance(scale, Tensor):
         raise SchemeError(f"{name}: static inputs need plainly stored scales, not those of {spec.describe()}")
     return StaticInput(scale, zero)
+
+
+def static_channels(low: Tensor, high: Tensor, spec: QuantSpec, name: str = "activation") -> StaticInput:
+    """A scale for each input channel, from the smallest and largest element of each, [in] (granularity per_channel(1)).
+
+    Raises SchemeError for another range than minmax or scales that are not plainly stored; NumericsError if a scale
+    overflows its storage dtype.
+    """
+    if type(spec.range) is not MinMax or not isinstance(spec.scale, Format):
+        raise SchemeError(
+            f"{name}: inputs {spec.describe()}: static scales for each channel are plainly stored and take range minmax"
+        )
+    ideal, zero = scale_from_limits(low.view(1, -1), high.view(1, -1), spec)
+    stored = store_scale(ideal, spec, name)
+    assert isinstance(stored, Tensor)
+    return StaticInput(stored, store_zero(zero, ideal, scale_values(stored), spec))
 
 
 def shared_input(inputs: Sequence[StaticInput], spec: QuantSpec) -> StaticInput:

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from bitgrain.errors import PlanError, SchemeError
+from bitgrain.errors import PlanError, RecipeError, SchemeError
 from bitgrain.models.fused import sibling_groups
 from bitgrain.models.structure import Matrix, find_matrices
 from bitgrain.numerics import QTensor, QuantSpec, quantize
+from bitgrain.pipeline.in_memory_layer import choose_static_input, matrices, restored, solve_matrices
 from bitgrain.pipeline.load import input_quantizer_for, shared_columns
+from bitgrain.pipeline.module_calibration import ModuleCalibration
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
-from bitgrain.runtime.activations import quantize_expert_inputs, quantize_inputs
+from bitgrain.recipes.recipe import QUANTIZED_ROLES, SchemeModel
+from bitgrain.runtime.activations import quantize_expert_inputs
+from bitgrain.runtime.convolutions import check_inputs, quantize_layer_inputs
 from bitgrain.solvers import get_solver
-from bitgrain.solvers.beside import solve_matrix
 from bitgrain.solvers.rtn import has_one_outer_scale, shared_outer_scale
 
 
@@ -26,6 +30,7 @@ class _Layer:
     """A matrix in memory as recipe rules see it."""
 
     matrix: Matrix
+    place: int
 
     @property
     def module(self) -> str:
@@ -45,50 +50,78 @@ class _Layer:
 
 
 @torch.no_grad()
-def quantize_(module: nn.Module, scheme: str | Scheme | Recipe) -> dict[str, list[QTensor]]:
-    """Quantize the linear layers (and stacked experts) of any torch module in place, by simulation.
+def quantize_(
+    module: nn.Module,
+    scheme: str | Scheme | Recipe,
+    *,
+    calibration: ModuleCalibration | None = None,
+    keep: Sequence[str] = (),
+    include: Sequence[str] = (),
+    first_last: str | Scheme | None = None,
+) -> dict[str, list[QTensor]]:
+    """Quantize the layers of any torch module in place, by simulation: linears, stacked experts, and convolutions.
 
-    scheme  a preset's name, a Scheme, or a Recipe (rules, solver, what to do with indivisible groups)
-    Returns the QTensors by parameter name, one for each stacked matrix. Parameters then hold the dequantized values in
-    their own dtype; layers whose scheme quantizes activations get an input quantizer. Embeddings, lm_head and
-    routers are kept unless a rule of the recipe names them.
-    Raises SchemeError, RecipeError, PlanError (groups that do not divide), NumericsError (NaN, Inf).
+    scheme       a preset's name, a Scheme, or a Recipe (rules, solver, what to do with indivisible groups)
+    calibration  what `bitgrain.calibrate(module, batches)` saw: for static activations and solvers that need data
+    keep, include  layers left in full precision, or quantized though no scheme reaches them by itself, named as `match`
+                 in a recipe's rules: lm_head, embeddings and routers, and in transformers' models convolutions, as in
+                 the disk job
+    first_last   another scheme for the first and the last layer, or "keep"; with calibration in the order in which
+                 layers run, else in that of the module tree
+    Returns the QTensors by parameter name, one for each stacked matrix; a convolution's is [out, in/groups * kernel].
+    Parameters then hold the dequantized values in their own dtype; layers whose scheme quantizes activations get an
+    input quantizer. Where an error is raised, nothing has been changed.
+    Raises SchemeError, RecipeError, PlanError (groups that do not divide), StatisticsError (a layer that calibration
+    did not reach, or another module's calibration), NumericsError (NaN, Inf).
     """
-    recipe = scheme if isinstance(scheme, Recipe) else None
-    fixed = scheme if isinstance(scheme, Scheme) else get_scheme(scheme) if isinstance(scheme, str) else None
+    recipe = _recipe(scheme, keep, include, first_last)
     found = find_matrices(module)
-    layers = [_Layer(matrix) for matrix in found.values() if matrix.role != "conv"]
-    assigned = (recipe or make_recipe(scheme="W8A16")).assign(layers)
-    if fixed is not None:
-        assigned = [None if one is None else fixed for one in assigned]
-    on_indivisible = recipe.on_indivisible if recipe else "error"
+    if calibration is not None:
+        calibration.check(module)
+    places = {name: place for place, name in enumerate(calibration.order)} if calibration is not None else {}
+    layers = [_Layer(matrix, places.get(name, len(places))) for name, matrix in found.items()]
+    roles = QUANTIZED_ROLES if isinstance(module, PreTrainedModel) else (*QUANTIZED_ROLES, "conv")
     chosen: dict[str, Scheme] = {}
     first: dict[int, str] = {}  # the name under which a shared parameter was met first
-    for layer, one in zip(layers, assigned, strict=True):
+    for layer, one in zip(layers, recipe.assign(layers, roles), strict=True):
         if one is not None:
-            name, parameter = layer.matrix.name, module.get_parameter(layer.matrix.name)
-            settled = _settle(layer.matrix, parameter, one, on_indivisible)
+            name = layer.matrix.name
+            settled = _settle(module, layer.matrix, one, recipe.on_indivisible, calibration is not None)
             if settled is None:
                 continue
-            other = first.setdefault(id(parameter), name)
+            other = first.setdefault(id(module.get_parameter(name)), name)
             if settled != chosen.setdefault(other, settled):
                 raise PlanError(f"{name} and {other} are one parameter; give them one scheme")
     if not chosen:
         raise PlanError("the module has no layer that this scheme would quantize")
-    solver = get_solver(recipe.solver if recipe else "rtn")
+    _only_rounding(recipe, list(chosen.values()))
+    solver = get_solver(recipe.solver)
     outer = _outer_scales(module, found, chosen)
-    results: dict[str, list[QTensor]] = {}
-    for name, one in chosen.items():
-        parameter, matrix = module.get_parameter(name), found[name]
-        parts = [
-            solve_matrix(solver, weight, one.weight, outer_scale=outer.get(name), name=name).q
-            for weight in _matrices(parameter.data, matrix)
-        ]
-        dense = [part.dequantize(parameter.dtype) for part in parts]
-        dense = [part.T if matrix.transposed else part for part in dense]
-        parameter.data.copy_(torch.stack(dense) if matrix.experts > 1 else dense[0])
-        results[name] = parts
-    _attach(module, found, chosen, results)
+    results = {
+        name: solve_matrices(solver, module, found[name], one, calibration, outer.get(name))
+        for name, one in chosen.items()
+    }
+    quantizers = {
+        name: input_quantizer_for(
+            one.input,
+            static=choose_static_input(module, found[name], one.input, calibration),
+            columns=shared_columns([part.columns.index for part in results[name] if part.columns is not None], name),
+        )
+        for name, one in chosen.items()
+        if one.input is not None
+    }
+    for name, parts in results.items():
+        parameter = module.get_parameter(name)
+        parameter.data.copy_(restored(module, found[name], [part.dequantize(parameter.dtype) for part in parts]))
+    experts: dict[str, dict[str, Any]] = {}
+    for name, quantizer in quantizers.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            quantize_layer_inputs(module.get_submodule(owner), quantizer)
+        else:
+            experts.setdefault(owner, {})[leaf] = quantizer
+    for owner, of_owner in experts.items():
+        quantize_expert_inputs(module.get_submodule(owner), of_owner)
     return results
 
 
@@ -99,16 +132,53 @@ def quantize_tensor(x: Tensor, spec: str | QuantSpec | Scheme, **settings: Any) 
     return quantize(x, spec.weight if isinstance(spec, Scheme) else spec, **settings)
 
 
-def _settle(matrix: Matrix, parameter: Tensor, scheme: Scheme, on_indivisible: str) -> Scheme | None:
-    rows, cols = parameter.shape[-2:][::-1] if matrix.transposed else parameter.shape[-2:]
-    scheme = scheme.for_dtype(parameter.dtype)
-    if scheme.needs_calibration:
-        raise SchemeError(
-            f"{scheme.name} has {_from_text(scheme)}, which only text can give: use bitgrain.quantize (from disk to "
-            "disk, with calibration), or a scheme with dynamic activations and no columns kept by activation"
+def _recipe(
+    scheme: str | Scheme | Recipe, keep: Sequence[str], include: Sequence[str], first_last: str | Scheme | None
+) -> Recipe:
+    """All that was asked for as one recipe; what is named beats what is first or last."""
+    if not isinstance(scheme, Recipe):
+        built = get_scheme(scheme) if isinstance(scheme, str) else scheme
+        scheme = make_recipe(scheme=SchemeModel.of(built))
+    rules: list[Any] = [*scheme.rules, *({"match": name, "include": True} for name in include)]
+    if isinstance(first_last, str) and first_last.lower() == "keep":
+        rules += [{"match": match, "keep": True} for match in ("@first", "@last")]
+    elif first_last is not None:
+        built = get_scheme(first_last) if isinstance(first_last, str) else first_last
+        rules += [{"match": match, "scheme": SchemeModel.of(built)} for match in ("@first", "@last")]
+    rules += [{"match": name, "keep": True} for name in keep]
+    return make_recipe(**{**scheme.model_dump(), "rules": rules})
+
+
+def _only_rounding(recipe: Recipe, schemes: Sequence[Scheme]) -> None:
+    """RecipeError for what a recipe asks for and only the disk job does."""
+    asked = [name for name in ("target", "transforms") if getattr(recipe.for_schemes(schemes), name)]
+    if recipe.tuning.blockwise is not None or recipe.tuning.end_to_end is not None:
+        asked.append("tuning")
+    if asked:
+        raise RecipeError(
+            f"quantize_ rounds layer by layer: the recipe's {' and '.join(asked)} need the disk job (bitgrain.quantize)"
         )
+
+
+def _settle(module: nn.Module, matrix: Matrix, scheme: Scheme, on_indivisible: str, calibrated: bool) -> Scheme | None:
+    parameter = module.get_parameter(matrix.name)
+    if matrix.role == "conv":
+        rows, cols = matrices(module, matrix)[0].shape
+    else:
+        rows, cols = parameter.shape[-2:][::-1] if matrix.transposed else parameter.shape[-2:]
+    scheme = scheme.for_dtype(parameter.dtype)
+    if scheme.needs_calibration and not calibrated:
+        raise SchemeError(
+            f"{scheme.name} has {_from_data(scheme)}, which only data can give: pass "
+            "calibration=bitgrain.calibrate(module, batches), use bitgrain.quantize (from disk to disk, with text), or "
+            "choose a scheme with dynamic activations and no columns kept by activation"
+        )
+    if matrix.role == "conv" and scheme.weight.columns is not None:
+        raise SchemeError(f"{matrix.name}: the columns of a convolution are no channels: keep none of them in 16 bits")
     if matrix.role == "embedding" and scheme.input is not None:
         raise PlanError(f"{matrix.name}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")
+    if matrix.role == "conv" and scheme.input is not None:
+        check_inputs(scheme.input, matrix.name)
     reason = scheme.indivisible(rows, cols)
     if reason is None or on_indivisible == "pad":
         return scheme
@@ -119,47 +189,23 @@ def _settle(matrix: Matrix, parameter: Tensor, scheme: Scheme, on_indivisible: s
     raise PlanError(f"{matrix.name}: {reason}; use a recipe with on_indivisible pad, channel or skip")
 
 
-def _matrices(parameter: Tensor, matrix: Matrix) -> list[Tensor]:
-    stack = list(parameter) if matrix.experts > 1 else [parameter]
-    return [one.T.contiguous() if matrix.transposed else one for one in stack]
-
-
 def _outer_scales(module: nn.Module, found: Mapping[str, Matrix], chosen: Mapping[str, Scheme]) -> dict[str, Tensor]:
     """As for the disk job: layers that engines fuse share the scale of their scales."""
     members = [
-        (name, found[name].module, module.get_parameter(name).shape[-1]) for name in chosen if found[name].experts == 1
+        (name, found[name].module, module.get_parameter(name).shape[-1])
+        for name in chosen
+        if found[name].experts == 1 and found[name].role != "conv"
     ]
     outer: dict[str, Tensor] = {}
     for group in sibling_groups(members):
         schemes = {repr(chosen[name]): chosen[name] for name in group}
         spec = next(iter(schemes.values())).weight
         if len(schemes) == 1 and has_one_outer_scale(spec):
-            weights = [_matrices(module.get_parameter(name).data, found[name])[0] for name in group]
+            weights = [matrices(module, found[name])[0] for name in group]
             outer.update(dict.fromkeys(group, shared_outer_scale(weights, spec)))
     return outer
 
 
-def _from_text(scheme: Scheme) -> str:
+def _from_data(scheme: Scheme) -> str:
     columns = scheme.weight.columns
     return "columns kept by activation" if columns and columns.needs_inputs else "static activation scales"
-
-
-def _attach(
-    module: nn.Module,
-    found: Mapping[str, Matrix],
-    chosen: Mapping[str, Scheme],
-    results: Mapping[str, Sequence[QTensor]],
-) -> None:
-    experts: dict[str, dict[str, Any]] = {}
-    for name, scheme in chosen.items():
-        if scheme.input is None:
-            continue
-        columns = [part.columns.index for part in results[name] if part.columns is not None]
-        quantizer = input_quantizer_for(scheme.input, columns=shared_columns(columns, name))
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "weight":
-            quantize_inputs(module.get_submodule(owner), quantizer)
-        else:
-            experts.setdefault(owner, {})[leaf] = quantizer
-    for owner, quantizers in experts.items():
-        quantize_expert_inputs(module.get_submodule(owner), quantizers)

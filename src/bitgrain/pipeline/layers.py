@@ -26,6 +26,7 @@ _PIECE = 1 << 18
 def matrices(tensor: Tensor, layer: StoredLayer) -> Iterator[Tensor]:
     """The [out, in] matrices of an original tensor, one at a time."""
     for matrix in tensor if layer.experts > 1 else (tensor,):
+        matrix = matrix.reshape(layer.shape) if layer.original else matrix
         yield matrix.T.contiguous() if layer.transposed else matrix
 
 

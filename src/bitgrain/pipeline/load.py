@@ -26,8 +26,9 @@ from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.pipeline.cache_plan import stored_cache
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
-from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
+from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
+from bitgrain.runtime.convolutions import quantize_layer_inputs
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.low_bit_linear import hold_low_bit_
@@ -79,6 +80,8 @@ class QuantizedCheckpoint:
         """An original tensor dequantized, in its original shape and dtype."""
         layer = self.layers[tensor]
         parts = [q.dequantize(layer.dtype) for q in self.quantized(tensor)]
+        if layer.original:
+            return parts[0].view(layer.original)
         parts = [part.T if layer.transposed else part for part in parts]
         return torch.stack(parts) if layer.experts > 1 else parts[0].contiguous()
 
@@ -105,7 +108,7 @@ class QuantizedCheckpoint:
             for name in self.kept()
         }
         for name, layer in self.layers.items():
-            shape = layer.shape[::-1] if layer.transposed else layer.shape
+            shape = layer.original or (layer.shape[::-1] if layer.transposed else layer.shape)
             found[name] = _Shape((layer.experts, *shape) if layer.experts > 1 else shape, layer.dtype)
         return {name: found[name] for name in natural_order(found)}
 
@@ -304,7 +307,7 @@ def attach_input_quantizers(
         quantizer = input_quantizer_for(spec, rounding, scales[target], shared_columns(kept[target], target))
         path, _, leaf = target.removeprefix(prefix).rpartition(".")
         if leaf == "weight":
-            quantize_inputs(model.get_submodule(path), quantizer)
+            quantize_layer_inputs(model.get_submodule(path), quantizer)
         else:
             experts[path][leaf] = quantizer
     for path, quantizers in experts.items():

@@ -7,7 +7,7 @@ that it predicts are the sizes that are written.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, plan_shards, weights_nbytes
 from bitgrain.errors import PlanError, SchemeError
 from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
-from bitgrain.models.naming import natural_order
+from bitgrain.models.naming import StoredTensor, natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
@@ -47,6 +47,7 @@ from bitgrain.pipeline.plan_text import (
 from bitgrain.recipes import Recipe, Scheme
 from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.recipes.steps import read_step
+from bitgrain.runtime.convolutions import check_inputs
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 CACHE_UNIT = "scales of keys and values"
@@ -242,7 +243,7 @@ def make_plan(
         for name in _integer_weights(skeleton, anatomy, checkpoint)
     )
     layers = [
-        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor].dtype, recipe, problems)
+        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor], recipe, problems)
         for weight, scheme in zip(anatomy.weights, schemes, strict=True)
     ]
     problems.extend(_different_columns(layers))
@@ -309,10 +310,11 @@ def _integer_weights(skeleton: nn.Module, anatomy: Anatomy, checkpoint: Checkpoi
 
 
 def _plan_layer(
-    weight: Weight, scheme: Scheme | None, dtype: torch.dtype, recipe: Recipe, problems: list[str]
+    weight: Weight, scheme: Scheme | None, entry: StoredTensor, recipe: Recipe, problems: list[str]
 ) -> PlannedLayer:
     if scheme is None:
         return PlannedLayer(weight, None)
+    dtype = entry.dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         problems.append(f"{weight.tensor} is stored as {dtype}: only float weights can be quantized")
         return PlannedLayer(weight, None)
@@ -320,6 +322,8 @@ def _plan_layer(
         problems.append(
             f"{weight.module}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme"
         )
+    if weight.role == "conv":
+        problems.extend(_not_for_convolutions(weight, scheme, recipe))
     scheme, note = scheme.for_dtype(dtype), ""
     reason = scheme.indivisible(weight.out_features, weight.in_features)
     if reason:
@@ -348,6 +352,7 @@ def _plan_layer(
         transposed=weight.transposed,
         dtype=dtype,
         scheme=scheme,
+        original=tuple(entry.shape) if weight.role == "conv" else (),
     )
     return PlannedLayer(weight, layer, note)
 
@@ -365,6 +370,21 @@ def _different_columns(layers: Sequence[PlannedLayer]) -> list[str]:
         and choice.by == "weight"
         and (planned.layer.experts > 1 or any(fill[target] > 1 for target in planned.weight.targets))
     ]
+
+
+def _not_for_convolutions(weight: Weight, scheme: Scheme, recipe: Recipe) -> Iterator[str]:
+    if recipe.needs_calibration or scheme.needs_calibration:
+        yield (
+            f"{weight.module} is a convolution, which text does not calibrate: give it a scheme with dynamic "
+            "activations and solver rtn, or calibrate the module in memory (bitgrain.calibrate, quantize_)"
+        )
+    if scheme.weight.columns is not None:
+        yield f"{weight.module} is a convolution, whose columns are no channels: keep none of them in 16 bits"
+    if scheme.input is not None:
+        try:
+            check_inputs(scheme.input, weight.module)
+        except SchemeError as error:
+            yield str(error)
 
 
 def _choose_layout(layers: Sequence[StoredLayer], recipe: Recipe, problems: list[str]) -> tuple[Layout, list[str]]:

@@ -12,6 +12,7 @@ from bitgrain.calibration.statistics_file import StatisticsFile
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.calibration.windows import CalibrationText, calibration_windows
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.errors import PlanError
 from bitgrain.models.anatomy import Weight
 from bitgrain.models.source import ModelSource
 from bitgrain.pipeline.experts import experts_of, needs_whole, saved_tokens, told_of_model
@@ -118,9 +119,14 @@ def needs_text(recipe: Recipe, schemes: Iterable[Scheme | None]) -> bool:
 def read_calibration(
     recipe: Recipe, source: ModelSource, config: PretrainedConfig, trust_remote_code: bool
 ) -> CalibrationText:
-    """The windows of the recipe's text. Raises TextError."""
+    """The windows of the recipe's text. Raises TextError, PlanError for a model that reads no tokens."""
     wanted = recipe.calibration
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise PlanError(
+            f"{source.name} reads no tokens, so text cannot calibrate it: choose a scheme with dynamic activations and "
+            "solver rtn, or calibrate the module in memory (bitgrain.calibrate, quantize_)"
+        )
     return calibration_windows(
         wanted.text or "builtin",
         load_tokenizer(source.path, trust_remote_code),

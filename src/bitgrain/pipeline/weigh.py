@@ -76,8 +76,8 @@ def _key(
 
 def given_a_scheme(plan: Plan) -> set[str]:
     """Those layers to which a rule of the recipe gives a scheme."""
-    rules = [rule for rule in plan.recipe.rules if rule.scheme is not None]
-    return {weight.tensor for weight in plan.anatomy.weights if any(rule.matches(weight) for rule in rules)}
+    weights = plan.anatomy.weights
+    return {weights[i].tensor for rule in plan.recipe.rules if rule.scheme is not None for i in rule.among(weights)}
 
 
 def chosen_together(plan: Plan, names: Iterable[str]) -> list[list[str]]:

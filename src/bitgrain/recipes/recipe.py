@@ -12,7 +12,8 @@
       - {match: lm_head, scheme: W8A16}
 
 `match` is a module's name (whole, or its last parts), the name of its class, or `re:` and a regular expression that
-matches the whole name. Names on disk and names in memory are both tried.
+matches the whole name. Names on disk and names in memory are both tried. `@first` and `@last` are the first and the
+last layer, embeddings and routers apart: the two that are often kept in more bits.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ ENOUGH = 2
 """Tokens for each input of an expert's matrix, below which its moments say little: docs/decisions/0020."""
 QUANTIZED_ROLES = ("linear", "expert")
 """What a scheme reaches without a rule: lm_head, embeddings, routers and convolutions only by name."""
+_ENDS = {"@first": slice(1), "@last": slice(-1, None)}
+_MULTIPLIED = (*QUANTIZED_ROLES, "conv", "lm_head")
+"""Among which the first and the last layer are."""
 
 
 class Layer(Protocol):
@@ -56,6 +60,10 @@ class Layer(Protocol):
     def class_name(self) -> str: ...
     @property
     def role(self) -> str: ...
+    @property
+    def place(self) -> int:
+        """In the order of the model, from its input to its output."""
+        ...
 
 
 class _Strict(BaseModel):
@@ -170,8 +178,15 @@ class Rule(_Strict):
             raise ValueError(f"the rule for {self.match!r} needs either a scheme or keep: true or include: true")
         return self
 
+    def among(self, layers: Sequence[Layer]) -> list[int]:
+        """The places of those of `layers`, in their order, that this rule is about."""
+        if self.match in _ENDS:
+            found = sorted(range(len(layers)), key=lambda i: layers[i].place)
+            return [i for i in found if layers[i].role in _MULTIPLIED][_ENDS[self.match]]
+        return [i for i, layer in enumerate(layers) if self.matches(layer)]
+
     def matches(self, layer: Layer) -> bool:
-        """Whether this rule is about `layer`."""
+        """Whether this rule names `layer`."""
         names = {layer.module, layer.memory_module}
         if self.match.startswith("re:"):
             return any(re.fullmatch(self.match[3:], name) for name in names)
@@ -277,16 +292,16 @@ class Recipe(_Strict):
             raise ValueError(str(error)) from error
         return self
 
-    def assign(self, layers: Sequence[Layer]) -> list[Scheme | None]:
-        """The scheme of each layer, None where it is kept.
+    def assign(self, layers: Sequence[Layer], roles: Sequence[str] = QUANTIZED_ROLES) -> list[Scheme | None]:
+        """The scheme of each layer, None where it is kept. roles: what is reached without a rule.
 
         Raises RecipeError for a rule that matches no layer, with the nearest names.
         """
         default = self._build(self.scheme)
-        schemes: list[Scheme | None] = [default if layer.role in QUANTIZED_ROLES else None for layer in layers]
+        schemes: list[Scheme | None] = [default if layer.role in roles else None for layer in layers]
         for rule in self.rules:
             scheme = None if rule.scheme is None else self._build(rule.scheme)
-            hits = [i for i, layer in enumerate(layers) if rule.matches(layer)]
+            hits = rule.among(layers)
             if not hits:
                 raise RecipeError(_idle(rule, layers))
             for i in hits:

@@ -101,7 +101,7 @@ class InputQuantizer(nn.Module):
         return self.spec.describe()
 
 
-def quantize_inputs(module: nn.Module, quantizer: InputQuantizer) -> None:
+def quantize_inputs(module: nn.Module, quantizer: nn.Module) -> None:
     """From now on `module` (a linear layer, called with its input first) sees quantized inputs."""
     module.input_quantizer = quantizer
 

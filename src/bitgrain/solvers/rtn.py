@@ -75,7 +75,7 @@ class RoundToNearest:
             codes[i : i + step] = piece.codes
             scales.append(piece.scale)
             zeros += [] if piece.zero is None else [piece.zero]
-        return QTensor(codes, _join(scales), torch.cat(zeros) if zeros else None, spec)
+        return QTensor(codes, join_scales(scales), torch.cat(zeros) if zeros else None, spec)
 
 
 def round_without_tokens(
@@ -174,7 +174,7 @@ def shared_outer_scale(
     return stored
 
 
-def _join(scales: list[Tensor | QTensor]) -> Tensor | QTensor:
+def join_scales(scales: list[Tensor | QTensor]) -> Tensor | QTensor:
     """The scales of pieces of whole tile rows, one above the other; nested ones share their outer scale."""
     first = scales[0]
     if isinstance(first, QTensor):

@@ -154,7 +154,7 @@ def _choose(anatomy: Anatomy, layers: str | None) -> list[Weight]:
     recipe = make_recipe(scheme="W8A16", rules=[{"match": layers, "keep": True}])
     recipe.assign(anatomy.weights)
     rule = Rule(match=layers, keep=True)
-    return [weight for weight in anatomy.weights if rule.matches(weight)]
+    return [anatomy.weights[i] for i in rule.among(anatomy.weights)]
 
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")

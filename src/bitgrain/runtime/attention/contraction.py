@@ -6,12 +6,21 @@ are multiplied as integers. A scale for each k cannot. That is all there is to i
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from bitgrain.errors import SchemeError
 
-NAMES = {"b": "batch", "h": "head", "q": "query token", "k": "key token", "d": "channel"}
+NAMES = {
+    "b": "batch",
+    "h": "head",
+    "q": "query token",
+    "k": "key token",
+    "d": "channel",
+    "c": "input channel",
+    "i": "kernel position",
+    "o": "output channel",
+}
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,10 @@ PV = Contraction("P V", "bhqk,bhkd->bhqd")
 OPERANDS = {"Q": (QK, 0), "K": (QK, 1), "P": (PV, 0), "V": (PV, 1)}
 
 
-def axes_table() -> str:
-    """The Markdown table of docs/attention.md."""
+def axes_table(operands: Mapping[str, tuple[Contraction, int]] = OPERANDS) -> str:
+    """The Markdown table of docs/attention.md; of other operands, each a contraction and 0 or 1, theirs."""
     lines = ["| operand | product | scales may vary by | not by, as it is summed over |", "|---|---|---|---|"]
-    for name, (contraction, operand) in OPERANDS.items():
+    for name, (contraction, operand) in operands.items():
         axes = contraction.operands[operand]
         free = ", ".join(NAMES[axis] for axis in contraction.allowed(operand))
         summed = ", ".join(NAMES[axis] for axis in axes if axis in contraction.summed)
