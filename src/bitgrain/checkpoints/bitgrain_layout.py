@@ -14,6 +14,9 @@ Tensors of a layer whose original tensor was `T` (E = stacked matrices, absent f
 | T.outlier_starts, T.outlier_columns, T.outlier_values | only with outliers, see `numerics.outliers`: |
 |               | int32 [E, out + 1], int16 or int32 [E, k] and float16 [E, k]; numbers to be added |
 | T.input_scale | only for static inputs: [E] in the storage dtype; asymmetric: T.input_zero [E] |
+|               | inputs in clusters of channels: both [clusters]; T.input_sizes int32 [clusters]: channels of each, one |
+|               | cluster after the other; T.input_order int16 or int32 [in]: which of the original's channels each |
+|               | column of the codes is for |
 """
 
 from __future__ import annotations
@@ -52,6 +55,11 @@ class BitgrainLayout:
         static = layer.static_input
         if static is not None and (static.granularity != per_tensor() or isinstance(static.scale, QuantSpec)):
             return f"{layer.module}: static inputs {static.describe()}, only per_tensor with plain scales can be stored"
+        if static is not None and static.clusters > layer.in_features:
+            return (
+                f"{layer.module}: {static.clusters} clusters of {layer.in_features} input channels; ask for at most "
+                f"{layer.in_features}"
+            )
         return None
 
     def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
@@ -79,9 +87,13 @@ class BitgrainLayout:
         specs = [TensorSpec(f"{layer.tensor}.{suffix}", dtype, (*stack, *shape)) for suffix, dtype, shape in found]
         static = layer.static_input
         if static is not None:
-            specs.append(TensorSpec(f"{layer.tensor}.input_scale", _dtype(static), (layer.experts,)))
+            count = static.clusters or layer.experts
+            specs.append(TensorSpec(f"{layer.tensor}.input_scale", _dtype(static), (count,)))
             if not static.symmetric:
-                specs.append(TensorSpec(f"{layer.tensor}.input_zero", _zero_dtype(static), (layer.experts,)))
+                specs.append(TensorSpec(f"{layer.tensor}.input_zero", _zero_dtype(static), (count,)))
+            if static.clusters:
+                specs.append(TensorSpec(f"{layer.tensor}.input_sizes", torch.int32, (count,)))
+                specs.append(TensorSpec(f"{layer.tensor}.input_order", column_dtype(cols), (cols,)))
         return specs
 
     def encode(
@@ -92,10 +104,13 @@ class BitgrainLayout:
         join = torch.stack if layer.experts > 1 else (lambda tensors: tensors[0])
         found = {f"{layer.tensor}.{suffix}": join([one[suffix] for one in encoded]) for suffix in encoded[0]}
         if inputs:
-            found[f"{layer.tensor}.input_scale"] = torch.cat([one.scale.reshape(1) for one in inputs])
-            zeros = [one.zero.reshape(1) for one in inputs if one.zero is not None]
+            found[f"{layer.tensor}.input_scale"] = torch.cat([one.scale.reshape(-1) for one in inputs])
+            zeros = [one.zero.reshape(-1) for one in inputs if one.zero is not None]
             if zeros:
                 found[f"{layer.tensor}.input_zero"] = torch.cat(zeros)
+            if inputs[0].sizes is not None and inputs[0].order is not None:
+                found[f"{layer.tensor}.input_sizes"] = inputs[0].sizes
+                found[f"{layer.tensor}.input_order"] = inputs[0].order
         return found
 
     def _encode_one(self, q: QTensor) -> dict[str, Tensor]:
@@ -120,6 +135,10 @@ class BitgrainLayout:
         spec = layer.static_input
         if spec is None:
             return []
+        if spec.clusters:
+            stored = {suffix: read(f"{layer.tensor}.input_{suffix}") for suffix in ("scale", "sizes", "order")}
+            zero = None if spec.symmetric else read(f"{layer.tensor}.input_zero").view(1, -1)
+            return [StaticInput(stored["scale"].view(1, -1), zero, stored["sizes"], stored["order"])]
         scales = read(f"{layer.tensor}.input_scale").view(layer.experts, 1, 1)
         if spec.symmetric:
             return [StaticInput(scale) for scale in scales]

@@ -28,6 +28,7 @@ from bitgrain.runtime.attention import AttentionScheme, set_attention
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.online import attach_rotations
+from bitgrain.runtime.reorder import attach_orders
 
 
 class QuantizedCheckpoint:
@@ -149,9 +150,22 @@ def _load(
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), where, dtype)
     attach_rotations(model, stored.config.get("online_rotations", {}))
+    static = stored.static_inputs()
+    attach_orders(model, _orders(stored, static))
     schemes = {name: layer.scheme for name, layer in stored.layers.items()}
-    attach_input_quantizers(model, anatomy, schemes, rounding, static=stored.static_inputs())
+    attach_input_quantizers(model, anatomy, schemes, rounding, static=static)
     return model
+
+
+def _orders(stored: QuantizedCheckpoint, static: Mapping[str, Sequence[StaticInput]]) -> dict[str, Tensor]:
+    """The orders in which norms write their channels, by the norm's path."""
+    found: dict[str, Tensor] = {}
+    for path, tensor in stored.config.get("reordered_norms", {}).items():
+        order = next((one.order for one in static.get(tensor, ())), None)
+        if order is None:
+            raise CheckpointError(f"the checkpoint reorders the output of {path}, but {tensor} has no order for it")
+        found[path] = order
+    return found
 
 
 def experts_run_one_by_one(config: Any) -> None:

@@ -69,6 +69,7 @@ class SpecModel(_Strict):
     dynamic: bool = False
     outliers: float = 0.0
     threshold: float = 0.0
+    clusters: int = 0
 
     @classmethod
     def of(cls, spec: QuantSpec) -> SpecModel:
@@ -84,6 +85,7 @@ class SpecModel(_Strict):
             dynamic=spec.dynamic,
             outliers=spec.outliers,
             threshold=spec.threshold,
+            clusters=spec.clusters,
         )
 
     def build(self) -> QuantSpec:
@@ -98,6 +100,7 @@ class SpecModel(_Strict):
             dynamic=self.dynamic,
             outliers=self.outliers,
             threshold=self.threshold,
+            clusters=self.clusters,
         )
 
 
@@ -307,7 +310,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def named_recipes() -> dict[str, Path]:
     """The recipes that come with bitgrain, by name: for every scheme, from cheap to accurate."""
     folder = Path(__file__).with_name("named")
-    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best")}
+    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best", "rptq", "zeroquant")}
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:

@@ -15,6 +15,7 @@ from bitgrain.models.anatomy import Weight
 from bitgrain.models.naming import convert_tensors
 from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, twin
 from bitgrain.numerics import QTensor
+from bitgrain.numerics.clusters import Clusters
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.gather import gather_moments
 from bitgrain.pipeline.blockwise.layer import dense_of, loss_note, record_of, solve_layer, wants_moments
@@ -98,6 +99,7 @@ class _Block:
                 self.joined.setdefault(target, []).append(weight)
         self.joined_of = {weight.tensor: weight.targets for weight in here}
         self.dense: dict[str, Tensor] = {}
+        self.clusters: dict[str, Clusters] = {}
         self.result = SolvedBlock()
 
     def solve(self) -> SolvedBlock:
@@ -149,9 +151,8 @@ class _Block:
         if probe is None:
             return
         call = probe.calls[self.index]
-        self.result.changed, self.result.transforms = self.owner.rewriter.block(
-            self.index, full, self.flow.full, calls, probe.hidden, call
-        )
+        found = self.owner.rewriter.block(self.index, full, self.flow.full, calls, probe.hidden, call)
+        self.result.changed, self.result.transforms, self.clusters = found.changed, found.told, found.clusters
         for name, tensor in self.result.changed.items():  # what is kept is written in the checkpoint's own dtype
             if name not in self.layers:
                 self.result.changed[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)
@@ -227,7 +228,7 @@ class _Block:
         windows = [len(hidden) for hidden in self.flow.quantized or self.flow.full]
         chosen = choose_inputs(
             *(stage, self.layers, parameters, lambda batch: walk.seen(batch, place), windows),
-            *(self._original, self.pool, self.prefix.removesuffix(".")),
+            *(self._original, self.pool, self.prefix.removesuffix("."), self.clusters),
         )
         self.result.inputs.update(chosen)
         if not chosen or not self.flow.quantized:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitgrain.calibration.doctor import examine
+from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import ModelError
 from bitgrain.models.stream import StreamedModel, share_calls
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
@@ -17,7 +19,7 @@ from bitgrain.pipeline.blockwise.outside import solve_outside
 from bitgrain.pipeline.blockwise.rewrite import PROBE
 from bitgrain.pipeline.blockwise.static import require_reached, static_layers, stored_inputs
 from bitgrain.pipeline.blockwise.streamed import streamed
-from bitgrain.pipeline.blockwise.whole import tune_whole
+from bitgrain.pipeline.blockwise.whole import read_one, tune_whole
 from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
 from bitgrain.pipeline.plan import Plan, Unit
@@ -82,7 +84,8 @@ class _Pass:
         outside, told_outside = solver.rewriter.outside()
         first = next((i for i in range(count) if not self.work.has(block_file(i))), count)
         for index in range(first):
-            solver.rewriter.go_on(index, self.work.record(block_file(index))["transforms"])
+            told = self.work.record(block_file(index))["transforms"]
+            solver.rewriter.go_on(index, told, lambda parameter, index=index: self._order(index, parameter))
         flow = self._start(first)
         if self.plan.recipe.tuning.end_to_end is not None and not self.stream.predicts_tokens:
             raise ModelError(f"{self.plan.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")
@@ -112,6 +115,7 @@ class _Pass:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
             told["online_rotations"] = self._rotations(count)
+            told["reordered_norms"] = self._norms(count)
         if self.plan.recipe.tuning.end_to_end is not None:
             tensors, told["tuning"] = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
             self.work.save(TUNED, tensors)
@@ -127,6 +131,30 @@ class _Pass:
             for figures in self.work.record(block_file(index)).get("transforms", []):
                 found |= {prefix + path: settings for path, settings in figures.get("online", {}).items()}
         return found
+
+    def _norms(self, count: int) -> dict[str, str]:
+        """The paths of the norms that write their channels in another order -> the tensor that has it."""
+        found: dict[str, str] = {}
+        for index in range(count):
+            prefix = self.plan.anatomy.block_names[index] + "."
+            for figures in self.work.record(block_file(index)).get("transforms", []):
+                norms: dict[str, str] = figures.get("norms", {})
+                found |= {prefix + path: self._layer(prefix + reader).tensor for path, reader in norms.items()}
+        return found
+
+    def _layer(self, parameter: str) -> StoredLayer:
+        """A quantized layer that goes into a parameter, by its name in the model."""
+        weights = self.plan.anatomy.weights
+        names = (weight.tensor for weight in weights if parameter in weight.targets)
+        return next(self.plan.quantized[name] for name in names if name in self.plan.quantized)
+
+    def _order(self, index: int, parameter: str) -> Tensor:
+        """The order of its columns, of a parameter of a block that is done."""
+        layer = self._layer(f"{self.plan.anatomy.block_names[index]}.{parameter}")
+        read = partial(read_one, self.work, block_file(index))
+        (static,) = self.plan.layout.decode_inputs(layer, read)
+        assert static.order is not None
+        return static.order
 
     def _changed(self, count: int) -> list[str]:
         """Tensors that are not quantized, and that transforms or tuning gave other values."""
