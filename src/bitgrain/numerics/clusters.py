@@ -1,7 +1,7 @@
 """Channels with like ranges put side by side, so that each such cluster can have one scale (RPTQ, arXiv 2304.01089).
 
 A channel is the point (smallest, largest) of its inputs over the calibration data; k-means puts like channels into one
-cluster (section 3.2), and an order makes the clusters contiguous. Where channels may only move within heads, each head
+cluster, and an order makes the clusters contiguous. Where channels may only move within heads, each head
 is clustered by itself; where they may not move at all, clusters are runs of neighbours.
 """
 

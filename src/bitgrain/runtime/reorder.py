@@ -1,4 +1,4 @@
-"""Norms that write their channels in another order: what cannot be folded of RPTQ (arXiv 2304.01089, section 3.3).
+"""Norms that write their channels in another order: what cannot be folded of RPTQ (arXiv 2304.01089).
 
 A norm's channel is tied to a channel of the residual stream, so no weight can move it; its gain and bias stay as they
 are, and its output is gathered. A kernel of a norm does so while it writes; here it is a step of its own.
