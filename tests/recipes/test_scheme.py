@@ -66,7 +66,8 @@ def test_unknown_name_without_a_near_one_is_readable():
 
 
 def test_only_static_activations_need_calibration():
-    assert [name for name, scheme in PRESETS.items() if scheme.needs_calibration] == ["W8A8_STATIC", "FP8"]
+    static = [name for name, scheme in PRESETS.items() if scheme.needs_calibration]
+    assert static == ["W8A8_STATIC", "W8A8_RPTQ", "W4A8_RPTQ", "W4A4_RPTQ", "FP8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -56,10 +56,10 @@ class BitgrainLayout:
         if static is not None and (static.granularity != per_tensor() or isinstance(static.scale, QuantSpec)):
             return f"{layer.module}: static inputs {static.describe()}, only per_tensor with plain scales can be stored"
         if static is not None and static.clusters > layer.in_features:
-            return (
-                f"{layer.module}: {static.clusters} clusters of {layer.in_features} input channels; ask for at most "
-                f"{layer.in_features}"
-            )
+            most = layer.in_features
+            return f"{layer.module}: {static.clusters} clusters of {most} input channels; ask for at most {most}"
+        if static is not None and static.clusters and layer.experts > 1:
+            return f"{layer.module}: clusters of the input channels of stacked experts; give them another scheme"
         return None
 
     def tensors(self, layer: StoredLayer) -> list[TensorSpec]:

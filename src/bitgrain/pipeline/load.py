@@ -28,7 +28,7 @@ from bitgrain.runtime.attention import AttentionScheme, set_attention
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.online import attach_rotations
-from bitgrain.runtime.reorder import attach_orders
+from bitgrain.runtime.channel_order import attach_orders
 
 
 class QuantizedCheckpoint:

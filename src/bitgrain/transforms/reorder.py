@@ -4,7 +4,7 @@ Which channels: k-means on their (smallest, largest) over the calibration data. 
 
 heads     v -> o: rows of v, and with them columns of o, within each head of v and all query heads that read it
 rows      up -> down: rows of every matrix that writes what lies between, whatever the activation, and columns of down
-norm      the norm writes its output in the new order (`runtime.reorder`), columns of all its readers follow
+norm      the norm writes its output in the new order (`runtime.channel_order`), columns of all its readers follow
 in place  nothing may move: clusters are runs of neighbouring channels
 
 Each is proved; the first three fall back to the last where the proof fails. The ranges themselves are found later, when
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitgrain.numerics.clusters import Clusters, cluster_channels, cluster_within, join_neighbours
-from bitgrain.runtime.reorder import reorder_outputs, stop_reordering
+from bitgrain.runtime.channel_order import reorder_outputs, stop_reordering
 from bitgrain.transforms.base import BlockView, OutsideView, Pair, register_transform
 from bitgrain.transforms.proof import TOLERANCE, difference, routes
 from bitgrain.transforms.rescale import bias_of, matrix_of, reader_of, writer_rows

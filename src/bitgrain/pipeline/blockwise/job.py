@@ -110,7 +110,7 @@ class _Pass:
         self.progress.finish()
         assert self.plan.calibration is not None
         told: dict[str, Any] = {"calibration": self.plan.calibration.description}
-        told["notes"] = [*self.plan.notes, *solver.rewriter.left_out, *self._findings(count)]
+        told["notes"] = [*self.plan.notes, *solver.rewriter.left_out, *self._in_place(count), *self._findings(count)]
         if self.plan.recipe.transforms:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
@@ -141,6 +141,21 @@ class _Pass:
                 norms: dict[str, str] = figures.get("norms", {})
                 found |= {prefix + path: self._layer(prefix + reader).tensor for path, reader in norms.items()}
         return found
+
+    def _in_place(self, count: int) -> list[str]:
+        """A note if clusters had to be made of channels as they lie."""
+        names: list[str] = []
+        for index in range(count):
+            prefix = self.plan.anatomy.block_names[index] + "."
+            for figures in self.work.record(block_file(index)).get("transforms", []):
+                names += [prefix + reader for reader, how in figures.get("moved", {}).items() if how == "in place"]
+        if not names:
+            return []
+        more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+        return [
+            f"the input channels of {names[0]}{more} cannot be reordered: their clusters are runs of neighbours, which "
+            "serve less well"
+        ]
 
     def _layer(self, parameter: str) -> StoredLayer:
         """A quantized layer that goes into a parameter, by its name in the model."""

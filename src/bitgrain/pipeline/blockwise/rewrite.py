@@ -22,7 +22,7 @@ from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.plan import Plan
 from bitgrain.recipes.steps import read_step
 from bitgrain.runtime.online import attach_rotations, stop_rotating
-from bitgrain.runtime.reorder import attach_orders, stop_reordering
+from bitgrain.runtime.channel_order import attach_orders, stop_reordering
 from bitgrain.transforms.base import BlockView, OutsideView, Transform
 
 PROBE = (4, 32)
