@@ -23,9 +23,7 @@ from bitgrain.recipes import PRESETS, Scheme
 from random_specs import ASYMMETRIC_INPUT, LAWS, any_scheme, layers, quantized_parts, same, same_inputs, static_inputs
 
 LAYOUT = CompressedTensors()
-WRITABLE = [
-    name for name in PRESETS if name not in ("W8A16INT16", "LLM_INT8") and not name.endswith("_RPTQ")
-]
+WRITABLE = [name for name in PRESETS if name not in ("W8A16INT16", "LLM_INT8") and not name.endswith("_RPTQ")]
 
 
 def layer_of(scheme: Scheme, out: int = 128, into: int = 256, **changes: Any) -> StoredLayer:

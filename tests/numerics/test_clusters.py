@@ -22,9 +22,7 @@ def ranges(channels: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spread(points: torch.Tensor, labels: torch.Tensor) -> float:
-    return sum(
-        float((points[labels == one] - points[labels == one].mean(0)).square().sum()) for one in labels.unique()
-    )
+    return sum(float((points[labels == one] - points[labels == one].mean(0)).square().sum()) for one in labels.unique())
 
 
 @LAWS

@@ -14,9 +14,9 @@ Tensors of a layer whose original tensor was `T` (E = stacked matrices, absent f
 | T.outlier_starts, T.outlier_columns, T.outlier_values | only with outliers, see `numerics.outliers`: |
 |               | int32 [E, out + 1], int16 or int32 [E, k] and float16 [E, k]; numbers to be added |
 | T.input_scale | only for static inputs: [E] in the storage dtype; asymmetric: T.input_zero [E] |
-|               | inputs in clusters of channels: both [clusters]; T.input_sizes int32 [clusters]: channels of each, one |
-|               | cluster after the other; T.input_order int16 or int32 [in]: which of the original's channels each |
-|               | column of the codes is for |
+|               | inputs in clusters of channels: both [clusters]; T.input_sizes int32 [clusters]: channels of each, |
+|               | one cluster after the other; T.input_order int16 or int32 [in]: which of the original's channels |
+|               | each column of the codes is for |
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -103,10 +104,10 @@ def join_neighbours(low: Tensor, high: Tensor, count: int, sizes: Sequence[int] 
     for size in sizes or [1] * len(low):
         starts.append(starts[-1] + size)
     low, high = low.detach().to("cpu", torch.float64), high.detach().to("cpu", torch.float64)
-    runs = list(zip(starts, starts[1:]))
+    runs = list(pairwise(starts))
     spans = [(float(low[a:b].amin()), float(high[a:b].amax()), b - a) for a, b in runs]
-    after = list(range(1, len(spans))) + [-1]
-    before = list(range(-1, len(spans) - 1))
+    after = [*range(1, len(spans)), -1]
+    before = [*range(-1, len(spans) - 1)]
     version = [0] * len(spans)
     waiting: list[tuple[float, int, int, int, int]] = []
 

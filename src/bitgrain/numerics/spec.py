@@ -94,7 +94,9 @@ class QuantSpec:
             raise SchemeError("scales of scales have no outliers of their own")
 
     def __repr__(self) -> str:
-        shown = [f for f in fields(self) if f.name not in ("outliers", "threshold", "clusters") or getattr(self, f.name)]
+        shown = [
+            f for f in fields(self) if f.name not in ("outliers", "threshold", "clusters") or getattr(self, f.name)
+        ]
         return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property

@@ -32,7 +32,7 @@ def cluster_problems(layers: Sequence[tuple[Weight, StoredLayer | None]], recipe
         if layer.role != "linear" or weight.block is None:
             what = "an expert" if layer.role == "expert" else "outside the blocks"
             problems.append(
-                f"{layer.module} is {what}: {layer.scheme.name} clusters the inputs of linears inside blocks only; keep "
-                "it by a rule, or give it another scheme"
+                f"{layer.module} is {what}: {layer.scheme.name} clusters the inputs of linears inside blocks only; "
+                "keep it by a rule, or give it another scheme"
             )
     return problems

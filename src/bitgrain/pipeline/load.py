@@ -25,10 +25,10 @@ from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs, quantize_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
+from bitgrain.runtime.channel_order import attach_orders
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.online import attach_rotations
-from bitgrain.runtime.channel_order import attach_orders
 
 
 class QuantizedCheckpoint:

@@ -5,8 +5,8 @@ are multiplied by learned factors; both are trained by signed gradient descent o
 output, with rate 1 / steps that falls linearly (the paper's equations 3 to 5 and section 3.2). Started from codes that
 another solver found, V starts at these.
 
-Layer-by-layer knowledge distillation (LKD, ZeroQuant, arXiv 2206.01861, section 4.2) walks the same way with W itself in
-place of V: `free`, with Adam.
+Layer-by-layer knowledge distillation (LKD, ZeroQuant, arXiv 2206.01861, section 4.2) walks the same way with W itself
+in place of V: `free`, with Adam.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ class _Pass:
         outside, told_outside = solver.rewriter.outside()
         first = next((i for i in range(count) if not self.work.has(block_file(i))), count)
         for index in range(first):
-            told = self.work.record(block_file(index))["transforms"]
-            solver.rewriter.go_on(index, told, lambda parameter, index=index: self._order(index, parameter))
+            figures = self.work.record(block_file(index))["transforms"]
+            solver.rewriter.go_on(index, figures, lambda parameter, index=index: self._order(index, parameter))
         flow = self._start(first)
         if self.plan.recipe.tuning.end_to_end is not None and not self.stream.predicts_tokens:
             raise ModelError(f"{self.plan.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")

@@ -21,8 +21,8 @@ from bitgrain.pipeline.blockwise.runs import observe
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.plan import Plan
 from bitgrain.recipes.steps import read_step
-from bitgrain.runtime.online import attach_rotations, stop_rotating
 from bitgrain.runtime.channel_order import attach_orders, stop_reordering
+from bitgrain.runtime.online import attach_rotations, stop_rotating
 from bitgrain.transforms.base import BlockView, OutsideView, Transform
 
 PROBE = (4, 32)
@@ -228,9 +228,7 @@ class Rewriter:
             for target in weight.targets
         }
 
-    def _sizes(
-        self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call]
-    ) -> dict[str, Sizes]:
+    def _sizes(self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call]) -> dict[str, Sizes]:
         """For each matrix, the sizes of its input channels; stacks have a row for each expert."""
         prefix = self.plan.anatomy.block_names[index] + "."
         weights = [weight for weight in self.plan.anatomy.weights if weight.block == index and weight.role != "conv"]

@@ -211,7 +211,7 @@ def choose_input(
     Raises StatisticsError for range search without sampled rows, SchemeError for a range without its histogram.
     """
     layer = layers[sharers[0]]
-    spec = static_spec(layer)
+    spec = replace(static_spec(layer), clusters=0)
     if not isinstance(spec.range, OutputSearch):
         return Chosen(static_input(statistics.observed(spec.range), spec, layer.module))
     if statistics.rows is None:
