@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bitgrain.calibration.static_inputs import search_input
+from bitgrain.calibration.static_inputs import search_input, token_counts
 from bitgrain.calibration.statistics import Accumulator, LayerStatistics, merge
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import PlanError, StatisticsError
@@ -188,12 +188,15 @@ def _choose_clusters(
     layers: Mapping[str, StoredLayer],
     original: Callable[[str], Tensor],
 ) -> Chosen:
-    """`choose_input` for each cluster of channels as if there were no others."""
+    """`choose_input` for each cluster of channels as if the others were not rounded."""
+    found = [groups[cluster_name(group, place)] for place in range(len(clusters.sizes))]
+    rows = [one.rows for one in found if one.rows is not None]
+    counts = token_counts(torch.cat(rows, -1), _some_matrices(sharers, layers, original)) if rows else None
     parts: list[StaticInput] = []
     start = 0
-    for place, size in enumerate(clusters.sizes):
-        statistics, columns = groups[cluster_name(group, place)], slice(start, start + size)
-        parts.append(choose_input(statistics, sharers, layers, original, columns).static)
+    for statistics, size in zip(found, clusters.sizes, strict=True):
+        columns = slice(start, start + size)
+        parts.append(choose_input(statistics, sharers, layers, original, columns, counts).static)
         start += size
     return Chosen(StaticInput.of_clusters(parts, clusters, static_spec(layers[sharers[0]]).clusters))
 
@@ -204,9 +207,10 @@ def choose_input(
     layers: Mapping[str, StoredLayer],
     original: Callable[[str], Tensor],
     columns: slice = slice(None),
+    counts: Tensor | None = None,
 ) -> Chosen:
     """The scale of the layers `sharers`, which read the same inputs and have the same spec; `columns`: of their
-    matrices, those that the statistics are of.
+    matrices, those that the statistics are of; `counts`: how much each of the sampled rows counts.
 
     Raises StatisticsError for range search without sampled rows, SchemeError for a range without its histogram.
     """
@@ -220,7 +224,8 @@ def choose_input(
         )
     low, high = float(statistics.ends[:, 0].amin()), float(statistics.ends[:, 1].amax())
     weights = [weight[:, columns] for weight in _some_matrices(sharers, layers, original)]
-    return Chosen(*search_input(statistics.rows, weights, spec, low=low, high=high, name=layer.module))
+    found = search_input(statistics.rows, weights, spec, low=low, high=high, counts=counts, name=layer.module)
+    return Chosen(*found)
 
 
 def static_spec(layer: StoredLayer) -> QuantSpec:
