@@ -80,7 +80,8 @@ class Blocks:
         }
         absmax, mean_abs = measure(block, list(specs), run)
         stream = find_stream(block, lambda: run(0), pairs)
-        return BlockView(block, self.paths[index], pairs, run, BATCHES, stream, specs, absmax, mean_abs)
+        low, high = extremes(block, list(specs), run)
+        return BlockView(block, self.paths[index], pairs, run, BATCHES, stream, specs, absmax, mean_abs, low, high)
 
     def outside(self) -> OutsideView:
         def run() -> Tensor:
@@ -134,6 +135,18 @@ def measure(
             absmax[name] = torch.stack([x.amax(0) for x in stack])
             mean_abs[name] = torch.stack([x.mean(0) for x in stack])
     return absmax, mean_abs
+
+
+def extremes(
+    block: nn.Module, names: Sequence[str], run: Callable[[int], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(low, high) of the inputs [in] of each parameter that is one matrix."""
+    inputs: dict[Key, list[Tensor]] = defaultdict(list)
+    with Watch(parameters_of(block, names), lambda key, x: inputs[key].append(x.reshape(-1, x.shape[-1]))):
+        for batch in range(BATCHES):
+            run(batch)
+    whole = {key.name: torch.cat(x) for key, x in inputs.items() if key.expert is None}
+    return {name: x.amin(0) for name, x in whole.items()}, {name: x.amax(0) for name, x in whole.items()}
 
 
 @contextmanager

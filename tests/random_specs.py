@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_tensor
+from bitgrain.numerics.clusters import Clusters
 from bitgrain.numerics.columns import ColumnChoice, Columns
 from bitgrain.numerics.observers import StaticInput, start, static_input, update
 from bitgrain.numerics.outliers import Outliers
@@ -136,10 +137,26 @@ def static_inputs(layer: StoredLayer, seed: int) -> list[StaticInput]:
     if spec is None:
         return []
     generator = torch.Generator().manual_seed(seed)
-    return [
+    used = max(1, spec.clusters - seed % 3)
+    found = [
         static_input(update(start(MinMax()), torch.randn(50, generator=generator) + 0.5), spec)
-        for _ in range(layer.experts)
+        for _ in range(used if spec.clusters else layer.experts)
     ]
+    if not spec.clusters:
+        return found
+    order = torch.randperm(layer.in_features, generator=generator)
+    sizes = (layer.in_features - used + 1, *([1] * (used - 1)))
+    return [StaticInput.of_clusters(found, Clusters(order, sizes), spec.clusters)]
+
+
+def same_inputs(a: list[StaticInput], b: list[StaticInput]) -> bool:
+    """Every scale and zero point, and of clusters sizes and order."""
+    pairs = [
+        (getattr(one, field), getattr(other, field))
+        for one, other in zip(a, b, strict=True)
+        for field in ("scale", "zero", "sizes", "order")
+    ]
+    return all(x is y is None or (x is not None and y is not None and same_bits(x, y)) for x, y in pairs)
 
 
 def same(a: QTensor, b: QTensor) -> bool:

@@ -68,7 +68,7 @@ def test_unknown_name_without_a_near_one_is_readable():
 
 def test_only_static_activations_and_columns_by_activation_need_calibration():
     needing = [name for name, scheme in PRESETS.items() if scheme.needs_calibration]
-    assert needing == ["LLM_INT8_STATIC", "W8A8_STATIC", "FP8"]
+    assert needing == ["LLM_INT8_STATIC", "W8A8_STATIC", "W8A8_RPTQ", "W4A8_RPTQ", "W4A4_RPTQ", "FP8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

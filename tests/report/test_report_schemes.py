@@ -41,7 +41,9 @@ def test_every_preset_has_a_row():
     assert list(rows) == list(PRESETS)
     assert rows["W8A8"].aliases == ("INT8",)
     assert (rows["W8A8"].weights, rows["W8A8"].activations) == ("int8 channel", "int8 token")
-    assert [name for name, row in rows.items() if row.needs_calibration] == ["LLM_INT8_STATIC", "W8A8_STATIC", "FP8"]
+    static = [name for name, row in rows.items() if row.needs_calibration]
+    assert static == ["LLM_INT8_STATIC", "W8A8_STATIC", "W8A8_RPTQ", "W4A8_RPTQ", "W4A4_RPTQ", "FP8"]
+    assert rows["W4A8_RPTQ"].activations == "int8 32 clusters asym static"
     assert (rows["NVFP4"].weights, rows["NVFP4"].on_disk) == ("fp4 g16 (e4m3)", "nvfp4-pack-quantized")
     assert rows["W8A16INT16"].on_disk == "bitgrain"
     assert rows["W4A16"].vllm
@@ -54,6 +56,7 @@ def test_every_preset_has_a_row():
         ("W4A16_ASYM", "int4 g128 asym"),
         ("W8A8", "int8 channel/token"),
         ("W4A8", "int4 g128/int8 token"),
+        ("W8A8_RPTQ", "int8 channel/32 clusters"),
         ("FP8_BLOCK", "fp8 128x128/g128"),
         ("W8A16_TENSOR", "int8 tensor"),
         ("LLM_INT8_STATIC", "int8 channel/token + 2 % 16-bit"),

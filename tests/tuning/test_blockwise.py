@@ -49,8 +49,9 @@ def test_the_authors_settings():
         BlockSettings(steps=40, batch_size=2),
         BlockSettings(steps=40, batch_size=2, optimizer="adam", rate=0.02, scales="factor", scale_rate=2e-3),
         BlockSettings(steps=40, batch_size=2, optimizer="adam", codes=False, scales="factor", rate=5e-3),
+        BlockSettings(steps=40, batch_size=2, optimizer="adam", scales="kept", free=True, rate=0.05),
     ],
-    ids=["sign", "adam", "scales"],
+    ids=["sign", "adam", "scales", "distilled"],
 )
 def test_the_output_comes_nearer(bits: int, settings: BlockSettings):
     start = rounded(bits)

@@ -14,7 +14,7 @@ from bitgrain.numerics.spec import int_weight
 from bitgrain.tuning.learned import Learn, LearnedWeight, learned_weights
 from random_specs import LAWS, same, specs
 
-LEARN = st.builds(Learn, st.booleans(), st.sampled_from(["kept", "factor", "range"]), st.booleans())
+LEARN = st.builds(Learn, st.booleans(), st.sampled_from(["kept", "factor", "range"]), st.booleans(), st.booleans())
 
 
 def weights(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -50,6 +50,22 @@ def test_it_starts_where_the_qtensor_is(spec: QuantSpec, learn: Learn, knows_wei
     view = LearnedWeight(q, learn, x if knows_weight else None)
     assert torch.equal(view.weight(), q.dequantize())
     assert same(view.commit(), q)
+
+
+@pytest.mark.parametrize(("free", "moved"), [(False, 1), (True, 3)])
+def test_free_weights_leave_the_cell_of_their_code(free: bool, moved: int):
+    """Layer-by-layer distillation moves codes as far as it likes; half a step reaches the next one at most."""
+    x = weights(6, 16)
+    q = quantize(x, int_weight(4, 16))
+    view = LearnedWeight(q, Learn(codes=True, scales="kept", free=free), x)
+    assert view.offsets is not None
+    with torch.no_grad():
+        view.offsets.fill_(3.0)
+    view.project_()
+    found = view.commit()
+    assert int((found.codes - q.codes).amax()) == moved
+    assert int(found.codes.amax()) <= 7
+    assert torch.equal(found.dequantize(), view.weight())
 
 
 @settings(LAWS, max_examples=80)

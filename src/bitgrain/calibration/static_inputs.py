@@ -10,7 +10,7 @@ divergence follows; plain squares clip too late.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,12 +34,15 @@ def search_input(
     *,
     low: float | None = None,
     high: float | None = None,
+    counts: Tensor | None = None,
     fractions: Sequence[float] = FRACTIONS,
     name: str = "activation",
 ) -> tuple[StaticInput, float]:
     """The scale for inputs x [tokens, in] of layers with `weights` [out, in] that share them, and its relative error.
 
     low, high  smallest and largest input over all of the calibration, where x is a part of it
+    counts     [tokens] how much each token counts; None: what `token_counts` gives. Where x is a cluster of the input
+               channels, that of all of them
     The error is the weighted sum of squares of what it changes in the outputs, relative to that of the outputs. Of
     equal candidates the widest is kept. Raises SchemeError for a spec that is not static and per tensor, or without
     tokens; NumericsError for NaN and Inf.
@@ -50,21 +53,9 @@ def search_input(
     check_finite(x, name)
     low = float(x.amin()) if low is None else low
     high = float(x.amax()) if high is None else high
-    total = torch.cat([weight.to(x.device, torch.float32) for weight in weights])
-    if total.shape[0] > total.shape[1]:
-        gram = total.T @ total
-
-        def powers(inputs: Tensor) -> Tensor:
-            return row_sums((inputs @ gram) * inputs).clamp(min=0)
-    else:
-
-        def powers(inputs: Tensor) -> Tensor:
-            return row_sums((inputs @ total.T).square())
-
+    powers = _powers(weights, x)
     outputs = powers(x)
-    counts = 1 / (outputs + row_sums(outputs) / len(outputs))
-    if not bool(outputs.any()):  # zeros: every scale will do
-        counts = torch.ones_like(outputs)
+    counts = _counts(outputs) if counts is None else counts
     wide = replace(spec, restricted=False)  # engines clip to all codes
     best: tuple[float, StaticInput] | None = None
     for fraction in fractions:
@@ -77,3 +68,24 @@ def search_input(
     assert best is not None
     whole = float(row_sums(outputs * counts))
     return best[1], best[0] / whole if whole > 0 else 0.0
+
+
+def token_counts(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """[tokens]: how much each of the inputs x [tokens, in] of layers with `weights` [out, in] counts (see above)."""
+    x = x.to(torch.float32)
+    return _counts(_powers(weights, x)(x))
+
+
+def _counts(outputs: Tensor) -> Tensor:
+    if not bool(outputs.any()):  # zeros: every scale will do
+        return torch.ones_like(outputs)
+    return 1 / (outputs + row_sums(outputs) / len(outputs))
+
+
+def _powers(weights: Sequence[Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Inputs [tokens, in], like x, to |x W^T|^2 [tokens]."""
+    total = torch.cat([weight.to(x.device, torch.float32) for weight in weights])
+    if total.shape[0] <= total.shape[1]:
+        return lambda inputs: row_sums((inputs @ total.T).square())
+    gram = total.T @ total
+    return lambda inputs: row_sums((inputs @ gram) * inputs).clamp(min=0)

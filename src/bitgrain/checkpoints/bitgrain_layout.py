@@ -17,6 +17,9 @@ convolution is one matrix [out, in/groups * kernel]):
 | T.column_index, T.column_values | only with columns in 16 bits, see `numerics.columns`: int32 [E, k], and float16 or |
 |               | bfloat16 [E, out, k]; they stand in the place of what the codes mean |
 | T.input_scale | only for static inputs: [E] in the storage dtype; asymmetric: T.input_zero [E] |
+|               | inputs in clusters of channels: both [clusters]; T.input_sizes int32 [clusters]: channels of each, |
+|               | one cluster after the other; T.input_order int16 or int32 [in]: which of the original's channels |
+|               | each column of the codes is for |
 """
 
 from __future__ import annotations
@@ -56,6 +59,11 @@ class BitgrainLayout:
         static = layer.static_input
         if static is not None and (static.granularity != per_tensor() or isinstance(static.scale, QuantSpec)):
             return f"{layer.module}: static inputs {static.describe()}, only per_tensor with plain scales can be stored"
+        if static is not None and static.clusters > layer.in_features:
+            most = layer.in_features
+            return f"{layer.module}: {static.clusters} clusters of {most} input channels; ask for at most {most}"
+        if static is not None and static.clusters and layer.experts > 1:
+            return f"{layer.module}: clusters of the input channels of stacked experts; give them another scheme"
         return None
 
     def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
@@ -89,9 +97,13 @@ class BitgrainLayout:
         specs = [TensorSpec(f"{layer.tensor}.{suffix}", dtype, (*stack, *shape)) for suffix, dtype, shape in found]
         static = layer.static_input
         if static is not None:
-            specs.append(TensorSpec(f"{layer.tensor}.input_scale", _dtype(static), (layer.experts,)))
+            count = static.clusters or layer.experts
+            specs.append(TensorSpec(f"{layer.tensor}.input_scale", _dtype(static), (count,)))
             if not static.symmetric:
-                specs.append(TensorSpec(f"{layer.tensor}.input_zero", _zero_dtype(static), (layer.experts,)))
+                specs.append(TensorSpec(f"{layer.tensor}.input_zero", _zero_dtype(static), (count,)))
+            if static.clusters:
+                specs.append(TensorSpec(f"{layer.tensor}.input_sizes", torch.int32, (count,)))
+                specs.append(TensorSpec(f"{layer.tensor}.input_order", column_dtype(cols), (cols,)))
         return specs
 
     def encode(
@@ -102,16 +114,23 @@ class BitgrainLayout:
         join = torch.stack if layer.experts > 1 else (lambda tensors: tensors[0])
         found = {f"{layer.tensor}.{suffix}": join([one[suffix] for one in encoded]) for suffix in encoded[0]}
         if inputs:
-            found[f"{layer.tensor}.input_scale"] = torch.cat([one.scale.reshape(1) for one in inputs])
-            zeros = [one.zero.reshape(1) for one in inputs if one.zero is not None]
+            found[f"{layer.tensor}.input_scale"] = torch.cat([one.scale.reshape(-1) for one in inputs])
+            zeros = [one.zero.reshape(-1) for one in inputs if one.zero is not None]
             if zeros:
                 found[f"{layer.tensor}.input_zero"] = torch.cat(zeros)
+            if inputs[0].sizes is not None and inputs[0].order is not None:
+                found[f"{layer.tensor}.input_sizes"] = inputs[0].sizes
+                found[f"{layer.tensor}.input_order"] = inputs[0].order
         return found
 
     def decode_inputs(self, layer: StoredLayer, read: Read) -> list[StaticInput]:
         spec = layer.static_input
         if spec is None:
             return []
+        if spec.clusters:
+            stored = {suffix: read(f"{layer.tensor}.input_{suffix}") for suffix in ("scale", "sizes", "order")}
+            zero = None if spec.symmetric else read(f"{layer.tensor}.input_zero").view(1, -1)
+            return [StaticInput(stored["scale"].view(1, -1), zero, stored["sizes"], stored["order"])]
         scales = read(f"{layer.tensor}.input_scale").view(layer.experts, 1, 1)
         if spec.symmetric:
             return [StaticInput(scale) for scale in scales]

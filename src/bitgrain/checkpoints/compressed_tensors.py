@@ -310,7 +310,7 @@ def _weights(spec: QuantSpec) -> dict[str, Any]:
 
 def _activation(spec: QuantSpec) -> dict[str, Any] | None:
     """Arguments for activations, or None where compressed-tensors has no form, or no engine runs it."""
-    if spec.threshold:
+    if spec.threshold or spec.clusters:
         return None
     arguments = _arguments(spec)
     if not spec.dynamic:

@@ -148,7 +148,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="R",
-        help="fast, balanced or best, or a recipe file (YAML); --scheme and others replace its keys",
+        help="fast, balanced, best, rptq or zeroquant, or a recipe file (YAML); --scheme and others replace its keys",
     )
     add_calibration(parser)
     add_experts(parser)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,9 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics.affine import store_zero
+from bitgrain.numerics.clusters import Clusters
 from bitgrain.numerics.formats import Format
+from bitgrain.numerics.outliers import column_dtype
 from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite, store_scale
 from bitgrain.numerics.ranges import KL, MSE, MinMax, MovingAverage, Percentile, Range, Weighted, scale_from_limits
@@ -226,12 +228,34 @@ def static_scale(state: State, spec: QuantSpec, name: str = "activation") -> tup
 class StaticInput:
     """The fixed scale of a layer's inputs, as it is stored.
 
-    scale  [1, 1] in the storage dtype of its spec; [1, in] for a scale for each channel
-    zero   None if symmetric, else codes (or numbers) of the same shape
+    scale  [1, 1] in the storage dtype of its spec; [1, in] for a scale for each channel; of inputs in clusters
+           [1, clusters]
+    zero   None if symmetric, else codes (or numbers) of the scale's shape
+    sizes  inputs in clusters: int32 [clusters], how many channels each has, 0 for those that were not needed; else None
+    order  inputs in clusters: [channels], which of the original channels comes to each place; else None
     """
 
     scale: Tensor
     zero: Tensor | None = None
+    sizes: Tensor | None = None
+    order: Tensor | None = None
+
+    def by_channel(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point [1, channels] of inputs in clusters."""
+        assert self.sizes is not None
+        sizes = self.sizes.to(self.scale.device, torch.int64)
+        zero = None if self.zero is None else self.zero.repeat_interleave(sizes, -1)
+        return self.scale.repeat_interleave(sizes, -1), zero
+
+    @staticmethod
+    def of_clusters(parts: Sequence[StaticInput], clusters: Clusters, count: int) -> StaticInput:
+        """One for each cluster, side by side; what is missing to `count` has no channels, and the scale 1."""
+        first, spare = parts[0], count - len(parts)
+        scale = torch.cat([*(one.scale for one in parts), first.scale.new_ones(1, spare)], -1)
+        zeros = [one.zero for one in parts if one.zero is not None]
+        zero = torch.cat([*zeros, zeros[0].new_zeros(1, spare)], -1) if zeros else None
+        sizes = torch.tensor([*clusters.sizes, *([0] * spare)], dtype=torch.int32)
+        return StaticInput(scale, zero, sizes, clusters.order.to(column_dtype(len(clusters.order))))
 
 
 def static_input(state: State, spec: QuantSpec, name: str = "activation") -> StaticInput:
@@ -269,11 +293,14 @@ def static_channels(low: Tensor, high: Tensor, spec: QuantSpec, name: str = "act
 def shared_input(inputs: Sequence[StaticInput], spec: QuantSpec) -> StaticInput:
     """One scale for several layers that an engine runs as one: the least that reaches as far as each of them.
 
-    Symmetric: the largest scale, as vLLM takes it. Asymmetric: the union of their ranges.
+    Symmetric: the largest scale, as vLLM takes it. Asymmetric: the union of their ranges. Raises SchemeError for
+    different clusters of channels.
     """
     first = inputs[0]
-    if all(torch.equal(one.scale, first.scale) and _same(one.zero, first.zero) for one in inputs[1:]):
+    if all(_alike(one, first) for one in inputs[1:]):
         return first
+    if first.sizes is not None:
+        raise SchemeError("layers that run as one have different clusters of input channels")
     scales = torch.stack([one.scale.to(torch.float32) for one in inputs])
     if spec.symmetric:
         return inputs[int(scales.view(len(inputs)).argmax())]
@@ -283,6 +310,10 @@ def shared_input(inputs: Sequence[StaticInput], spec: QuantSpec) -> StaticInput:
     stored = store_scale(scale, spec)
     assert isinstance(stored, Tensor)
     return StaticInput(stored, store_zero(zero, scale, scale_values(stored), spec))
+
+
+def _alike(a: StaticInput, b: StaticInput) -> bool:
+    return all(_same(getattr(a, field.name), getattr(b, field.name)) for field in fields(StaticInput))
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -119,7 +119,7 @@ def quantize(
     Raises NumericsError (NaN, Inf, scale overflow), SchemeError (empty tensor, given scales of the wrong shape).
     """
     x = _checked(x, name)
-    if spec.threshold:
+    if spec.threshold or spec.clusters:
         raise SchemeError(
             f"{name}: {spec.describe()} is a way to multiply, which fake_quantize computes; it has no codes"
         )
@@ -191,6 +191,8 @@ def fake_quantize(
     if spec.outliers or spec.columns:
         what = "outliers" if spec.outliers else "kept columns"
         raise SchemeError(f"{spec.describe()}: {what} have no simulation, quantize and dequantize instead")
+    if spec.clusters:
+        raise SchemeError(f"{spec.describe()}: which channels these are only calibration tells, see StaticInput")
     if x.numel() == 0:
         return x.clone()
     if spec.threshold:

@@ -52,6 +52,8 @@ class QuantSpec:
                  in full precision, and do not count for the scales (LLM.int8(), arXiv 2208.07339: 6); 0 for none
     columns      weights only: input channels whose columns are kept in 16 bits beside the codes, and which are then
                  multiplied in full precision also where inputs are quantized; None for none
+    clusters     inputs with static scales only: into how many runs of neighbouring channels, of any sizes, they are
+                 divided, each with a scale (and zero point) of its own (RPTQ, arXiv 2304.01089); 0: one for all
     """
 
     format: Format
@@ -64,6 +66,7 @@ class QuantSpec:
     outliers: float = 0.0
     threshold: float = 0.0
     columns: ColumnChoice | None = None
+    clusters: int = 0
 
     def __post_init__(self) -> None:
         if self.restricted and not (self.symmetric and isinstance(self.format, IntFormat) and self.format.signed):
@@ -86,13 +89,19 @@ class QuantSpec:
             raise SchemeError(
                 f"a threshold of outlier channels is for inputs with dynamic scales, not {self.threshold:g}"
             )
+        if self.clusters < 0 or (self.clusters and (self.dynamic or self.granularity != per_tensor())):
+            raise SchemeError(
+                f"clusters of channels are for static per_tensor inputs, which they divide: not {self.clusters} of "
+                f"{'dynamic ' if self.dynamic else ''}{self.granularity}"
+            )
         if isinstance(self.scale, QuantSpec) and self.scale.outliers:
             raise SchemeError("scales of scales have no outliers of their own")
         if self.columns and (self.dynamic or (isinstance(self.scale, QuantSpec) and self.scale.columns)):
             raise SchemeError("columns are kept of weights, not of inputs or of scales")
 
     def __repr__(self) -> str:
-        shown = [f for f in fields(self) if f.name not in ("outliers", "threshold", "columns") or getattr(self, f.name)]
+        rare = ("outliers", "threshold", "columns", "clusters")
+        shown = [f for f in fields(self) if f.name not in rare or getattr(self, f.name)]
         return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
@@ -137,6 +146,7 @@ class QuantSpec:
         parts += [] if isinstance(self.range, MinMax) else [f"range {self.range}"]
         parts += ["dynamic"] if self.dynamic else []
         parts += [f"channels from {self.threshold:g} in full precision"] if self.threshold else []
+        parts += [f"in {self.clusters} clusters of channels"] if self.clusters else []
         nested = isinstance(self.scale, QuantSpec)
         return " ".join(parts) + ("" if self.dynamic else f", scale {self.scale_format}{' in scale' if nested else ''}")
 

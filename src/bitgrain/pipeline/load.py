@@ -28,6 +28,7 @@ from bitgrain.pipeline.cache_plan import stored_cache
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
+from bitgrain.runtime.channel_order import attach_orders
 from bitgrain.runtime.convolutions import quantize_layer_inputs
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
@@ -217,8 +218,9 @@ def _load(
             hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
         model.to(where)
     attach_rotations(model, stored.config.get("online_rotations", {}))
-    schemes = {name: layer.scheme for name, layer in stored.layers.items()}
     static, columns = stored.static_inputs(), stored.columns()
+    attach_orders(model, _orders(stored, static))
+    schemes = {name: layer.scheme for name, layer in stored.layers.items()}
     attach_input_quantizers(model, anatomy, schemes, rounding, static=static, columns=columns)
     return model
 
@@ -235,6 +237,17 @@ def _packed_layers(skeleton: nn.Module, anatomy: Anatomy, stored: QuantizedCheck
         and weight.memory not in tied
         and type(skeleton.get_submodule(weight.memory_module)) in (nn.Linear, Conv1D)
     }
+
+
+def _orders(stored: QuantizedCheckpoint, static: Mapping[str, Sequence[StaticInput]]) -> dict[str, Tensor]:
+    """The orders in which norms write their channels, by the norm's path."""
+    found: dict[str, Tensor] = {}
+    for path, tensor in stored.config.get("reordered_norms", {}).items():
+        order = next((one.order for one in static.get(tensor, ())), None)
+        if order is None:
+            raise CheckpointError(f"the checkpoint reorders the output of {path}, but {tensor} has no order for it")
+        found[path] = order
+    return found
 
 
 def experts_run_one_by_one(config: Any) -> None:

@@ -54,7 +54,7 @@ def write_output_files(plan: Plan, job: JobFolder, told: Mapping[str, Any] | Non
 
     for path in side_files(plan.source.path, plan.trust_remote_code):
         put(path.name, path.read_bytes())
-    put("config.json", _config(plan, (told or {}).get("online_rotations")))
+    put("config.json", _config(plan, told or {}))
     put(RECIPE, plan.recipe.to_yaml().encode())
     for shard in plan.shards:
         hashes[shard.file] = {"bytes": shard.nbytes, "sha256": _shard_sha256(job.files, shard)}
@@ -80,7 +80,7 @@ def side_files(folder: Path, with_code: bool) -> list[Path]:
     )
 
 
-def _config(plan: Plan, rotations: Mapping[str, Any] | None) -> bytes:
+def _config(plan: Plan, told: Mapping[str, Any]) -> bytes:
     """The source's config.json as it is, plus `quantization_config`."""
     config = json.loads((plan.source.path / "config.json").read_text(encoding="utf-8"))
     kept = [
@@ -96,8 +96,9 @@ def _config(plan: Plan, rotations: Mapping[str, Any] | None) -> bytes:
     config["quantization_config"] = plan.layout.config(list(plan.quantized.values()), kept)
     if plan.cache is not None:
         config["quantization_config"]["kv_cache_scheme"] = config_of(plan.cache.scheme)
-    if rotations:
-        config["quantization_config"]["online_rotations"] = rotations
+    for key in ("online_rotations", "reordered_norms"):  # what is computed at run time
+        if told.get(key):
+            config["quantization_config"][key] = told[key]
     return _json(config)
 
 

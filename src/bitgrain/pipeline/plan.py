@@ -32,6 +32,7 @@ from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.cache_plan import CachePlan, plan_cache
+from bitgrain.pipeline.clusters import cluster_problems
 from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.pipeline.plan_text import (
@@ -249,6 +250,7 @@ def make_plan(
     problems.extend(_different_columns(layers))
     if not any(planned.layer for planned in layers):
         problems.append("no layer would be quantized")
+    problems.extend(cluster_problems([(planned.weight, planned.layer) for planned in layers], recipe))
     layout, reasons = _choose_layout([p.layer for p in layers if p.layer], recipe, problems)
     quantized = {planned.weight.tensor: planned.layer for planned in layers if planned.layer}
     cache: CachePlan | None = None

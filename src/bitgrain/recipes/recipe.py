@@ -101,6 +101,7 @@ class SpecModel(_Strict):
     outliers: float = 0.0
     threshold: float = 0.0
     columns: ColumnsModel | None = None
+    clusters: int = 0
 
     @classmethod
     def of(cls, spec: QuantSpec) -> SpecModel:
@@ -117,6 +118,7 @@ class SpecModel(_Strict):
             outliers=spec.outliers,
             threshold=spec.threshold,
             columns=spec.columns and ColumnsModel.of(spec.columns),
+            clusters=spec.clusters,
         )
 
     def build(self) -> QuantSpec:
@@ -132,6 +134,7 @@ class SpecModel(_Strict):
             outliers=self.outliers,
             threshold=self.threshold,
             columns=self.columns and self.columns.build(),
+            clusters=self.clusters,
         )
 
 
@@ -373,7 +376,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def named_recipes() -> dict[str, Path]:
     """The recipes that come with bitgrain, by name: for every scheme, from cheap to accurate."""
     folder = Path(__file__).with_name("named")
-    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best")}
+    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best", "rptq", "zeroquant")}
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:

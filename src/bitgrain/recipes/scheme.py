@@ -43,6 +43,8 @@ class Scheme:
     output: QuantSpec | None = None
 
     def __post_init__(self) -> None:
+        if self.weight.clusters:
+            raise SchemeError(f"{self.name}: clusters of channels are for static inputs, weights have groups")
         if isinstance(self.weight.range, OutputSearch):
             raise SchemeError(
                 f"{self.name}: range search is for static scales of inputs, not for weights: use weighted, which knows "
@@ -109,6 +111,10 @@ def _fp8(granularity: Granularity, dynamic: bool = False) -> QuantSpec:
     return QuantSpec(FP8_E4M3, granularity, dynamic=dynamic)
 
 
+def _clustered(bits: int) -> QuantSpec:
+    return QuantSpec(IntFormat(bits), per_tensor(), zero_point="integer", clusters=32)
+
+
 _TOKEN_INT8 = _int8(per_channel(), dynamic=True)
 _TOKEN_FP8 = _fp8(per_channel(), dynamic=True)
 
@@ -128,6 +134,9 @@ PRESETS: dict[str, Scheme] = {
         Scheme("LLM_INT8", _int8(per_channel()), replace(_TOKEN_INT8, threshold=6.0)),
         Scheme("LLM_INT8_STATIC", replace(_int8(per_channel()), columns=ColumnChoice(0.02)), _TOKEN_INT8),
         Scheme("W8A8_STATIC", _int8(per_channel()), replace(_int8(per_tensor()), range=OutputSearch())),
+        Scheme("W8A8_RPTQ", _int8(per_channel()), _clustered(8)),
+        Scheme("W4A8_RPTQ", int_weight(4, 128), _clustered(8)),
+        Scheme("W4A4_RPTQ", int_weight(4, 128), _clustered(4)),
         Scheme("INT8_TENSOR", _int8(per_tensor()), _TOKEN_INT8),
         Scheme("W4A8", int_weight(4, 128), _TOKEN_INT8),
         Scheme("W4AFP8", int_weight(4, 128), _TOKEN_FP8),

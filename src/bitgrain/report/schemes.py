@@ -99,7 +99,8 @@ def short_text(scheme: Scheme) -> str:
     weight = scheme.weight
     text = f"{format_text(weight.format)} {granularity_text(weight.granularity)}"
     if scheme.input is not None:
-        tile = granularity_text(scheme.input.granularity)
+        clusters = scheme.input.clusters
+        tile = f"{clusters} clusters" if clusters else granularity_text(scheme.input.granularity)
         other = "" if scheme.input.format == weight.format else f"{format_text(scheme.input.format)} "
         text += "/" + other + ("token" if tile == "channel" else tile)
     text = text if weight.symmetric else f"{text} asym"
@@ -161,7 +162,7 @@ def _layer(scheme: Scheme) -> StoredLayer:
 
 def _spec_text(spec: QuantSpec, row: str) -> str:
     """`int4 g128 asym`; a row of a weight is a channel, one of activations a token."""
-    tile = granularity_text(spec.granularity)
+    tile = f"{spec.clusters} clusters" if spec.clusters else granularity_text(spec.granularity)
     parts = [format_text(spec.format), row if tile == "channel" else tile]
     if not spec.symmetric:
         parts.append("asym")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import QuantSpec, fake_quantize, per_token
+from bitgrain.numerics import QuantSpec, fake_quantize, per_channel, per_token
 from bitgrain.numerics.formats import FP32
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.observers import StaticInput
@@ -51,6 +51,9 @@ class InputQuantizer(nn.Module):
         self.columns = columns
         # a clipped input reaches the most negative code in every engine, also where the scale leaves it out
         self.all_codes = replace(spec, restricted=False)
+        if spec.clusters and static is not None:  # as each channel sees it
+            self.static = StaticInput(*static.by_channel())
+            self.all_codes = replace(self.all_codes, clusters=0, granularity=per_channel(1))
         # compressed-tensors 0.20 gives a matrix [tokens, features] (OPT's MLP has such inputs) one scale for all tokens
         self.by_batch = rounding == "transformers" and spec.granularity == per_token()
         # ... and it chooses scales, divides and multiplies in the dtype of the model

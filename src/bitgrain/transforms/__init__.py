@@ -14,6 +14,7 @@ from bitgrain.transforms.base import (
 )
 from bitgrain.transforms.bias import AbsorbBias
 from bitgrain.transforms.fold import FoldNorms
+from bitgrain.transforms.reorder import Reorder
 from bitgrain.transforms.rotate import Rotate
 from bitgrain.transforms.smoothquant import SmoothQuant
 
@@ -25,6 +26,7 @@ __all__ = [
     "FoldNorms",
     "OutsideView",
     "Pair",
+    "Reorder",
     "Rotate",
     "SmoothQuant",
     "Stream",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec
+from bitgrain.numerics.clusters import Clusters
 from bitgrain.solvers.base import make_with_settings
 
 
@@ -94,6 +95,8 @@ class BlockView:
     absmax    parameter -> [in] (stacks may have [experts, in]): largest |x| of each input channel over the calibration
               tokens in the full-precision model, as earlier transforms left it: measure again after each transform
     mean_abs  parameter -> the same of mean |x|
+    low, high parameter -> the same of the smallest and the largest x
+    clusters  to be filled by what clusters inputs: parameter -> the order its columns have now, and the clusters
     memory    what the transform itself left in `OutsideView.memory`
     """
 
@@ -106,6 +109,9 @@ class BlockView:
     specs: Mapping[str, tuple[QuantSpec, QuantSpec | None]] = field(default_factory=dict)
     absmax: Mapping[str, Tensor] = field(default_factory=dict)
     mean_abs: Mapping[str, Tensor] = field(default_factory=dict)
+    low: Mapping[str, Tensor] = field(default_factory=dict)
+    high: Mapping[str, Tensor] = field(default_factory=dict)
+    clusters: dict[str, Clusters] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
 

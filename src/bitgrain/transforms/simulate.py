@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def quantized(
             rounded = _round(scaled.contiguous(), weight_spec)
             weight.copy_(rounded if scale is None else rounded / scale)
             owner, _, leaf = name.rpartition(".")
+            if input_spec is not None:
+                input_spec = replace(input_spec, clusters=0)  # none are known yet
             if input_spec is not None and leaf == "weight":
                 handles.append(module.get_submodule(owner).register_forward_pre_hook(_rounding(input_spec, columns)))
         try:

@@ -4,6 +4,9 @@ SignRound (AutoRound, arXiv 2309.05516): V in [-0.5, 0.5] is added to W / s befo
 are multiplied by learned factors; both are trained by signed gradient descent on the mean squared error of the block's
 output, with rate 1 / steps that falls linearly (the paper's equations 3 to 5 and section 3.2). Started from codes that
 another solver found, V starts at these.
+
+Layer-by-layer knowledge distillation (LKD, ZeroQuant, arXiv 2206.01861, section 4.2) walks the same way with W itself
+in place of V: `free`, with Adam.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class BlockSettings:
     steps        gradient steps
     optimizer    "sign" or "adam"
     codes        whether codes are learned; `scales`: "range", "factor" or "kept" (see `tuning.learned`)
+    free         whether an offset may exceed half a step, so that the weights themselves are learned
     rate         of the codes' offsets, in steps of the grid; 0 takes 1 / steps
     scale_rate   of the limits' factors ("range") or, in steps of the grid's end, of the scales ("factor"); 0: as `rate`
     batch_size   calibration batches in one step: 8 where a batch is one window
@@ -39,6 +43,7 @@ class BlockSettings:
     optimizer: Optimizer = "sign"
     codes: bool = True
     scales: ScaleMode = "range"
+    free: bool = False
     rate: float = 0.0
     scale_rate: float = 0.0
     decay: Decay = "linear"
@@ -106,7 +111,7 @@ def tune_block(
     missing = sorted(set(start) - set(weights))
     if missing:
         raise SchemeError(f"tuning needs the original weight of {', '.join(missing)}")
-    views = dict(learned_weights(start, Learn(settings.codes, settings.scales), weights))
+    views = dict(learned_weights(start, Learn(settings.codes, settings.scales, free=settings.free), weights))
 
     def loss(dense: Mapping[str, Tensor], extras: Mapping[str, Tensor], index: int) -> Tensor:
         return mean_squared_error(output(dense, index), target(index))

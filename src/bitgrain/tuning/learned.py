@@ -4,7 +4,8 @@
 
 What can be learned, each on its own or together:
 - codes   an offset in [-0.5, 0.5] for each element is added to u before rounding (SignRound, arXiv 2309.05516, equation
-          3; AdaRound, arXiv 2004.10568, is the same search space for offsets around W / s). Integer formats.
+          3; AdaRound, arXiv 2004.10568, is the same search space for offsets around W / s). Integer formats. "free":
+          without these limits, W itself is learned (straight-through, as ZeroQuant's distillation, arXiv 2206.01861).
 - scales  "factor": s times a learned factor for each tile, the codes stay (EfficientQAT's second phase, arXiv
           2407.11062, section 3.3). "range": the tile's lower and upper limit times learned factors, from which scale
           and zero point follow and under which the weight is rounded anew (SignRound, equation 4).
@@ -45,6 +46,7 @@ class Learn:
     codes: bool = False
     scales: ScaleMode = "factor"
     zeros: bool = False
+    free: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in ("kept", "factor", "range"):
@@ -54,7 +56,7 @@ class Learn:
 class LearnedWeight:
     """A view of one QTensor whose parameters start where `weight()` is that QTensor's dequantized value.
 
-    offsets  [down, across, elements of a tile] or None: added before rounding
+    offsets  [down, across, elements of a tile] or None: added before rounding, in steps of the grid
     scales   [down, across] or None: relative change of the upper limit ("range"), or ("factor") change of the scale by
              which the grid's end moves by so many steps, 2**(bits - 1) times the relative change: what a weight can be
              wrong by is a part of a step, so one learning rate suits all widths
@@ -72,6 +74,7 @@ class LearnedWeight:
         if mode == "range" and not integer:
             mode = "factor"
         self._mode: ScaleMode = mode
+        self._free = learn.free
         self.unit = scale_unit(q) if mode == "factor" else 1.0
         self._steps = scale_values(q.scale)
         self._zero = None if q.zero is None else q.zero.to(torch.float32)
@@ -94,7 +97,7 @@ class LearnedWeight:
     @torch.no_grad()
     def project_(self) -> None:
         """Bring the parameters back to where they are allowed: after each step of a descent."""
-        if self.offsets is not None:
+        if self.offsets is not None and not self._free:
             self.offsets.clamp_(-0.5, 0.5)
         for tensor in (self.scales, self.lows):
             if tensor is not None:

@@ -16,6 +16,7 @@ from bitgrain.models.anatomy import Weight
 from bitgrain.models.naming import convert_tensors
 from bitgrain.models.stream import Call, Captured, StreamedModel, call_block, twin
 from bitgrain.numerics import QTensor
+from bitgrain.numerics.clusters import Clusters
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.cache import observe_cache
 from bitgrain.pipeline.blockwise.columns import choose_columns, columns_of, keeping_layers
@@ -116,6 +117,7 @@ class _Block:
         self.tokens: dict[Key, int] = {}  # that the experts' matrices saw
         self.dense: dict[str, Tensor] = {}
         self.columns: dict[str, list[Tensor]] = {}
+        self.clusters: dict[str, Clusters] = {}
         self.result = SolvedBlock()
 
     def solve(self) -> SolvedBlock:
@@ -177,9 +179,8 @@ class _Block:
         if probe is None:
             return
         call = probe.calls[self.index]
-        self.result.changed, self.result.transforms = self.owner.rewriter.block(
-            self.index, full, self.flow.full, calls, probe.hidden, call
-        )
+        found = self.owner.rewriter.block(self.index, full, self.flow.full, calls, probe.hidden, call)
+        self.result.changed, self.result.transforms, self.clusters = found.changed, found.told, found.clusters
         for name, tensor in self.result.changed.items():  # what is kept is written in the checkpoint's own dtype
             if name not in self.layers:
                 self.result.changed[name] = tensor.to(self.plan.checkpoint.entries[name].dtype)
@@ -261,7 +262,7 @@ class _Block:
     def _choose_inputs(self, stage: Stage, place: int, walk: Walk | None, block: nn.Module) -> None:
         """Choose the static scales of a stage's inputs; the quantized block rounds by them from here on."""
         assert walk is not None
-        chosen = choose_inputs(*self._observing(stage, place, walk))
+        chosen = choose_inputs(*self._observing(stage, place, walk), self.clusters)
         self.result.inputs.update(chosen)
         self._attach(list(chosen), walk, block)
 

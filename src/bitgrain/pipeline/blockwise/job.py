@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitgrain.calibration.doctor import examine
+from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import ModelError
 from bitgrain.models.stream import StreamedModel, share_calls
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
@@ -20,7 +22,7 @@ from bitgrain.pipeline.blockwise.outside import solve_outside
 from bitgrain.pipeline.blockwise.rewrite import PROBE
 from bitgrain.pipeline.blockwise.static import require_reached, static_layers, stored_inputs
 from bitgrain.pipeline.blockwise.streamed import streamed
-from bitgrain.pipeline.blockwise.whole import tune_whole
+from bitgrain.pipeline.blockwise.whole import read_one, tune_whole
 from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
 from bitgrain.pipeline.plan import CACHE_UNIT, Plan, Unit
@@ -89,7 +91,8 @@ class _Pass:
         outside, told_outside = solver.rewriter.outside()
         first = next((i for i in range(count) if not self.work.has(block_file(i))), count)
         for index in range(first):
-            solver.rewriter.go_on(index, self.work.record(block_file(index))["transforms"])
+            figures = self.work.record(block_file(index))["transforms"]
+            solver.rewriter.go_on(index, figures, lambda parameter, index=index: self._order(index, parameter))
         flow = self._start(first)
         if self.plan.recipe.tuning.end_to_end is not None and not self.stream.predicts_tokens:
             raise ModelError(f"{self.plan.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")
@@ -117,13 +120,15 @@ class _Pass:
         experts: dict[str, dict[str, Any]] = {}
         for index in range(count):
             experts |= self.work.record(block_file(index)).get("experts", {})
-        told["notes"] = [*self.plan.notes, *solver.rewriter.left_out, *self._findings(experts)]
+        notes = (self.plan.notes, solver.rewriter.left_out, self._in_place(count), self._findings(experts))
+        told["notes"] = [note for some in notes for note in some]
         if experts:
             told["experts"] = experts
         if self.plan.recipe.transforms:
             files = [OUTSIDE, *(block_file(i) for i in range(count))]
             told["transforms"] = {file: self.work.record(file).get("transforms", []) for file in files}
             told["online_rotations"] = self._rotations(count)
+            told["reordered_norms"] = self._norms(count)
         if self.plan.cache is not None:
             scales = saved_scales(self.plan.cache, self.work)
             scheme = self.plan.cache.scheme
@@ -147,6 +152,45 @@ class _Pass:
             for figures in self.work.record(block_file(index)).get("transforms", []):
                 found |= {prefix + path: settings for path, settings in figures.get("online", {}).items()}
         return found
+
+    def _norms(self, count: int) -> dict[str, str]:
+        """The paths of the norms that write their channels in another order -> the tensor that has it."""
+        found: dict[str, str] = {}
+        for index in range(count):
+            prefix = self.plan.anatomy.block_names[index] + "."
+            for figures in self.work.record(block_file(index)).get("transforms", []):
+                norms: dict[str, str] = figures.get("norms", {})
+                found |= {prefix + path: self._layer(prefix + reader).tensor for path, reader in norms.items()}
+        return found
+
+    def _in_place(self, count: int) -> list[str]:
+        """A note if clusters had to be made of channels as they lie."""
+        names: list[str] = []
+        for index in range(count):
+            prefix = self.plan.anatomy.block_names[index] + "."
+            for figures in self.work.record(block_file(index)).get("transforms", []):
+                names += [prefix + reader for reader, how in figures.get("moved", {}).items() if how == "in place"]
+        if not names:
+            return []
+        more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+        return [
+            f"the input channels of {names[0]}{more} cannot be reordered: their clusters are runs of neighbours, which "
+            "serve less well"
+        ]
+
+    def _layer(self, parameter: str) -> StoredLayer:
+        """A quantized layer that goes into a parameter, by its name in the model."""
+        weights = self.plan.anatomy.weights
+        names = (weight.tensor for weight in weights if parameter in weight.targets)
+        return next(self.plan.quantized[name] for name in names if name in self.plan.quantized)
+
+    def _order(self, index: int, parameter: str) -> Tensor:
+        """The order of its columns, of a parameter of a block that is done."""
+        layer = self._layer(f"{self.plan.anatomy.block_names[index]}.{parameter}")
+        read = partial(read_one, self.work, block_file(index))
+        (static,) = self.plan.layout.decode_inputs(layer, read)
+        assert static.order is not None
+        return static.order
 
     def _changed(self, count: int) -> list[str]:
         """Tensors that are not quantized, and that transforms or tuning gave other values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from bitgrain.models.pairs import find_pairs
 from bitgrain.models.residual import find_outside, find_stream
 from bitgrain.models.stream import Call, StreamedModel, call_block
 from bitgrain.numerics import QuantSpec
+from bitgrain.numerics.clusters import Clusters
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.runs import observe
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.plan import Plan
 from bitgrain.recipes.steps import read_step
+from bitgrain.runtime.channel_order import attach_orders, stop_reordering
 from bitgrain.runtime.online import attach_rotations, stop_rotating
 from bitgrain.transforms.base import BlockView, OutsideView, Transform
 
@@ -69,6 +71,7 @@ class Rewriter:
                         self._rewrite([step.transform], index, block, [captured.hidden], [call], captured.hidden, call)
                     finally:
                         stop_rotating(block)
+                        stop_reordering(block)
                         self.stream.free_block(index)
             except (ModelError, NumericsError) as error:
                 reason = str(error).partition("; ")[0]  # the remedy after it is to leave it out
@@ -129,18 +132,23 @@ class Rewriter:
 
     def block(
         self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call], hidden: Tensor, call: Call
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Rewrite one block in place: changed tensors under their names on disk, and a record for each transform.
+    ) -> Rewritten:
+        """Rewrite one block in place.
 
         full, calls   the calibration batches that enter it; hidden, call: the probe
         """
         transforms = [step.transform for step in self.steps]
-        return self._rewrite(transforms, index, block, full, calls, hidden, call) if transforms else ({}, [])
+        return self._rewrite(transforms, index, block, full, calls, hidden, call) if transforms else Rewritten()
 
-    def go_on(self, index: int, told: Sequence[Mapping[str, Any]]) -> None:
-        """Make a block that was rewritten before the job was stopped run as it did, from what `block` told of it."""
+    def go_on(self, index: int, told: Sequence[Mapping[str, Any]], order: Callable[[str], Tensor]) -> None:
+        """Make a block that was rewritten before the job was stopped run as it did, from what `block` told of it.
+
+        order: parameter of the block -> the order that its columns were given
+        """
         for figures in told:
             attach_rotations(self.stream.block(index), figures.get("online", {}))
+            norms: Mapping[str, str] = figures.get("norms", {})
+            attach_orders(self.stream.block(index), {path: order(reader) for path, reader in norms.items()})
 
     def _rewrite(
         self,
@@ -151,14 +159,16 @@ class Rewriter:
         calls: Sequence[Call],
         hidden: Tensor,
         call: Call,
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    ) -> Rewritten:
         stop_rotating(block)  # of a rehearsal
+        stop_reordering(block)
         before = self._exported(index, block)
         for name, tensor in before.items():
             # NaN is for the solver to report, by the layer's name
             if not torch.allclose(tensor, self.plan.checkpoint.read(name).to(tensor), 0.0, 0.0, equal_nan=True):
                 raise ModelError(f"{name} cannot be written back as transformers reads it: use no transforms here")
         told: list[dict[str, Any]] = []
+        clusters: dict[str, Clusters] = {}
 
         def probe() -> Tensor:
             return _output(block, hidden, call)
@@ -178,13 +188,17 @@ class Rewriter:
                     samples=len(full),
                     stream=find_stream(block, probe, pairs) if transform.whole_model else None,
                     specs=self._specs(index),
-                    absmax=_Half(inputs, 0),
-                    mean_abs=_Half(inputs, 1),
+                    absmax=_Part(inputs, "absmax"),
+                    mean_abs=_Part(inputs, "mean"),
+                    low=_Part(inputs, "low"),
+                    high=_Part(inputs, "high"),
+                    clusters=clusters,
                     memory=self._memory.setdefault(transform, {}),
                 )
                 told.append(transform.apply(view))
         after = self._exported(index, block)
-        return {name: tensor for name, tensor in after.items() if not torch.equal(tensor, before[name])}, told
+        changed = {name: tensor for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        return Rewritten(changed, told, clusters)
 
     def _exported(self, index: int | None, module: nn.Module) -> dict[str, Tensor]:
         """Copies of the float tensors of a block (None: outside the blocks) under their names on disk."""
@@ -215,77 +229,100 @@ class Rewriter:
             for target in weight.targets
         }
 
-    def _sizes(
-        self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each matrix, largest and mean |x| of its input channels; stacks have a row for each expert."""
+    def _sizes(self, index: int, block: nn.Module, full: Sequence[Tensor], calls: Sequence[Call]) -> dict[str, Sizes]:
+        """For each matrix, the sizes of its input channels; stacks have a row for each expert."""
         prefix = self.plan.anatomy.block_names[index] + "."
         weights = [weight for weight in self.plan.anatomy.weights if weight.block == index and weight.role != "conv"]
         names = list(dict.fromkeys(target.removeprefix(prefix) for weight in weights for target in weight.targets))
         stages = [stage for stage in find_stages(block, names, full[0], calls[0]) if stage.reached]
-        largest: dict[tuple[str, int | None], Tensor] = {}
-        total: dict[tuple[str, int | None], Tensor] = {}
+        totals: dict[tuple[str, int | None], Sizes] = {}
         tokens: dict[tuple[str, int | None], int] = {}
 
-        def one(batch: int) -> list[tuple[tuple[str, int | None], Tensor, Tensor, int]]:
+        def one(batch: int) -> list[tuple[tuple[str, int | None], Sizes, int]]:
             seen, _ = observe(block, full[batch], calls[batch], stages)
             return [
-                ((key.name, key.expert), x.abs().amax(0), x.abs().sum(0), len(x))
+                ((key.name, key.expert), Sizes(x.amin(0), x.amax(0), x.abs().sum(0)), len(x))
                 for key, x in seen.inputs.items()
                 if len(x)
             ]
 
         for found in self.pool.map(one, range(len(full))):
-            for key, high, added, count in found:
-                largest[key] = torch.maximum(largest[key], high) if key in largest else high
-                total[key] = total[key] + added if key in total else added
+            for key, sizes, count in found:
+                totals[key] = totals[key].joined(sizes) if key in totals else sizes
                 tokens[key] = tokens.get(key, 0) + count
-        mean = {key: total[key] / tokens[key] for key in total}
-        return {name: sizes for stage in stages for name, sizes in _of_stage(stage, largest, mean, block)}
+        means = {key: replace(sizes, mean=sizes.mean / tokens[key]) for key, sizes in totals.items()}
+        return {name: sizes for stage in stages for name, sizes in _of_stage(stage, means, block)}
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What transforms did to a block: changed tensors under their names on disk, a record for each transform, and
+    parameter -> the clusters of its input channels."""
+
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    told: list[dict[str, Any]] = field(default_factory=list)
+    clusters: dict[str, Clusters] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Smallest and largest x, and mean of |x| (at first their sum), of each input channel [in] or [experts, in]."""
+
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+
+    @property
+    def absmax(self) -> Tensor:
+        """Largest |x|."""
+        return torch.maximum(-self.low, self.high)
+
+    def joined(self, other: Sizes) -> Sizes:
+        """Those of both, `mean` being sums."""
+        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        return Sizes(low, high, self.mean + other.mean)
 
 
 def _of_stage(
-    stage: Stage,
-    largest: Mapping[tuple[str, int | None], Tensor],
-    mean: Mapping[tuple[str, int | None], Tensor],
-    block: nn.Module,
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    stage: Stage, sizes: Mapping[tuple[str, int | None], Sizes], block: nn.Module
+) -> Iterator[tuple[str, Sizes]]:
     for name in stage.names:
         parameter = block.get_parameter(name)
         source = stage.names[0] if stage.shared else name
         if parameter.ndim < 3:
-            if (source, None) in largest:
-                yield name, (largest[source, None], mean[source, None])
+            if (source, None) in sizes:
+                yield name, sizes[source, None]
             continue
-        found = [(largest.get((name, i)), mean.get((name, i))) for i in range(len(parameter))]
-        known = next((high for high, _ in found if high is not None), None)
+        found = [sizes.get((name, i)) for i in range(len(parameter))]
+        known = next((one for one in found if one is not None), None)
         if known is not None:
-            blank = torch.zeros_like(known)
-            highs = torch.stack([blank if high is None else high for high, _ in found])
-            yield name, (highs, torch.stack([blank if middle is None else middle for _, middle in found]))
+            blank = Sizes(*(torch.zeros_like(known.low) for _ in range(3)))
+            filled = [one or blank for one in found]
+            stacks = zip(*((one.low, one.high, one.mean) for one in filled), strict=True)
+            yield name, Sizes(*(torch.stack(stack) for stack in stacks))
 
 
 class _Measured:
     """Computed when it is first asked for."""
 
-    def __init__(self, measure: Callable[[], dict[str, tuple[Tensor, Tensor]]]) -> None:
+    def __init__(self, measure: Callable[[], dict[str, Sizes]]) -> None:
         self._measure = measure
-        self._found: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._found: dict[str, Sizes] | None = None
 
-    def get(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def get(self) -> dict[str, Sizes]:
         if self._found is None:
             self._found = self._measure()
         return self._found
 
 
-class _Half(Mapping[str, Tensor]):
-    """One of the two figures of each input."""
+class _Part(Mapping[str, Tensor]):
+    """One of the figures of each input."""
 
-    def __init__(self, measured: _Measured, place: int) -> None:
-        self._measured, self._place = measured, place
+    def __init__(self, measured: _Measured, figure: str) -> None:
+        self._measured, self._figure = measured, figure
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._measured.get()[key][self._place]
+        return getattr(self._measured.get()[key], self._figure)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._measured.get())

@@ -242,7 +242,7 @@ class _Measure:
 
 def _dynamic(spec: QuantSpec) -> QuantSpec:
     """Static scales are not chosen yet: those of the batch at hand stand for them."""
-    return spec if spec.dynamic else replace(spec, dynamic=True, range=MinMax())
+    return spec if spec.dynamic else replace(spec, dynamic=True, range=MinMax(), clusters=0)
 
 
 def _sums(recorder: Recorder, quantizers: Mapping[str, InputQuantizer]) -> dict[Key, _Sums]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from bitgrain.calibration.static_inputs import search_input
+from bitgrain.calibration.static_inputs import search_input, token_counts
 from bitgrain.calibration.statistics import Accumulator, LayerStatistics, merge
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import PlanError, StatisticsError
 from bitgrain.numerics import QuantSpec
+from bitgrain.numerics.clusters import Clusters
 from bitgrain.numerics.observers import StaticInput, keeps_histogram, static_input
 from bitgrain.numerics.ranges import OutputSearch, Range
 from bitgrain.pipeline.blockwise.batches import Pool
@@ -36,9 +37,9 @@ class Chosen:
 
     @property
     def record(self) -> dict[str, float]:
-        """For the manifest."""
+        """For the manifest; of inputs in clusters the largest scale."""
         error = {} if self.error is None else {"input_error": self.error}
-        return {"input_scale": float(self.static.scale), **error}
+        return {"input_scale": float(self.static.scale.max()), **error}
 
 
 def static_layers(layers: Mapping[str, StoredLayer], names: Iterable[str]) -> list[str]:
@@ -81,11 +82,13 @@ class Wanted:
 
     places     Key -> the names under which its inputs are counted; several keys may have one
     histogram  names that need a histogram; sampled: names of which rows are kept
+    clusters   names -> the clusters of channels that are counted apart, each under `cluster_name`
     """
 
     places: Callable[[Key], Sequence[str]]
     histogram: Callable[[str], bool]
     sampled: Callable[[str], bool]
+    clusters: Mapping[str, Clusters] = field(default_factory=dict)
 
 
 Observed = dict[str, tuple[Accumulator, list[Tensor]]]
@@ -102,13 +105,23 @@ def observe_inputs(
             parts.setdefault(name, []).append(x)
     found: Observed = {}
     for name, tensors in parts.items():
-        x = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        sums = Accumulator(x.shape[-1], f"{label}.{name}", hessian=False, histogram=wanted.histogram(name))
-        by_window = stage.shared and len(x) % windows[batch] == 0
-        sums.update(x.reshape(windows[batch], -1, x.shape[-1]) if by_window else x)
-        share = -(-ROWS // len(windows))
-        found[name] = (sums, [_drawn(x, share, batch)] if wanted.sampled(name) else [])
+        whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        pieces = {name: whole}
+        if name in wanted.clusters:
+            runs = whole.split(wanted.clusters[name].sizes, -1)
+            pieces = {cluster_name(name, place): run for place, run in enumerate(runs)}
+        for key, x in pieces.items():
+            sums = Accumulator(x.shape[-1], f"{label}.{name}", hessian=False, histogram=wanted.histogram(name))
+            by_window = stage.shared and len(x) % windows[batch] == 0
+            sums.update(x.reshape(windows[batch], -1, x.shape[-1]) if by_window else x)
+            share = -(-ROWS // len(windows))
+            found[key] = (sums, [_drawn(x, share, batch)] if wanted.sampled(name) else [])
     return found
+
+
+def cluster_name(name: str, place: int) -> str:
+    """Under which one cluster of the inputs `name` is counted."""
+    return f"{name}[cluster {place}]"
 
 
 def merge_observed(batches: Iterable[Observed]) -> dict[str, LayerStatistics]:
@@ -135,11 +148,13 @@ def choose_inputs(
     original: Callable[[str], Tensor],
     pool: Pool,
     label: str,
+    clusters: Mapping[str, Clusters] | None = None,
 ) -> dict[str, Chosen]:
     """A scale for each layer of a stage whose inputs are static, by original tensor name.
 
     parameters  tensor -> the parameter as which the stage knows it; windows: how many each batch holds
     seen        batch -> its inputs, not rounded; original: a weight as it will be rounded, as on disk
+    clusters    parameter -> the clusters of its inputs' channels, where its spec has some
     Raises PlanError for a layer that no token reached, NumericsError for NaN and Inf, naming the layer.
     """
     names = [name for name in static_layers(layers, layers) if parameters[name] in stage.names]
@@ -149,24 +164,54 @@ def choose_inputs(
     ranges: dict[str, list[Range]] = {}
     for name in names:
         ranges.setdefault(group_of[name], []).append(static_spec(layers[name]).range)
+    of_group = {
+        group_of[name]: (clusters or {})[parameters[name]] for name in names if static_spec(layers[name]).clusters
+    }
     wanted = Wanted(
         places=lambda key: [one for one in [group_name(stage, key.name)] if one in ranges],
         histogram=lambda group: any(keeps_histogram(one) for one in ranges[group]),
         sampled=lambda group: any(isinstance(one, OutputSearch) for one in ranges[group]),
+        clusters=of_group,
     )
     batches = range(len(windows))
     groups = merge_observed(
         pool.map(lambda batch: observe_inputs(stage, seen(batch), wanted, batch, windows, label), batches)
     )
-    require_reached([name for name in names if group_of[name] not in groups])
+    first = {group: cluster_name(group, 0) if group in of_group else group for group in ranges}
+    require_reached([name for name in names if first[group_of[name]] not in groups])
     found: dict[str, Chosen] = {}
     for name in names:
         if name not in found:
             sharers = [other for other in names if group_of[other] == group_of[name]]
             sharers = [other for other in sharers if static_spec(layers[other]) == static_spec(layers[name])]
-            chosen = choose_input(groups[group_of[name]], sharers, layers, original)
+            group = group_of[name]
+            if static_spec(layers[name]).clusters:
+                chosen = _choose_clusters(groups, group, of_group[group], sharers, layers, original)
+            else:
+                chosen = choose_input(groups[group], sharers, layers, original)
             found.update(dict.fromkeys(sharers, chosen))
     return found
+
+
+def _choose_clusters(
+    groups: Mapping[str, LayerStatistics],
+    group: str,
+    clusters: Clusters,
+    sharers: Sequence[str],
+    layers: Mapping[str, StoredLayer],
+    original: Callable[[str], Tensor],
+) -> Chosen:
+    """`choose_input` for each cluster of channels as if the others were not rounded."""
+    found = [groups[cluster_name(group, place)] for place in range(len(clusters.sizes))]
+    rows = [one.rows for one in found if one.rows is not None]
+    counts = token_counts(torch.cat(rows, -1), _some_matrices(sharers, layers, original)) if rows else None
+    parts: list[StaticInput] = []
+    start = 0
+    for statistics, size in zip(found, clusters.sizes, strict=True):
+        columns = slice(start, start + size)
+        parts.append(choose_input(statistics, sharers, layers, original, columns, counts).static)
+        start += size
+    return Chosen(StaticInput.of_clusters(parts, clusters, static_spec(layers[sharers[0]]).clusters))
 
 
 def choose_input(
@@ -174,13 +219,16 @@ def choose_input(
     sharers: Sequence[str],
     layers: Mapping[str, StoredLayer],
     original: Callable[[str], Tensor],
+    columns: slice = slice(None),
+    counts: Tensor | None = None,
 ) -> Chosen:
-    """The scale of the layers `sharers`, which read the same inputs and have the same spec.
+    """The scale of the layers `sharers`, which read the same inputs and have the same spec; `columns`: of their
+    matrices, those that the statistics are of; `counts`: how much each of the sampled rows counts.
 
     Raises StatisticsError for range search without sampled rows, SchemeError for a range without its histogram.
     """
     layer = layers[sharers[0]]
-    spec = static_spec(layer)
+    spec = replace(static_spec(layer), clusters=0)
     if not isinstance(spec.range, OutputSearch):
         return Chosen(static_input(statistics.observed(spec.range), spec, layer.module))
     if statistics.rows is None:
@@ -188,8 +236,9 @@ def choose_input(
             f"{layer.module}: these statistics hold no sample of its inputs, which range search needs"
         )
     low, high = float(statistics.ends[:, 0].amin()), float(statistics.ends[:, 1].amax())
-    weights = _some_matrices(sharers, layers, original)
-    return Chosen(*search_input(statistics.rows, weights, spec, low=low, high=high, name=layer.module))
+    weights = [weight[:, columns] for weight in _some_matrices(sharers, layers, original)]
+    found = search_input(statistics.rows, weights, spec, low=low, high=high, counts=counts, name=layer.module)
+    return Chosen(*found)
 
 
 def static_spec(layer: StoredLayer) -> QuantSpec:

@@ -170,7 +170,7 @@ def _load(
             if layer is None:
                 dense[name] = work.tensors(file, [name])[name] if name in held else plan.checkpoint.read(name)
                 continue
-            read = partial(_read, work, file)
+            read = partial(read_one, work, file)
             parts = plan.layout.decode(layer, read)
             if layer.static_input is not None:
                 inputs[name] = plan.layout.decode_inputs(layer, read)
@@ -192,7 +192,8 @@ def _load(
     return start, extras, inputs
 
 
-def _read(work: Work, file: str, key: str) -> Tensor:
+def read_one(work: Work, file: str, key: str) -> Tensor:
+    """A tensor of a file, as `Layout.decode` asks for it."""
     return work.tensors(file, [key])[key]
 
 
