@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from bitgrain.errors import PlanError, RecipeError, SchemeError
@@ -171,6 +172,11 @@ def _settle(module: nn.Module, matrix: Matrix, scheme: Scheme, on_indivisible: s
         )
     if matrix.role == "embedding" and scheme.input is not None:
         raise PlanError(f"{matrix.name}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")
+    if scheme.input is not None and isinstance(module.get_submodule(matrix.module), NonDynamicallyQuantizableLinear):
+        raise PlanError(
+            f"{matrix.name}: torch's attention multiplies by it without calling its layer, so its inputs cannot be "
+            "quantized; keep it (keep=[...]), or give it a weight-only scheme by a recipe's rule"
+        )
     if matrix.role == "conv" and scheme.input is not None:
         check_inputs(scheme.input, matrix.name)
     reason = scheme.indivisible(rows, cols)
