@@ -79,8 +79,10 @@ def quantize_(
     found = find_matrices(module)
     if calibration is not None:
         calibration.check(module)
-    places = {name: place for place, name in enumerate(calibration.order)} if calibration is not None else {}
-    layers = [_Layer(matrix, places.get(name, len(places))) for name, matrix in found.items()]
+    order = calibration.order if calibration is not None else tuple(found)
+    places = {name: 2 * place for place, name in enumerate(order)}
+    # a layer that never ran is neither the first nor the last
+    layers = [_Layer(matrix, places.get(name, 1)) for name, matrix in found.items()]
     roles = QUANTIZED_ROLES if isinstance(module, PreTrainedModel) else (*QUANTIZED_ROLES, "conv")
     chosen: dict[str, Scheme] = {}
     first: dict[int, str] = {}  # the name under which a shared parameter was met first
@@ -132,7 +134,7 @@ def quantize_tensor(x: Tensor, spec: str | QuantSpec | Scheme, **settings: Any) 
 def _recipe(
     scheme: str | Scheme | Recipe, keep: Sequence[str], include: Sequence[str], first_last: str | Scheme | None
 ) -> Recipe:
-    """All that was asked for as one recipe; what is named beats what is first or last."""
+    """All that was asked for as one recipe: its own rules, then include, first and last, keep; later ones win."""
     if not isinstance(scheme, Recipe):
         built = get_scheme(scheme) if isinstance(scheme, str) else scheme
         scheme = make_recipe(scheme=SchemeModel.of(built))
