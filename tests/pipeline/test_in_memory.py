@@ -117,6 +117,20 @@ def test_what_cannot_be_done_is_one_clear_error():
         bitgrain.quantize_(embedding, make_recipe(scheme="W8A16", rules=[rule]))
 
 
+def test_attention_of_torch_itself():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1).eval()
+    with pytest.raises(
+        PlanError, match=r"out_proj\.weight: torch's attention multiplies by it without calling its layer"
+    ):
+        bitgrain.quantize_(encoder, "W8A8")
+    x = torch.randn(3, 7, 32)
+    calibration, before = bitgrain.calibrate(encoder, [x]), encoder(x)
+    results = bitgrain.quantize_(encoder, "W8A8_STATIC", calibration=calibration, keep=["out_proj"])
+    assert list(results) == ["layers.0.linear1.weight", "layers.0.linear2.weight"]
+    assert 0 < (encoder(x) - before).norm() / before.norm() < 0.02
+
+
 def test_embeddings_can_be_named():
     embedding = nn.Sequential(nn.Embedding(10, 128), nn.Linear(128, 4))
     assert list(bitgrain.quantize_(embedding, "W8A16")) == ["1.weight"]

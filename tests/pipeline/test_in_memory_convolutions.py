@@ -220,18 +220,21 @@ def test_the_order_is_that_of_running():
         def __init__(self) -> None:
             super().__init__()
             self.last, self.middle, self.first = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.idle = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.middle(self.first(x)))
 
     torch.manual_seed(0)
     net = Backwards()
-    assert list(bitgrain.quantize_(copy.deepcopy(net), "W8A16", first_last="keep")) == ["middle.weight"]
+    kept = bitgrain.quantize_(copy.deepcopy(net), "W8A16", first_last="keep")
+    assert list(kept) == ["middle.weight", "first.weight"]  # the module tree's order
     calibration = bitgrain.calibrate(net, [torch.randn(2, 4)])
-    rule = [{"match": "@first", "keep": True}]
-    recipe = make_recipe(scheme="W8A16", rules=rule)
-    assert list(bitgrain.quantize_(copy.deepcopy(net), recipe)) == ["middle.weight", "first.weight"]
-    assert list(bitgrain.quantize_(net, recipe, calibration=calibration)) == ["last.weight", "middle.weight"]
+    kept = bitgrain.quantize_(copy.deepcopy(net), "W8A16", calibration=calibration, first_last="keep")
+    assert list(kept) == ["middle.weight", "idle.weight"]
+    recipe = make_recipe(scheme="W8A16", rules=[{"match": "@last", "keep": True}])
+    kept = bitgrain.quantize_(net, recipe, calibration=calibration)
+    assert list(kept) == ["middle.weight", "first.weight", "idle.weight"]
 
 
 def test_transformers_models_follow_the_disk_job():

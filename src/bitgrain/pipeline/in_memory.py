@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 
 from bitgrain.errors import PlanError, RecipeError, SchemeError
@@ -78,8 +79,10 @@ def quantize_(
     found = find_matrices(module)
     if calibration is not None:
         calibration.check(module)
-    places = {name: place for place, name in enumerate(calibration.order)} if calibration is not None else {}
-    layers = [_Layer(matrix, places.get(name, len(places))) for name, matrix in found.items()]
+    order = calibration.order if calibration is not None else tuple(found)
+    places = {name: 2 * place for place, name in enumerate(order)}
+    # a layer that never ran is neither the first nor the last
+    layers = [_Layer(matrix, places.get(name, 1)) for name, matrix in found.items()]
     roles = QUANTIZED_ROLES if isinstance(module, PreTrainedModel) else (*QUANTIZED_ROLES, "conv")
     chosen: dict[str, Scheme] = {}
     first: dict[int, str] = {}  # the name under which a shared parameter was met first
@@ -135,7 +138,7 @@ def quantize_tensor(x: Tensor, spec: str | QuantSpec | Scheme, **settings: Any) 
 def _recipe(
     scheme: str | Scheme | Recipe, keep: Sequence[str], include: Sequence[str], first_last: str | Scheme | None
 ) -> Recipe:
-    """All that was asked for as one recipe; what is named beats what is first or last."""
+    """All that was asked for as one recipe: its own rules, then include, first and last, keep; later ones win."""
     if not isinstance(scheme, Recipe):
         built = get_scheme(scheme) if isinstance(scheme, str) else scheme
         scheme = make_recipe(scheme=SchemeModel.of(built))
@@ -177,6 +180,11 @@ def _settle(module: nn.Module, matrix: Matrix, scheme: Scheme, on_indivisible: s
         raise SchemeError(f"{matrix.name}: the columns of a convolution are no channels: keep none of them in 16 bits")
     if matrix.role == "embedding" and scheme.input is not None:
         raise PlanError(f"{matrix.name}: {scheme.name} would quantize token ids; give embeddings a weight-only scheme")
+    if scheme.input is not None and isinstance(module.get_submodule(matrix.module), NonDynamicallyQuantizableLinear):
+        raise PlanError(
+            f"{matrix.name}: torch's attention multiplies by it without calling its layer, so its inputs cannot be "
+            "quantized; keep it (keep=[...]), or give it a weight-only scheme by a recipe's rule"
+        )
     if matrix.role == "conv" and scheme.input is not None:
         check_inputs(scheme.input, matrix.name)
     reason = scheme.indivisible(rows, cols)
