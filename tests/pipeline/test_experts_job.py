@@ -220,6 +220,15 @@ def test_neither_workers_nor_a_kill_change_the_bytes(
     assert zoo.contents(tmp_path / "killed") == expected
 
 
+def test_of_experts_that_are_kept_nothing_is_told(readable: Make, text: Path, tmp_path: Path):
+    rules = [{"match": "re:.*experts[.]1[.].*", "keep": True}]
+    result = run(readable("mixtral", num_hidden_layers=1), tmp_path / "out", recipe_for(text, "borrow", rules=rules))
+    (told,) = result.manifest["experts"].values()
+    assert [count is None for count in told["tokens"]] == [False, True, False, False]
+    assert not any("no calibration token" in note for note in result.manifest["notes"])
+    assert len(result.plan.quantized) == 4 + 3 * 3
+
+
 # --- what is asked -----------------------------------------------------------------------------------------------
 
 
