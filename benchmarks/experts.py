@@ -33,14 +33,14 @@ SOURCE = SHARED / "models" / "tinystories-656k"
 PROSE, STORIES, HELDOUT = (SHARED / "text" / name for name in ("calibration.txt", "tinystories.txt", "heldout.txt"))
 EXPERTS, CHANNELS, LENGTH, BATCH = 8, 128, 256, 4
 POLICIES: dict[str, dict[str, Any]] = {
-    "what they saw, none: nearest": {"policy": "nearest", "tokens": 1},
-    "nearest below 2 an input": {"policy": "nearest"},
-    "nearest, all of them": {"policy": "nearest", "tokens": 10**9},
-    "borrow below 64": {"policy": "borrow", "tokens": 64},
-    "borrow below 1 an input": {"policy": "borrow", "tokens": CHANNELS},
-    "borrow below 2 an input": {"policy": "borrow"},
-    "borrow below 4 an input": {"policy": "borrow", "tokens": 4 * CHANNELS},
-    "all": {"policy": "all"},
+    "what they saw; of none, nearest": {"policy": "nearest", "tokens": 1},
+    "`nearest` below 4 tokens an input": {"policy": "nearest", "tokens": 4 * CHANNELS},
+    "`nearest`, all of them": {"policy": "nearest", "tokens": 10**9},
+    "`borrow` below 1/2": {"policy": "borrow", "tokens": CHANNELS // 2},
+    "`borrow` below 2": {"policy": "borrow", "tokens": 2 * CHANNELS},
+    "`borrow` below 4": {"policy": "borrow", "tokens": 4 * CHANNELS},
+    "`borrow` below 8": {"policy": "borrow", "tokens": 8 * CHANNELS},
+    "`all`": {"policy": "all"},
 }
 
 
@@ -54,11 +54,11 @@ def upcycled() -> MixtralForCausalLM:
         intermediate_size=CHANNELS,
         num_local_experts=EXPERTS,
         num_experts_per_tok=2,
+        experts_implementation="eager",
         sliding_window=None,
         bos_token_id=1,
         eos_token_id=2,
     )
-    config._experts_implementation = "eager"
     model: Any = MixtralForCausalLM(config)
     own, theirs = model.state_dict(), dense.state_dict()
     generator = torch.Generator().manual_seed(0)
@@ -144,10 +144,9 @@ def measure(folder: Path, scheme: str, tokens: int, windows: int) -> list[dict[s
                 kind: evaluate_model(model, ids[kind], base=against[kind], device=where, batch_size=4).kl
                 for kind in ids
             }
-        row = {"scheme": scheme, "tokens": tokens, "experts": name, "kl": kl}
-        row["reached"] = sorted(n for told in made.manifest["experts"].values() for n in told["tokens"])
-        rows.append(row)
-        print({key: row[key] for key in ("scheme", "tokens", "experts", "kl")}, flush=True)
+        reached = sorted(n for told in made.manifest["experts"].values() for n in told["tokens"])
+        rows.append({"scheme": scheme, "tokens": tokens, "experts": name, "kl": kl, "reached": reached})
+        print(scheme, tokens, name, kl, flush=True)
     return rows
 
 
@@ -175,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", default="W4A16,W3A16", help="with commas between them")
     parser.add_argument("--tokens", default="512,8192", help="of calibration, with commas between them")
-    parser.add_argument("--windows", type=int, default=40, help="of held-out text, of each kind")
+    parser.add_argument("--windows", type=int, default=24, help="of held-out text, of each kind")
     parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "experts", help="made where it is absent")
     parser.add_argument("--name", default="experts", help="of the files in benchmarks/results")

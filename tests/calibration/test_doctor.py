@@ -14,7 +14,7 @@ def text(windows: int = 16, seqlen: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 1000, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
 
 
-def reached(*tokens: int, policy: str = "borrow") -> dict[str, Any]:
+def reached(*tokens: int | None, policy: str = "borrow") -> dict[str, Any]:
     """What is told of a layer whose experts need 64 tokens."""
     return {"policy": policy, "threshold": 64, "tokens": list(tokens)}
 
@@ -89,7 +89,7 @@ def test_experts_that_saw_little():
         "all": "they were shown all tokens of their layer",
     }
     for policy, remedy in remedies.items():
-        told = {"m.experts": reached(0, 9900, 63, 3, 0, 98, policy=policy), "n.experts": reached(64, 64)}
+        told = {"m.experts": reached(0, 9900, 63, 3, 0, 98, None, policy=policy), "n.experts": reached(64, 64)}
         assert messages(examine(text(), widest=8, experts=told)) == (
             f"warning: m.experts: no calibration token reached 2 of 6 experts (0, 4): {remedy}; "
             "use more or more varied text\n"

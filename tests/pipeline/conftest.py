@@ -33,7 +33,7 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     (folder / "text.txt").write_text(TEXT)
 
     def make(name: str, **changes: object) -> Path:
-        path = folder / "-".join([name, *map(str, changes.values())])
+        path = folder / "-".join([name, *(f"{key}-{value}" for key, value in changes.items())])
         if not path.exists():
             zoo.save_tokenizer(zoo.save(name, path, **changes))
         return path

@@ -74,8 +74,8 @@ def test_tokens_are_counted_by_any_matrix_of_an_expert():
         Key("up", 1): 0,
         Key("down", 1): 0,
     }
-    told = told_of_model(Experts(), members, {Key("up", 0): 31, Key("down", 0): 32})
-    assert told == {"m": {"policy": "borrow", "threshold": 2 * 16, "tokens": [32, 0, 0], "short": [1, 2]}}
+    told = told_of_model(Experts(), members, {Key("up", 0): 63, Key("down", 0): 64})
+    assert told == {"m": {"policy": "borrow", "threshold": 4 * 16, "tokens": [64, 0, None], "short": [1]}}
 
 
 @settings(deadline=None, max_examples=30)
@@ -112,7 +112,7 @@ def test_what_is_borrowed_fades_out_at_the_threshold(tokens: int, threshold: int
 )
 def test_the_policies(policy: Policy, tokens: int, whole: int | None, expected: str, note: str | None):
     own, layer = moments(tokens, 1.0) if tokens else None, None if whole is None else moments(whole, 3.0)
-    for experts, in_features in ((Experts(policy=policy, tokens=8), 5), (Experts(policy=policy), 4)):
+    for experts, in_features in ((Experts(policy=policy, tokens=8), 5), (Experts(policy=policy), 2)):
         check_settled(settle(experts, own, layer, in_features), own, layer, expected)
         assert note_for(experts, tokens, layer is not None, in_features) == note
 

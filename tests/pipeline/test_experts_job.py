@@ -62,7 +62,7 @@ def routed(folder: Path, text: Path) -> dict[str, list[int]]:
 @pytest.mark.parametrize("name", EVERY)
 def test_every_expert_of_every_architecture_is_accounted_for(name: str, readable: Make, text: Path, tmp_path: Path):
     """Every parameter is quantized or kept bit by bit under its own name; experts all, routers and their like never."""
-    source, out = readable(name), tmp_path / "out"
+    source, out = readable(name, **({} if name in zoo.EXPERTS else {"num_hidden_layers": 1})), tmp_path / "out"
     result = run(source, out, recipe_for(text, "borrow", 40))
     anatomy, quantized = result.plan.anatomy, result.plan.quantized
     assert anatomy.missing == anatomy.unexpected == ()
@@ -179,6 +179,19 @@ def test_an_expert_few_tokens_reached_is_told_of_with_their_number(readable: Mak
     assert any(told["short"] for told in result.manifest["experts"].values())
 
 
+def test_static_inputs_of_experts_that_no_token_reached_are_those_of_the_others(
+    readable: Make, text: Path, tmp_path: Path
+):
+    """Engines run all experts of a kind with one scale, which is of all tokens that reached any."""
+    model = rerouted(readable("mixtral", num_experts_per_tok=1), tmp_path / "model")
+    run(model, tmp_path / "out", recipe_for(text, "nearest", 1, scheme="FP8"))
+    scales = {k: float(t) for k, t in zoo.read_tensors(tmp_path / "out").items() if k.endswith("input_scale")}
+    for block in (0, 1):
+        for part in ("w1", "w2", "w3"):
+            found = {v for k, v in scales.items() if f".layers.{block}." in k and ".experts." in k and f".{part}." in k}
+            assert len(found) == 1
+
+
 @pytest.mark.parametrize(("name", "policy"), [("mixtral", "borrow"), ("gpt-oss", "all")])
 def test_neither_workers_nor_a_kill_change_the_bytes(
     name: str, policy: str, readable: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +218,15 @@ def test_neither_workers_nor_a_kill_change_the_bytes(
         run(readable(name), tmp_path / "killed", other)
     run(readable(name), tmp_path / "killed", recipe)
     assert zoo.contents(tmp_path / "killed") == expected
+
+
+def test_of_experts_that_are_kept_nothing_is_told(readable: Make, text: Path, tmp_path: Path):
+    rules = [{"match": "re:.*experts[.]1[.].*", "keep": True}]
+    result = run(readable("mixtral", num_hidden_layers=1), tmp_path / "out", recipe_for(text, "borrow", rules=rules))
+    (told,) = result.manifest["experts"].values()
+    assert [count is None for count in told["tokens"]] == [False, True, False, False]
+    assert not any("no calibration token" in note for note in result.manifest["notes"])
+    assert len(result.plan.quantized) == 4 + 3 * 3
 
 
 # --- what is asked -----------------------------------------------------------------------------------------------

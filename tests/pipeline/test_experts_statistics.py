@@ -92,7 +92,7 @@ def test_the_same_as_from_text(
             ("borrow", 50),
             "borrow",
             None,
-            r"fewer than 256 tokens reached .* calibrate again with --experts borrow, or ask",
+            r"fewer than 512 tokens reached .* calibrate again with --experts borrow, or ask",
         ),
         (
             ("borrow", 50),

@@ -46,8 +46,8 @@ def examine(
     """Findings on calibration windows `ids` int64 [windows, seqlen].
 
     widest          inputs of the widest layer that is quantized by its Hessian
-    experts         by the name of an experts module: how many `tokens` reached each of its experts, the `threshold`
-                    of few, and the `policy` for those
+    experts         by the name of an experts module: how many `tokens` reached each of its experts (None:
+                    unknown), the `threshold` of few, and the `policy` for those
     evaluation_ids  int64 [windows, seqlen] that the result will be measured on
     """
     found = [
@@ -139,11 +139,12 @@ def examine_experts(experts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     few: list[str] = []
     uneven: list[str] = []
     for module, told in experts.items():
-        seen, threshold, remedy = told["tokens"], told["threshold"], _REMEDIES[told["policy"]]
-        even = sum(seen) / max(1, len(seen))
-        idle = [str(i) for i, count in enumerate(seen) if count == 0]
-        rare = [f"{i}: {seen[i]}" for i in sorted(range(len(seen)), key=seen.__getitem__) if 0 < seen[i] < threshold]
-        odd = [str(i) for i, count in enumerate(seen) if threshold <= count < STARVED * even]
+        seen = {i: count for i, count in enumerate(told["tokens"]) if count is not None}
+        threshold, remedy = told["threshold"], _REMEDIES[told["policy"]]
+        even = sum(seen.values()) / max(1, len(seen))
+        idle = [str(i) for i, count in seen.items() if count == 0]
+        rare = [f"{i}: {seen[i]}" for i in sorted(seen, key=seen.__getitem__) if 0 < seen[i] < threshold]
+        odd = [str(i) for i, count in seen.items() if threshold <= count < STARVED * even]
         none += [f"{module}: no calibration token reached {_listed(idle, len(seen))}: {remedy}"] * bool(idle)
         few += [f"{module}: fewer than {threshold} tokens reached {_listed(rare, len(seen))}: {remedy}"] * bool(rare)
         share = f"saw less than {STARVED:.0%} of an even share of the tokens"

@@ -131,7 +131,7 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
         "--expert-tokens",
         type=parse_count,
         metavar="N",
-        help="how many tokens an expert needs of its own; default 2 for each input of its matrices",
+        help="how many tokens an expert needs of its own; default 4 for each input of its matrices",
     )
 
 

@@ -46,18 +46,19 @@ def list_place(name: str) -> tuple[str, int] | None:
 
 def told_of_model(experts: Experts, members: Members, tokens: Mapping[Key, int]) -> dict[str, dict[str, Any]]:
     """For the manifest, by the path of the module that holds the experts: the policy, how many tokens reached each of
-    them, the most that one of their matrices needs, and which are short of that. `tokens`: that each matrix saw."""
+    them (None: it is kept as it is, and was not looked at), the most that one of their matrices needs, and which are
+    short of that. `tokens`: that each matrix saw."""
     found: dict[str, dict[str, Any]] = {}
     for path, layer in members.items():
-        counts = [max((tokens.get(key, 0) for key in keys), default=0) for keys in layer]
+        counts = [max((tokens.get(key, 0) for key in keys), default=None) for keys in layer]
         needed = max(experts.threshold(inputs) for keys in layer for inputs in keys.values())
         found[path] = told_of(experts, counts, needed)
     return found
 
 
-def told_of(experts: Experts, tokens: Sequence[int], threshold: int) -> dict[str, Any]:
+def told_of(experts: Experts, tokens: Sequence[int | None], threshold: int) -> dict[str, Any]:
     """The same of experts whose matrices need `threshold` tokens each."""
-    short = [i for i, count in enumerate(tokens) if count < threshold]
+    short = [i for i, count in enumerate(tokens) if count is not None and count < threshold]
     return {"policy": experts.policy, "threshold": threshold, "tokens": list(tokens), "short": short}
 
 

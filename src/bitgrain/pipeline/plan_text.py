@@ -99,7 +99,7 @@ def experts_not_by_statistics(recipe: Recipe, statistics: StatisticsFile, weight
             "calibrate again with --experts all, or ask for another policy"
         ]
     more = "" if asked.tokens is None else f" --expert-tokens {asked.tokens}"
-    less = "" if taken.policy == "nearest" else f" or --expert-tokens {taken.tokens}"
+    less = "" if taken.tokens is None or taken.policy == "nearest" else f" or --expert-tokens {taken.tokens}"
     return [
         f"fewer than {threshold} tokens reached {first} (and {len(lacking) - 1} more matrices of experts), and the "
         f"statistics {statistics.folder.name} keep nothing that it could borrow: calibrate again with --experts borrow"

@@ -40,7 +40,7 @@ from bitgrain.solvers.base import make_with_settings
 from bitgrain.tuning import BlockSettings, EndToEndSettings, Learn
 
 OnIndivisible = Literal["error", "pad", "channel", "skip"]
-ENOUGH = 2
+ENOUGH = 4
 """Tokens for each input of an expert's matrix, below which its moments say little: docs/decisions/0020."""
 QUANTIZED_ROLES = ("linear", "expert")
 """What a scheme reaches without a rule: lm_head, embeddings, routers and convolutions only by name."""
