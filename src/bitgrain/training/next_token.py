@@ -26,7 +26,7 @@ Each = Callable[[Callable[[Tensor], Any], Sequence[Tensor]], Iterable[Any]]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. The defaults are QLoRA's for small models (arXiv 2305.14314, appendix B), but for the rate's fall.
+    """How to train. The rate is QLoRA's for models of up to 13 B parameters (arXiv 2305.14314, table 9).
 
     steps         gradient steps
     batch         windows in a step
@@ -109,6 +109,7 @@ def train_next_token(
     each     maps a function over the windows of a batch, in order: they are then run one by one (or in threads), and
              their gradients added up in that order; None: the batch is run as one
     start    a state that `save` was given: go on from there
+    save     called every `save_every` steps; the state's tensors change with the next step, so write them at once
     report   called with (steps done, loss of the last step)
     Raises SchemeError where nothing can be trained or `start` is of other parameters, NumericsError when a loss or a
     gradient is not finite: the parameters are then as before that step, and the last saved state is good.
