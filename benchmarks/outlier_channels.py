@@ -27,30 +27,31 @@ from bitgrain.evaluation.language import record_base
 
 SHARES = (0.001, 0.01, 0.03)
 CHOICES = ("activation", "weight", "random")
-SEQLEN = 512
+SEQLEN, CALIBRATION_WINDOWS = 512, 32
 
 
-def measure(
-    model: Path, text: Path, calibration: Path, schemes: Sequence[str], windows: int, solver: str, scratch: Path
-) -> list[dict[str, Any]]:
-    """One row for each scheme, share and choice."""
-    statistics, out = scratch / f"{model.name}-statistics", scratch / "out"
-    bitgrain.calibrate(model, statistics, calibration={"text": str(calibration), "windows": 32}, device="cpu")
-    ids = token_windows(load_tokenizer(model), read_text(text), SEQLEN, windows)
-    base = record_base(bitgrain.load(model, device="cpu"), ids)
-    rows: list[dict[str, Any]] = []
-    for scheme in schemes:
-        for share, by in [(0.0, "none"), *((share, by) for share in SHARES for by in CHOICES)]:
-            columns = {"share": share, "by": by} if share else None
-            made = bitgrain.quantize(
-                model, out, scheme, solver=solver, columns=columns, statistics=statistics, device="cpu"
-            )
-            found = bitgrain.evaluate(out, against=base, text=text, seqlen=SEQLEN, windows=windows, device="cpu")
-            shutil.rmtree(out)
-            row = {"model": model.name, "scheme": scheme, "share": share, "by": by, "bits": made.plan.bits_per_weight}
-            rows.append({**row, "kl": found.kl, "perplexity": found.perplexity, "of_base": found.base_perplexity})
-            print(rows[-1], file=sys.stderr, flush=True)
-    return rows
+class Model:
+    """A reference model, calibrated, and the original's predictions on held-out text."""
+
+    def __init__(self, folder: Path, text: Path, calibration: Path, windows: int, scratch: Path) -> None:
+        self.folder, self.text, self.windows, self.out = folder, text, windows, scratch / "out"
+        self.statistics = scratch / f"{folder.name}-statistics"
+        shown = {"text": str(calibration), "windows": CALIBRATION_WINDOWS}
+        bitgrain.calibrate(folder, self.statistics, calibration=shown, device="cpu")
+        ids = token_windows(load_tokenizer(folder), read_text(text), SEQLEN, windows)
+        self.base = record_base(bitgrain.load(folder, device="cpu"), ids)
+
+    def measure(self, scheme: str, share: float, by: str, solver: str) -> dict[str, Any]:
+        """One row. share 0: nothing is kept."""
+        columns = {"share": share, "by": by} if share else None
+        settings: dict[str, Any] = {"solver": solver, "columns": columns, "statistics": self.statistics}
+        made = bitgrain.quantize(self.folder, self.out, scheme, device="cpu", **settings)
+        held: dict[str, Any] = {"text": self.text, "seqlen": SEQLEN, "windows": self.windows}
+        found = bitgrain.evaluate(self.out, against=self.base, device="cpu", **held)
+        shutil.rmtree(self.out)
+        row = {"model": self.folder.name, "scheme": scheme, "share": share, "by": by}
+        figures = {"kl": found.kl, "perplexity": found.perplexity, "of_base": found.base_perplexity}
+        return {**row, "bits": made.plan.bits_per_weight, **figures}
 
 
 def report(rows: Sequence[dict[str, Any]], windows: int, solver: str) -> str:
@@ -86,16 +87,18 @@ def main() -> None:
     missing = [path.name for path in (*models, text, calibration) if not path.exists()]
     if missing:
         parser.error(f"not found beside the repository: {', '.join(missing)}")
+    settings = {"windows": arguments.windows, "solver": arguments.solver}
+    kinds = [(0.0, "none"), *((share, by) for share in SHARES for by in CHOICES)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bitgrain-bench-") as scratch:
-        for model in models:
-            schemes = arguments.schemes.split(",")
-            rows += measure(
-                *(model, text, calibration, schemes, arguments.windows, arguments.solver, Path(scratch)),
-            )
-            settings = {"windows": arguments.windows, "solver": arguments.solver}
-            page = report(rows, arguments.windows, arguments.solver)
-            write_results(arguments.name, {**settings, "rows": rows}, page, show=model == models[-1])
+        ready = [Model(folder, text, calibration, arguments.windows, Path(scratch)) for folder in models]
+        for scheme in arguments.schemes.split(","):
+            for model in ready:
+                for share, by in kinds:
+                    rows.append(model.measure(scheme, share, by, arguments.solver))
+                    print(rows[-1], file=sys.stderr, flush=True)
+                write_results(arguments.name, {**settings, "rows": rows}, report(rows, **settings), show=False)
+    print(report(rows, **settings))
 
 
 if __name__ == "__main__":
