@@ -82,3 +82,16 @@ def test_ctrl_c_says_how_to_go_on(run, model: Path, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     assert run(*command).status == 0
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_methods_by_name(run, model: Path, text: Path, tmp_path: Path):
+    options = ("--calibration", text, "--windows", "16", "--seqlen", "32")
+    ran = run("quantize", model, "-s", "W8A8_RPTQ", "--recipe", "rptq", *options, "-o", tmp_path / "out")
+    assert ran.status == 0
+    assert "W8A8_RPTQ on" in ran.out
+    assert run("verify", tmp_path / "out", "--against", model).status == 0
+    ran = run("eval", tmp_path / "out", "--against", model, "--text", text, "--seqlen", "32", "--json", "-")
+    assert 0 < ran.json["kl"] < 0.1
+    ran = run("plan", model, "-s", "W8A8", "--recipe", "zeroquant", *options)
+    assert ran.status == 0
+    assert "compressed-tensors layout" in ran.out

@@ -162,6 +162,18 @@ def test_layers_without_clusters_read_reordered_channels_too(readable: Make, tex
     assert {check.ok for check in bitgrain.verify(out, against=readable("llama"))} == {True, None}
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_readers_of_one_input_may_differ_in_their_schemes(readable: Make, text: Path, tmp_path: Path, name: str):
+    few, plain = scheme_of(8, "int16"), scheme_of(0, "int16")
+    rules = [{"match": r"re:.*(v_proj|value)", "scheme": few}, {"match": r"re:.*(k_proj|key)", "scheme": plain}]
+    rules += [{"match": "pooler.dense", "keep": True}] if name == "bert" else []
+    run(readable(name), tmp_path / "out", recipe_of("rptq", text, scheme_of(16, "int16"), rules=rules))
+    assert error(readable(name), tmp_path / "out", text) < 0.005
+    sizes = {key: one.sizes for key, one in static(tmp_path / "out").items() if ".0." in key}
+    found = {len(size) if size is not None else 0 for key, size in sizes.items() if "attn" in key or "attention" in key}
+    assert found == {0, 8, 16}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [

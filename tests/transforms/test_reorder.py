@@ -101,3 +101,22 @@ def test_experts_and_schemes_without_clusters_are_left_alone():
     assert get_transform("reorder").apply(plain) == {"moved": {}, "norms": {}, "difference": 0.0}
     assert all(torch.equal(value, original[key]) for key, value in plain.module.state_dict().items())
     assert not plain.clusters
+
+
+class Summed(torch.nn.Module):
+    """An activation that tells channels by their places."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(-1) / x.shape[-1]
+
+
+@pytest.mark.parametrize(("activation", "how"), [(torch.nn.Softmax(-1), "rows"), (Summed(), "in place")])
+def test_a_block_that_hardly_depends_on_its_mlp_is_not_fooled(activation: torch.nn.Module, how: str):
+    """The output alone would prove any order."""
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(1e-7)
+            layer.mlp.act_fn = activation
+    view = Blocks(model, SCHEME).view()
+    assert get_transform("reorder").apply(view)["moved"]["mlp.down_proj.weight"] == how

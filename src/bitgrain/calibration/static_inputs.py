@@ -71,7 +71,7 @@ def search_input(
 
 
 def token_counts(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """[tokens]: how much each of the inputs x [tokens, in] of layers with `weights` [out, in] counts (see above)."""
+    """[tokens]: how much each token of the inputs x [tokens, in] of layers with `weights` [out, in] counts."""
     x = x.to(torch.float32)
     return _counts(_powers(weights, x)(x))
 

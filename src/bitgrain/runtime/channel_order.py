@@ -47,4 +47,8 @@ def attach_orders(model: nn.Module, orders: Mapping[str, Tensor]) -> None:
 
 def _reorder(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     order: Any = module.output_order
-    return None if order is None else output[..., order.to(output.device)]
+    if order is None:
+        return None
+    if order.device != output.device:
+        module.output_order = order = order.to(output.device)
+    return output[..., order]

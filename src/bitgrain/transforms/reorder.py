@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitgrain.numerics.clusters import Clusters, cluster_channels, cluster_within, join_neighbours
 from bitgrain.runtime.channel_order import reorder_outputs, stop_reordering
+from bitgrain.runtime.watch import Watch, parameters_of
 from bitgrain.transforms.base import BlockView, OutsideView, Pair, register_transform
 from bitgrain.transforms.proof import TOLERANCE, difference, routes
 from bitgrain.transforms.rescale import bias_of, matrix_of, reader_of, writer_rows
@@ -61,12 +62,18 @@ class _Work:
     def __init__(self, block: BlockView) -> None:
         self.block, self.module = block, block.module
         self.routed, self.largest = routes(block.module), 0.0
-        self.before = block.run(0)
         self.wanted = {
             name: spec
             for name, (_, spec) in block.specs.items()
             if spec is not None and spec.clusters and name in block.low
         }
+        self.output, self.inputs = self._run()
+
+    def _run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The block's output, and what each of the wanted readers is given."""
+        inputs: dict[str, Tensor] = {}
+        with Watch(parameters_of(self.module, self.wanted), lambda key, x: inputs.update({key.name: x})):
+            return self.block.run(0), inputs
 
     def groups(self) -> Iterator[tuple[Pair | None, list[str]]]:
         """Readers of one input that want clusters, with the pair that they belong to."""
@@ -121,7 +128,11 @@ class _Work:
         for name in columns:
             weight = matrix_of(self.module, name, self._transposed(name))
             weight.copy_(weight[..., found.order.to(weight.device)])
-        moved = difference(self.before, self.block.run(0), self.routed)
+        output, inputs = self._run()
+        moved = difference(self.output, output, self.routed)
+        for name in readers:  # that they come in this order, however little the output depends on them
+            expected = self.inputs[name][..., found.order.to(output.device)]
+            moved = max(moved, difference(expected, inputs[name], self.routed))
         if moved <= TOLERANCE:
             self.largest = max(self.largest, moved)
             self._note(found, readers)

@@ -39,7 +39,7 @@ class Chosen:
     def record(self) -> dict[str, float]:
         """For the manifest; of inputs in clusters the largest scale."""
         error = {} if self.error is None else {"input_error": self.error}
-        return {"input_scale": float(self.static.scale.max()), **error}
+        return {"input_scale": float(self.static.scale.to(torch.float32).max()), **error}
 
 
 def static_layers(layers: Mapping[str, StoredLayer], names: Iterable[str]) -> list[str]:
@@ -82,7 +82,7 @@ class Wanted:
 
     places     Key -> the names under which its inputs are counted; several keys may have one
     histogram  names that need a histogram; sampled: names of which rows are kept
-    clusters   names -> the clusters of channels that are counted apart, each under `cluster_name`
+    clusters   names -> clusters of channels that are counted apart too, each under its `cluster_name`
     """
 
     places: Callable[[Key], Sequence[str]]
@@ -109,7 +109,7 @@ def observe_inputs(
         pieces = {name: whole}
         if name in wanted.clusters:
             runs = whole.split(wanted.clusters[name].sizes, -1)
-            pieces = {cluster_name(name, place): run for place, run in enumerate(runs)}
+            pieces |= {cluster_name(name, place): run for place, run in enumerate(runs)}
         for key, x in pieces.items():
             sums = Accumulator(x.shape[-1], f"{label}.{name}", hessian=False, histogram=wanted.histogram(name))
             by_window = stage.shared and len(x) % windows[batch] == 0
@@ -164,9 +164,11 @@ def choose_inputs(
     ranges: dict[str, list[Range]] = {}
     for name in names:
         ranges.setdefault(group_of[name], []).append(static_spec(layers[name]).range)
-    of_group = {
-        group_of[name]: (clusters or {})[parameters[name]] for name in names if static_spec(layers[name]).clusters
-    }
+    of_group: dict[str, Clusters] = {}
+    for name in names:
+        if static_spec(layers[name]).clusters:  # readers of one input have one order; the fewest clusters do for all
+            known = (of_group.get(group_of[name]), (clusters or {})[parameters[name]])
+            of_group[group_of[name]] = min((one for one in known if one), key=lambda one: len(one.sizes))
     wanted = Wanted(
         places=lambda key: [one for one in [group_name(stage, key.name)] if one in ranges],
         histogram=lambda group: any(keeps_histogram(one) for one in ranges[group]),
@@ -177,8 +179,7 @@ def choose_inputs(
     groups = merge_observed(
         pool.map(lambda batch: observe_inputs(stage, seen(batch), wanted, batch, windows, label), batches)
     )
-    first = {group: cluster_name(group, 0) if group in of_group else group for group in ranges}
-    require_reached([name for name in names if first[group_of[name]] not in groups])
+    require_reached([name for name in names if group_of[name] not in groups])
     found: dict[str, Chosen] = {}
     for name in names:
         if name not in found:
@@ -202,13 +203,12 @@ def _choose_clusters(
     original: Callable[[str], Tensor],
 ) -> Chosen:
     """`choose_input` for each cluster of channels as if the others were not rounded."""
-    found = [groups[cluster_name(group, place)] for place in range(len(clusters.sizes))]
-    rows = [one.rows for one in found if one.rows is not None]
-    counts = token_counts(torch.cat(rows, -1), _some_matrices(sharers, layers, original)) if rows else None
+    rows = groups[group].rows
+    counts = None if rows is None else token_counts(rows, _some_matrices(sharers, layers, original))
     parts: list[StaticInput] = []
     start = 0
-    for statistics, size in zip(found, clusters.sizes, strict=True):
-        columns = slice(start, start + size)
+    for place, size in enumerate(clusters.sizes):
+        statistics, columns = groups[cluster_name(group, place)], slice(start, start + size)
         parts.append(choose_input(statistics, sharers, layers, original, columns, counts).static)
         start += size
     return Chosen(StaticInput.of_clusters(parts, clusters, static_spec(layers[sharers[0]]).clusters))
