@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--lora-steps", type=int, default=100)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--name", default="fine-tuning", help="of the files in benchmarks/results")
     arguments = parser.parse_args()
     small = SHARED / "models" / "tinystories-656k"
