@@ -19,7 +19,7 @@ ONE = ColumnChoice(0.01)
 SPEC = replace(int_weight(4, 32, scale=FP16), columns=ONE)
 
 
-@given(st.integers(1, 9000), st.floats(0.001, 0.5), st.integers(1, 50))
+@given(st.integers(1, 9000), st.floats(1e-9, 0.5), st.integers(1, 50))
 def test_how_many(cols: int, share: float, rows: int):
     choice = ColumnChoice(share)
     count = choice.count(cols)

@@ -63,7 +63,7 @@ class ColumnChoice:
 
     def count(self, columns: int) -> int:
         """How many of `columns` are kept."""
-        return math.ceil(round(self.share * columns, 6))  # 0.07 * 100 is 7.000000000000001
+        return max(1, math.ceil(round(self.share * columns, 6)))  # 0.07 * 100 is 7.000000000000001
 
     def count_bits(self, rows: int, columns: int) -> int:
         """Bits of a matrix's kept columns and their numbers."""
