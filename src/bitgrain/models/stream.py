@@ -229,7 +229,7 @@ class StreamedModel:
             block.forward = passing(index)  # type: ignore[method-assign]
         try:
             with torch.set_grad_enabled(grad):
-                return self.model(input_ids=ids.to(self.device), **_without_cache(self.model))
+                return self.model(input_ids=ids.to(self.device), **without_cache(self.model))
         except _Stop:
             return None
         finally:
@@ -293,7 +293,8 @@ def _tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _without_cache(model: nn.Module) -> dict[str, Any]:
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """Arguments with which a model keeps no past, and answers with an object; those that it knows."""
     known = inspect.signature(model.forward).parameters
     wanted = {"use_cache": False, "return_dict": True}
     return {key: value for key, value in wanted.items() if key in known}

@@ -31,9 +31,16 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource, resolve_model
 from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
-from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
+from bitgrain.pipeline.cost import calibrated_peak, cost_notes, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
-from bitgrain.pipeline.plan_text import findings, needs_text, not_by_statistics, read_calibration, statistics_note
+from bitgrain.pipeline.plan_text import (
+    findings,
+    needs_text,
+    not_by_statistics,
+    read_calibration,
+    read_training,
+    statistics_note,
+)
 from bitgrain.recipes import Recipe, Scheme
 from bitgrain.recipes.steps import read_step
 
@@ -90,6 +97,8 @@ class Plan:
     trust_remote_code: bool = field(default=False)
     calibration: CalibrationText | None = field(default=None)
     """The text that is shown to the model; None: nothing in the recipe needs any."""
+    training: CalibrationText | None = field(default=None)
+    """The text that is trained on; None: nothing is trained."""
     statistics: StatisticsFile | None = field(default=None)
     """What was saved of such a pass, used in place of text."""
 
@@ -252,6 +261,7 @@ def make_plan(
         notes=(*notes, *_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
         trust_remote_code=trust_remote_code,
         calibration=calibration,
+        training=None if saved is not None else read_training(recipe, source, config, trust_remote_code),
         statistics=saved,
     )
     if saved is not None:
@@ -259,7 +269,8 @@ def make_plan(
     if calibration is None:
         return plan
     return replace(
-        plan, notes=(*plan.notes, calibration_note(plan), *findings(calibration, recipe, quantized.values()))
+        plan,
+        notes=(*plan.notes, *cost_notes(plan), *findings(calibration, recipe, quantized.values())),
     )
 
 

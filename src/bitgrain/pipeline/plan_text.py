@@ -11,6 +11,7 @@ from bitgrain.calibration.statistics_file import StatisticsFile
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.calibration.windows import CalibrationText, calibration_windows
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.errors import TextError
 from bitgrain.models.source import ModelSource
 from bitgrain.recipes import Recipe, Scheme
 from bitgrain.solvers import get_solver
@@ -24,6 +25,7 @@ def not_by_statistics(recipe: Recipe) -> list[str]:
         "target": recipe.target,
         "tuning.blockwise": tuning.blockwise,
         "tuning.end_to_end": tuning.end_to_end,
+        "tuning.training": tuning.training,
     }
     named = [name for name, setting in needs.items() if setting or isinstance(setting, dict)]
     if not named:
@@ -57,6 +59,29 @@ def needs_text(recipe: Recipe, schemes: Iterable[Scheme | None]) -> bool:
         scheme is not None and (scheme.needs_calibration or (named and scheme.weight.range.name == "weighted"))
         for scheme in schemes
     )
+
+
+def read_training(
+    recipe: Recipe, source: ModelSource, config: PretrainedConfig, trust_remote_code: bool
+) -> CalibrationText | None:
+    """The windows to train on; None where nothing is trained. Raises TextError, also for fewer than one batch."""
+    settings = recipe.tuning.training_settings()
+    if settings is None:
+        return None
+    found = calibration_windows(
+        settings.text or recipe.calibration.text or "builtin",
+        load_tokenizer(source.path, trust_remote_code),
+        windows=settings.windows or None,
+        seqlen=settings.seqlen or recipe.calibration.seqlen,
+        vocab_size=getattr(config.get_text_config(), "vocab_size", None),
+    )
+    count, seqlen = found.ids.shape
+    if count < settings.batch:
+        raise TextError(
+            f"the training text ({', '.join(found.description['sources'])}) holds {count} windows of {seqlen} tokens, "
+            f"less than one batch of {settings.batch}: give a longer text, or smaller batches or windows"
+        )
+    return found
 
 
 def read_calibration(

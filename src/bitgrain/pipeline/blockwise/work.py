@@ -2,6 +2,9 @@
 
     work/block-00003.safetensors   the tensors of a solved block as they will be written, and its records
     work/hidden-00004.safetensors  the hidden states that enter the next block
+    work/latent-block-00003.safetensors   for training: the block's weights before they were rounded, where transforms
+                                   changed them
+    work/training.safetensors      where the training is
 
 A file appears whole or not at all. The hidden states that enter block i + 1 are there before block i counts as solved,
 and those that enter block i are removed afterwards.
@@ -83,9 +86,17 @@ def hidden_file(index: int) -> str:
     return f"hidden-{index:05d}"
 
 
+def latent_file(file: str) -> str:
+    return f"latent-{file}"
+
+
 OUTSIDE = "outside"
 """The file of what lies outside the blocks."""
 TUNED = "tuned"
 """The file of what the tuning of the whole model changed: its tensors stand above those of the other files."""
+TRAINED = "trained"
+"""The same of the best state that training has reached so far: above `TUNED`."""
+TRAINING = "training"
+"""The file of all that training needs to go on."""
 FINISHED = "finished"
 """The last file: nothing is left to solve."""
