@@ -9,11 +9,11 @@ ROOT = Path(bitgrain.__file__).parent
 FLOORS = [
     {"errors", "progress"},
     {"numerics"},
-    {"solvers", "transforms", "runtime", "tuning"},
+    {"solvers", "transforms", "runtime", "tuning", "training"},
     {"recipes"},
     {"models", "checkpoints", "calibration", "demo"},
     {"pipeline", "evaluation", "search"},
-    {"api", "report"},
+    {"api", "qat", "report"},
     {"cli"},
 ]
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

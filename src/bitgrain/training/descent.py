@@ -56,22 +56,29 @@ class Outcome:
 
 
 class _Part:
-    """One matrix: its latent weight as tiles [down, across, elements], and its quantizer."""
+    """One matrix: its latent weight in steps of the grid, as tiles [down, across, elements], and its quantizer.
+
+    In steps, codes stay when their scale changes: the scale's gradient is then the exact one, sum g (v - z), and both
+    can move at once.
+    """
 
     def __init__(self, start: QTensor, weight: Tensor | None, settings: TrainingSettings) -> None:
         self.view = FakeQuantizedWeight(start)
-        self.latent = to_tiles(latent_weight(start, weight), start.spec.granularity).contiguous()
-        units = self.view.first.abs()
+        steps = self.view.first.unsqueeze(-1)
+        latent = to_tiles(latent_weight(start, weight), start.spec.granularity)
+        self.latent = latent / steps.masked_fill(steps == 0, 1.0)
         self.learned: dict[str, tuple[Tensor, Tensor]] = {}
         if settings.rate:
-            self.learned["latent"] = self.latent.requires_grad_(True), settings.rate * units.unsqueeze(-1)
+            self.learned["latent"] = self.latent.requires_grad_(True), torch.tensor(settings.rate)
         if self.view.scale is not None and settings.scale_rate:
-            self.learned["scale"] = self.view.scale, settings.scale_rate * units
+            self.learned["scale"] = self.view.scale, settings.scale_rate * self.view.first.abs()
         if self.view.zero is not None and settings.zero_rate:
-            self.learned["zero"] = self.view.zero, torch.tensor(settings.zero_rate, device=units.device)
+            self.learned["zero"] = self.view.zero, torch.tensor(settings.zero_rate)
 
     def weight(self) -> Tensor:
-        return from_tiles(self.latent, self.view.spec.granularity, self.view.shape)
+        """The latent weight itself, float32 [out, in]."""
+        tiles = self.latent * self.view.steps().unsqueeze(-1)
+        return from_tiles(tiles, self.view.spec.granularity, self.view.shape)
 
     def dense(self) -> Tensor:
         """What the model computes with, float32 [out, in], differentiable."""
@@ -79,8 +86,15 @@ class _Part:
 
     @torch.no_grad()
     def project_(self) -> None:
-        if "latent" in self.learned:
-            self.view.project_(self.latent)
+        """Bring latent weights beyond the grid to its end: they would get no gradient any more, and never come back
+        (BinaryConnect, arXiv 1511.00363, section 2.4)."""
+        zero = self.view.zeros()
+        low, high = self.view.spec.low, self.view.spec.high
+        if zero is None:
+            self.latent.clamp_(low, high)
+        else:
+            offset = zero.to(torch.float32).unsqueeze(-1)
+            self.latent.clamp_(low - offset, high - offset)
 
 
 class Training:
@@ -109,8 +123,7 @@ class Training:
         learned = {f"{kind}.{n}": pair for n, part in self.parts.items() for kind, pair in part.learned.items()}
         if settings.extra_rate:
             for name, tensor in self.extras.items():
-                rate = torch.tensor(settings.extra_rate, device=tensor.device)
-                learned[f"extra.{name}"] = tensor.requires_grad_(True), rate
+                learned[f"extra.{name}"] = tensor.requires_grad_(True), torch.tensor(settings.extra_rate)
         self.adam = Adam(learned)
         self.outcome: Outcome | None = None
         """What came of it so far; None before the start was measured."""

@@ -10,6 +10,7 @@ their storage each time, so what is trained is what will be written.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -64,18 +65,17 @@ class FakeQuantizedWeight(nn.Module):
         """The scales as stored, float32 [down, across]."""
         if self.scale is None:
             return self.first
-        slowed = _Slowed.apply(self.scale, self._slope)
-        scale = cast(Tensor, slowed).abs() * torch.where(self.first < 0, -1.0, 1.0)
+        scale = slowed(self.scale, self._slope).abs() * torch.where(self.first < 0, -1.0, 1.0)
         assert isinstance(self.spec.scale, FloatFormat)
         with torch.no_grad():
             stored = round_scale(scale.clamp(-self.spec.scale.maximum, self.spec.scale.maximum), self.spec)
-        return cast(Tensor, _Replaced.apply(scale, stored))
+        return replaced(scale, stored)
 
     def zeros(self) -> Tensor | None:
         """The zero points as stored, [down, across]; None for symmetric formats."""
         if self.zero is None:
             return self.fixed_zero
-        return cast(Tensor, _Replaced.apply(self.zero, self.zero.detach().to(self._zero_dtype).to(torch.float32)))
+        return replaced(self.zero, self.zero.detach().to(self._zero_dtype).to(torch.float32))
 
     @torch.no_grad()
     def commit(self, weight: Tensor) -> QTensor:
@@ -86,14 +86,36 @@ class FakeQuantizedWeight(nn.Module):
         zero = zero if zero is None or self.zero is None else zero.to(self._zero_dtype)
         return quantize(weight, self.spec, scale=scale, zero=zero)
 
-    @torch.no_grad()
-    def project_(self, tiles: Tensor) -> None:
-        """Bring latent weights (tiles [down, across, elements]) that lie beyond the grid to its end, in place: they
-        would get no gradient any more and never come back (BinaryConnect, arXiv 1511.00363, section 2.4)."""
-        steps, zero = self.steps().unsqueeze(-1), self.zeros()
-        offset = 0.0 if zero is None else zero.to(torch.float32).unsqueeze(-1)
-        ends = (self.spec.low - offset) * steps, (self.spec.high - offset) * steps
-        tiles.clamp_(torch.minimum(*ends), torch.maximum(*ends))
+
+class FakeQuantizedParameter(nn.Module):
+    """The view of a whole parameter, as a parametrization (`torch.nn.utils.parametrize`): one matrix, or a stack.
+
+    parts       where its matrices start; transposed: each is stored [in, out]
+    """
+
+    def __init__(self, parts: Sequence[QTensor], transposed: bool = False) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(FakeQuantizedWeight(part) for part in parts)
+        self.transposed = transposed
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        matrices = zip(self.parts, self.matrices(parameter), strict=True)
+        return self.joined([part(matrix) for part, matrix in matrices], parameter)
+
+    def joined(self, matrices: Sequence[Tensor], parameter: Tensor) -> Tensor:
+        """The inverse of `matrices`: a tensor of the parameter's shape and dtype."""
+        turned = [matrix.mT if self.transposed else matrix for matrix in matrices]
+        return (torch.stack(turned) if parameter.ndim == 3 else turned[0]).to(parameter.dtype)
+
+    def matrices(self, parameter: Tensor) -> list[Tensor]:
+        """The [out, in] matrices of the parameter."""
+        stack = list(parameter) if parameter.ndim == 3 else [parameter]
+        return [matrix.mT if self.transposed else matrix for matrix in stack]
+
+    def commit(self, parameter: Tensor) -> list[QTensor]:
+        """One QTensor for each matrix."""
+        views = cast("list[FakeQuantizedWeight]", list(self.parts))
+        return [view.commit(matrix) for view, matrix in zip(views, self.matrices(parameter), strict=True)]
 
 
 @torch.no_grad()
@@ -120,6 +142,16 @@ def latent_weight(start: QTensor, weight: Tensor | None = None) -> Tensor:
     own = spec.format.round(v.clamp(spec.low, spec.high)) == values
     v = torch.where(own, v.clamp(spec.low, spec.high), torch.minimum(torch.maximum(v, below), above))
     return from_tiles((v - offset) * steps, spec.granularity, start.shape)
+
+
+def slowed(value: Tensor, slope: float) -> Tensor:
+    """`value`, its gradient times `slope`."""
+    return cast(Tensor, _Slowed.apply(value, slope))
+
+
+def replaced(value: Tensor, stored: Tensor) -> Tensor:
+    """`stored`, with the identity as its gradient by `value`."""
+    return cast(Tensor, _Replaced.apply(value, stored))
 
 
 class _Slowed(torch.autograd.Function):
