@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", default="train", metavar="R", help="where to start from: a named recipe or a file; default train"
     )
-    parser.add_argument("--steps", type=parse_count, metavar="N", help="gradient steps; default 600")
+    parser.add_argument("--steps", type=parse_count, metavar="N", help="gradient steps; default 450")
     parser.add_argument("--batch", type=parse_count, metavar="N", help="windows in a step; default 4")
     parser.add_argument("--windows", type=parse_count, metavar="N", help="windows of the text to use; default all")
     parser.add_argument("--seqlen", type=parse_count, metavar="L", help="tokens in a window; default 512")

@@ -134,14 +134,16 @@ def latent_weight(start: QTensor, weight: Tensor | None = None) -> Tensor:
     grid = spec.format.grid().to(tiles.device)
     grid = grid[grid >= spec.low]
     values = to_tiles(spec.format.decode(start.codes), spec.granularity)
-    place = torch.bucketize(values, grid)
+    place = torch.bucketize(values.contiguous(), grid)
     gaps = torch.diff(grid)
     below = values - gaps[(place - 1).clamp(min=0)] * (0.5 * _INSIDE) * (place > 0)
     above = values + gaps[place.clamp(max=len(gaps) - 1)] * (0.5 * _INSIDE) * (place < len(gaps))
     v = tiles / steps + offset
-    own = spec.format.round(v.clamp(spec.low, spec.high)) == values
-    v = torch.where(own, v.clamp(spec.low, spec.high), torch.minimum(torch.maximum(v, below), above))
-    return from_tiles((v - offset) * steps, spec.granularity, start.shape)
+    inside = v.clamp(spec.low, spec.high)
+    own = spec.format.round(inside) == values
+    near = torch.where(own, inside, torch.minimum(torch.maximum(v, below), above))
+    latent = torch.where(own & (v == inside), tiles, (near - offset) * steps)
+    return from_tiles(latent, spec.granularity, start.shape)
 
 
 def slowed(value: Tensor, slope: float) -> Tensor:

@@ -31,16 +31,16 @@ class TrainingSettings:
     seed        of the order of the windows
     """
 
-    steps: int = 600
+    steps: int = 450
     batch: int = 4
     at_once: int = 1
     text: str = ""
     windows: int = 0
     seqlen: int = 0
-    rate: float = 0.02
-    scale_rate: float = 0.003
+    rate: float = 0.003
+    scale_rate: float = 0.004
     zero_rate: float = 0.003
-    extra_rate: float = 0.001
+    extra_rate: float = 0.004
     loss: Objective = "distill"
     warmup: int = 10
     validation: int = 16

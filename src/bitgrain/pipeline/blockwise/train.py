@@ -44,7 +44,7 @@ def train_whole(plan: Plan, work: Work, stream: StreamedModel, progress: Progres
     model = LoadedModel(plan, work, stream)
     keeper = _Keeper(work, model)
     if "stopped" not in keeper.record:
-        teacher = _Teacher(plan, stream.device, text.ids) if settings.loss == "distill" else None
+        teacher = _Teacher(plan, stream.device, text.ids, settings.autocast) if settings.loss == "distill" else None
 
         def loss(dense: Mapping[str, Tensor], gains: Mapping[str, Tensor], windows: Sequence[int]) -> Tensor:
             ids = text.ids[list(windows)].to(stream.device)
@@ -107,13 +107,13 @@ class _Keeper:
 class _Teacher:
     """The original model's predictions. What leaves its last block is remembered, as far as memory is set aside."""
 
-    def __init__(self, plan: Plan, device: torch.device, ids: Tensor) -> None:
+    def __init__(self, plan: Plan, device: torch.device, ids: Tensor, autocast: bool) -> None:
         skeleton = build_skeleton(plan.config, plan.trust_remote_code)
         self._stream = StreamedModel(skeleton, plan.anatomy, plan.checkpoint.read, device=device)
         self._stream.capture(ids[:1])  # which tries blocks, and lets go of them
         for index in range(len(plan.anatomy.block_names)):
             self._stream.load_block(index)
-        self._ids = ids
+        self._ids, self._autocast = ids, autocast
         self._hidden: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -127,8 +127,9 @@ class _Teacher:
         if hidden is None:
             captured = self._stream.capture(self._ids[[window]])
             hidden = captured.hidden
-            for index in sorted(self._stream.reached):
-                hidden = self._stream.run(index, hidden, captured.calls[index])
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self._autocast):
+                for index in sorted(self._stream.reached):
+                    hidden = self._stream.run(index, hidden, captured.calls[index])
             if hidden.nbytes * (len(self._hidden) + 1) <= HOLD_BYTES:
                 self._hidden[window] = hidden
         return hidden
