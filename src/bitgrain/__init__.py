@@ -8,6 +8,7 @@ bitgrain.inspect("MODEL")                       ranges, outliers, what each gran
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
 bitgrain.quantize_tensor(w, "NVFP4")            one tensor
+bitgrain.train("MODEL", "OUT", "W4A8", text="FILE")   quantization-aware training; in memory: bitgrain.qat
 bitgrain.KVCache("kivi-int4", config)           keys and values in few bits, for generate
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         quantize,
         quantize_,
         quantize_tensor,
+        train,
         verify,
     )
 
@@ -44,6 +46,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "train",
     "verify",
 ]
 

@@ -203,12 +203,14 @@ def make_plan(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int | None = None,
     calibrate: bool = False,
+    solved: bool = False,
     statistics: str | Path | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Plan `recipe` on `model` (a folder or a hub name).
 
     calibrate  read calibration text even if nothing in the recipe needs it; notes: what else the plan should tell
+    solved     read none: the caller brings what the recipe would lead to
     statistics a folder that `bitgrain calibrate` wrote, used in place of text
 
     Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
@@ -225,7 +227,7 @@ def make_plan(
     recipe = recipe.for_schemes(schemes)
     saved = None if statistics is None else open_statistics(statistics, model=content_sha256(checkpoint))
     calibration = None
-    if saved is None and (calibrate or recipe.needs_calibration or needs_text(recipe, schemes)):
+    if not solved and saved is None and (calibrate or recipe.needs_calibration or needs_text(recipe, schemes)):
         calibration = read_calibration(recipe, source, config, trust_remote_code)
     problems: list[str] = not_by_statistics(recipe) if saved is not None else []
     if anatomy.missing:
@@ -261,7 +263,7 @@ def make_plan(
         notes=(*notes, *_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
         trust_remote_code=trust_remote_code,
         calibration=calibration,
-        training=None if saved is not None else read_training(recipe, source, config, trust_remote_code),
+        training=None if saved is not None or solved else read_training(recipe, source, config, trust_remote_code),
         statistics=saved,
     )
     if saved is not None:

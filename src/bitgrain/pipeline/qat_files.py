@@ -31,8 +31,7 @@ def save(
     shape, or whose quantized matrices do not lie one by one in the files of `model` (experts that are stacked in memory
     only: use `bitgrain train`); OutputError (`out` exists).
     """
-    recipe = found.recipe.model_copy(update={"transforms": (), "target": None, "tuning": type(found.recipe.tuning)()})
-    plan = make_plan(model, recipe, trust_remote_code=trust_remote_code)
+    plan = make_plan(model, found.recipe, trust_remote_code=trust_remote_code, solved=True)
     plan.require_possible()
     weights = {weight.tensor: weight for weight in plan.anatomy.weights}
     names = {name: _memory_name(weights[name], found, plan) for name in plan.quantized}

@@ -23,7 +23,7 @@ from bitgrain.pipeline.blockwise.work import TRAINED, TRAINING, Work
 from bitgrain.pipeline.cost import HOLD_BYTES
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
-from bitgrain.training.descent import Outcome, Training
+from bitgrain.training.descent import Outcome, Training, held_back
 from bitgrain.training.distillation import kl_divergence, next_token_loss
 
 _SAVE_EVERY_S = 30.0
@@ -59,7 +59,8 @@ def train_whole(plan: Plan, work: Work, stream: StreamedModel, progress: Progres
                 _run(training, keeper, progress)
         finally:
             progress.finish()
-    return {**{key: keeper.record[key] for key in _TOLD if key in keeper.record}, "text": text.description}
+    told = {key: keeper.record[key] for key in _TOLD if key in keeper.record}
+    return {**told, "held_back": len(held_back(len(text.ids), settings)), "text": text.description}
 
 
 def _run(training: Training, keeper: _Keeper, progress: Progress) -> None:
