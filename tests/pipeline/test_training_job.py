@@ -148,14 +148,14 @@ def test_interrupted_at_every_file_it_ends_in_the_same_bytes(
 def test_nan_stops_with_one_error_and_the_same_command_ends_with_the_best_state(
     readable: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    settings = job(text)
-    run(readable("llama"), tmp_path / "whole", job(text, training={"steps": 4}))
+    settings = job(text, training={"batch": 4})
+    run(readable("llama"), tmp_path / "whole", settings)
     real, calls = training_job.kl_divergence, 0
 
     def failing(*args: Any) -> torch.Tensor:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        return real(*args) * (math.nan if calls >= 7 else 1.0)  # two windows a step: the fourth
+        return real(*args) * (math.nan if calls >= 13 else 1.0)  # four windows a step: the fourth
 
     monkeypatch.setattr(training_job, "kl_divergence", failing)
     out = tmp_path / "out"
@@ -213,7 +213,7 @@ def test_the_python_face_is_the_recipe(readable: Make, text: Path, tmp_path: Pat
 
 def test_the_plan_tells_what_training_takes(readable: Make, text: Path):
     without = bitgrain.plan(readable("llama"), recipe=job(text, tuning={"training": None}))
-    plan = bitgrain.plan(readable("llama"), recipe=job(text))
+    plan = bitgrain.plan(readable("llama"), recipe=job(text, training={"at_once": 5000}))
     assert without.training is None
     assert plan.peak_ram > without.peak_ram
     assert any("trained for 4 steps of 2 windows of 24 tokens" in note for note in plan.notes)

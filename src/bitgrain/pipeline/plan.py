@@ -226,9 +226,11 @@ def make_plan(
     schemes = recipe.assign(anatomy.weights)
     recipe = recipe.for_schemes(schemes)
     saved = None if statistics is None else open_statistics(statistics, model=content_sha256(checkpoint))
-    calibration = None
+    calibration = training = None
+    if not solved and saved is None:
+        training = read_training(recipe, source, config, trust_remote_code)
     if not solved and saved is None and (calibrate or recipe.needs_calibration or needs_text(recipe, schemes)):
-        calibration = read_calibration(recipe, source, config, trust_remote_code)
+        calibration = read_calibration(recipe, source, config, trust_remote_code, training)
     problems: list[str] = not_by_statistics(recipe) if saved is not None else []
     if anatomy.missing:
         problems.append(f"{len(anatomy.missing)} parameters of the model are not in its files: {_few(anatomy.missing)}")
@@ -263,7 +265,7 @@ def make_plan(
         notes=(*notes, *_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
         trust_remote_code=trust_remote_code,
         calibration=calibration,
-        training=None if saved is not None or solved else read_training(recipe, source, config, trust_remote_code),
+        training=training,
         statistics=saved,
     )
     if saved is not None:

@@ -85,10 +85,18 @@ def read_training(
 
 
 def read_calibration(
-    recipe: Recipe, source: ModelSource, config: PretrainedConfig, trust_remote_code: bool
+    recipe: Recipe,
+    source: ModelSource,
+    config: PretrainedConfig,
+    trust_remote_code: bool,
+    training: CalibrationText | None = None,
 ) -> CalibrationText:
-    """The windows of the recipe's text. Raises TextError."""
+    """The windows of the recipe's text; of one that is short and trained on, those that there are. Raises TextError."""
     wanted = recipe.calibration
+    settings = recipe.tuning.training_settings()
+    if training is not None and settings is not None and not settings.text:
+        least = training.ids.numel() // wanted.seqlen
+        wanted = wanted.model_copy(update={"windows": max(1, min(wanted.windows, least))})
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     return calibration_windows(
         wanted.text or "builtin",
