@@ -7,7 +7,7 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean bench-accuracy bench-kv-cache bench-memory bench-numerics bench-streaming
+.PHONY: setup demo test lint clean bench-accuracy bench-kv-cache bench-memory bench-numerics bench-streaming bench-training
 
 setup: $(VENV)/.ready
 
@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/pyright
 
 # Benchmarks write JSON and a table into benchmarks/results. ARGS goes to the script: make bench-memory ARGS="--help"
-bench-accuracy bench-kv-cache bench-memory bench-numerics bench-streaming: bench-%: setup
+bench-accuracy bench-kv-cache bench-memory bench-numerics bench-streaming bench-training: bench-%: setup
 	$(BIN)/python benchmarks/$(subst -,_,$*).py $(ARGS)
 
 clean:

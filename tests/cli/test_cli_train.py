@@ -39,7 +39,9 @@ def test_a_wrong_command_line(run, model: Path, tmp_path: Path, arguments: tuple
 def test_a_text_shorter_than_a_batch(run, model: Path, tmp_path: Path):
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time there was a little girl who had a red ball. " * 30)
-    ran = run("train", model, "-s", "W4A16", "--text", short, "-o", tmp_path / "out", "--batch", "100", "--seqlen", "32")
+    ran = run(
+        "train", model, "-s", "W4A16", "--text", short, "-o", tmp_path / "out", "--batch", "100", "--seqlen", "32"
+    )
     assert ran.status == 1
     assert "less than one batch of 100" in " ".join(ran.err.split())
     assert not (tmp_path / "out").exists()

@@ -195,7 +195,7 @@ def test_next_tokens_can_be_learned_instead(readable: Make, text: Path, tmp_path
 
 
 def test_an_encoder_cannot_be_trained(readable: Make, text: Path, tmp_path: Path):
-    with pytest.raises(ModelError, match="predicts no tokens; leave tuning.training out"):
+    with pytest.raises(ModelError, match=r"predicts no tokens; leave tuning\.training out"):
         run(readable("bert"), tmp_path / "out", job(text))
 
 

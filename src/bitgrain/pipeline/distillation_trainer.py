@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, *args: Any, teacher: nn.Module, keep_every: int = 10, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.teacher = teacher.eval().requires_grad_(False)
-        self._good = LastGood(self.model, keep_every)
+        self._good = LastGood(cast(nn.Module, self.model), keep_every)
 
     def compute_loss(
         self,
