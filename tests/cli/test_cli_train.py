@@ -16,6 +16,8 @@ def test_train_writes_what_quantize_does_and_shows_the_loss(run, model: Path, te
     steps = [line for line in told if line["title"].startswith("train")]
     assert steps[-1]["done"] == steps[-1]["total"] == 3
     assert any(line["note"].startswith("loss ") and line["eta_s"] is not None for line in steps)
+    again = run("train", model, "-s", "W4A16", "--recipe", "fast", "--text", text, "-o", tmp_path / "told", *FEW)
+    assert "on text held back, after" in " ".join(again.out.split())
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["training"]["best_loss"] <= manifest["training"]["first_loss"]
     assert "training:" in (out / "recipe.yaml").read_text()

@@ -17,6 +17,7 @@ from bitgrain.pipeline.blockwise import train as training_job
 from bitgrain.pipeline.blockwise.work import Work
 from bitgrain.progress import Progress
 from bitgrain.recipes import load_recipe
+from bitgrain.report.result import warning_lines
 from calibrated_jobs import HEAD, SOLVER, recipe_of, run
 
 Make = Callable[..., Path]
@@ -163,8 +164,10 @@ def test_nan_stops_with_one_error_and_the_same_command_ends_with_the_best_state(
         run(readable("llama"), out, settings)
     assert not out.exists()
     monkeypatch.setattr(training_job, "kl_divergence", real)
-    told = run(readable("llama"), out, settings).manifest["training"]
+    made = run(readable("llama"), out, settings)
+    told = made.manifest["training"]
     assert "in step 4" in told["stopped"]
+    assert any("in step 4" in line for line in warning_lines(made))
     assert told["best_step"] == 2
     assert all(bool(p.isfinite().all()) for p in bitgrain.load(out).parameters())
     assert weights(out) != weights(tmp_path / "whole")

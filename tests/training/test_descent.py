@@ -24,7 +24,7 @@ def random(*shape: int, seed: int) -> Tensor:
 WEIGHTS = {"first": random(40, 32, seed=0) / 6, "second": random(20, 40, seed=1) / 2}
 GAIN = torch.ones(32)
 INPUTS = random(40, 50, 32, seed=2) @ random(32, 32, seed=4)
-SETTINGS = TrainingSettings(steps=60, batch=2, rate=0.01, scale_rate=0.004, extra_rate=0.004, checks=6)
+SETTINGS = TrainingSettings(steps=60, batch=2, rate=0.01, scale_rate=0.008, extra_rate=0.008, checks=6)
 
 
 def predictions(dense: Mapping[str, Tensor], gain: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ SPECS = {
 def test_the_loss_falls_on_windows_held_back(name: str):
     keeper = Kept()
     outcome = train(SPECS[name], keeper)
-    assert outcome.best_loss < (0.95 if name == "nested" else 0.8) * outcome.first_loss  # nested scales stay
+    assert outcome.best_loss < (0.95 if name == "nested" else 0.9) * outcome.first_loss  # nested scales stay
     assert keeper.found is not None
     qtensors, extras = keeper.found
     start = rounded(SPECS[name])

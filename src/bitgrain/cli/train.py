@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=parse_count, metavar="N", help="windows of the text to use; default all")
     parser.add_argument("--seqlen", type=parse_count, metavar="L", help="tokens in a window; default 512")
     parser.add_argument("--rate", type=float, metavar="R", help="learning rate of weights, in steps of the grid")
-    parser.add_argument("--scale-rate", type=float, metavar="R", help="of scales, as a part of themselves")
+    parser.add_argument("--scale-rate", type=float, metavar="R", help="of scales, in steps of the grid's end")
     parser.add_argument("--loss", choices=("distill", "next_token"), help="default distill: KL from the original model")
     parser.add_argument("--seed", type=int, metavar="N", help="of the order of the windows; default 0")
     parser.add_argument(

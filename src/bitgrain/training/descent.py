@@ -21,6 +21,7 @@ from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.training.adam import Adam
 from bitgrain.training.latent import FakeQuantizedWeight, latent_weight
 from bitgrain.training.settings import TrainingSettings
+from bitgrain.tuning.learned import scale_unit
 
 Loss = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Sequence[int]], Tensor]
 """(dense weights, extra parameters, windows) -> their mean loss, a scalar."""
@@ -71,7 +72,7 @@ class _Part:
         if settings.rate:
             self.learned["latent"] = self.latent.requires_grad_(True), torch.tensor(settings.rate)
         if self.view.scale is not None and settings.scale_rate:
-            self.learned["scale"] = self.view.scale, settings.scale_rate * self.view.first.abs()
+            self.learned["scale"] = self.view.scale, settings.scale_rate * scale_unit(start) * self.view.first.abs()
         if self.view.zero is not None and settings.zero_rate:
             self.learned["zero"] = self.view.zero, torch.tensor(settings.zero_rate)
 
@@ -122,8 +123,10 @@ class Training:
         self.extras = {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in extras.items()}
         learned = {f"{kind}.{n}": pair for n, part in self.parts.items() for kind, pair in part.learned.items()}
         if settings.extra_rate:
+            elements = sum(q.codes.numel() for q in start.values())
+            unit = sum(q.codes.numel() * scale_unit(q) for q in start.values()) / max(1, elements)
             for name, tensor in self.extras.items():
-                learned[f"extra.{name}"] = tensor.requires_grad_(True), torch.tensor(settings.extra_rate)
+                learned[f"extra.{name}"] = tensor.requires_grad_(True), torch.tensor(settings.extra_rate * unit)
         self.adam = Adam(learned)
         self.outcome: Outcome | None = None
         """What came of it so far; None before the start was measured."""

@@ -20,9 +20,10 @@ class TrainingSettings:
     text        the text to train on, as in `recipes.Calibration`; empty: that of the calibration
     windows     of it that are used, 0 for all; seqlen: tokens in one, 0 for as many as in the calibration
     rate        of latent weights, in steps of the grid
-    scale_rate  of scales, as a part of themselves; 0 leaves them as they are
+    scale_rate  of scales, in steps by which the end of the grid moves: 2**(bits - 1) times the relative change, as in
+                `EndToEndSettings`; 0 leaves them as they are
     zero_rate   of real zero points, in steps of the grid; 0 leaves them as they are
-    extra_rate  of the norms' gains; 0 leaves them as they are
+    extra_rate  of the norms' gains, times the mean of 2**(1 - bits) over the weights; 0 leaves them as they are
     loss        "distill": KL divergence from the full-precision model's predictions; "next_token": cross-entropy
     warmup      steps over which the rates grow to their full size; after it they fall to zero as a cosine does
     validation  windows that are held back, on which states are compared (fewer where the text is short)
@@ -38,9 +39,9 @@ class TrainingSettings:
     windows: int = 0
     seqlen: int = 0
     rate: float = 0.003
-    scale_rate: float = 0.004
+    scale_rate: float = 0.008
     zero_rate: float = 0.003
-    extra_rate: float = 0.004
+    extra_rate: float = 0.008
     loss: Objective = "distill"
     warmup: int = 10
     validation: int = 16

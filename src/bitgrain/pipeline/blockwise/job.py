@@ -131,7 +131,9 @@ class _Pass:
             told["tuning"] = self.work.record(TUNED)
         flow.full.clear()
         if tuning.training is not None:
-            told["training"] = train_whole(self.plan, self.work, self.stream, self.progress)
+            found = told["training"] = train_whole(self.plan, self.work, self.stream, self.progress)
+            if "stopped" in found:
+                told["notes"] += [f"{found['stopped']}; the state of step {found['best_step']} is what is written"]
         changed = self._changed(count)
         self.work.save(FINISHED, {}, {**told, "changed": changed} if changed else told)
         self.work.remove(hidden_file(count))
