@@ -105,11 +105,14 @@ class FakeQuantizedParameter(nn.Module):
     def joined(self, matrices: Sequence[Tensor], parameter: Tensor) -> Tensor:
         """The inverse of `matrices`: a tensor of the parameter's shape and dtype."""
         turned = [matrix.mT if self.transposed else matrix for matrix in matrices]
-        return (torch.stack(turned) if parameter.ndim == 3 else turned[0]).to(parameter.dtype)
+        whole = torch.stack(turned) if len(turned) > 1 else turned[0]
+        return whole.reshape(parameter.shape).to(parameter.dtype)
 
     def matrices(self, parameter: Tensor) -> list[Tensor]:
-        """The [out, in] matrices of the parameter."""
-        stack = list(parameter) if parameter.ndim == 3 else [parameter]
+        """The [out, in] matrices of the parameter, in the shapes of the parts."""
+        rows, cols = cast(FakeQuantizedWeight, self.parts[0]).shape
+        stored = (cols, rows) if self.transposed else (rows, cols)
+        stack = parameter.reshape(len(self.parts), *stored)
         return [matrix.mT if self.transposed else matrix for matrix in stack]
 
     def commit(self, parameter: Tensor) -> list[QTensor]:
