@@ -7,7 +7,7 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-BENCHMARKS := accuracy digits experts fine-tuning kv-cache memory numerics outlier-channels streaming
+BENCHMARKS := accuracy digits experts fine-tuning kv-cache memory numerics outlier-channels streaming training
 
 .PHONY: setup demo test lint clean $(addprefix bench-,$(BENCHMARKS))
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"recipes"},
     {"models", "checkpoints", "calibration", "demo"},
     {"pipeline", "evaluation", "search"},
-    {"api", "report"},
+    {"api", "qat", "report"},
     {"cli"},
 ]
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,6 +11,7 @@ bitgrain.calibrate(module, batches)             for quantize_(..., calibration=)
 bitgrain.quantize_tensor(w, "NVFP4")            one tensor
 bitgrain.low_bit_(module, "NF4")                in memory, weights stay packed
 bitgrain.finetune("OUT", "ADAPTER", text="FILE")    LoRA on packed weights; bitgrain.merge adds it to them
+bitgrain.train("MODEL", "OUT", "W4A8", text="FILE")   quantization-aware training; in memory: bitgrain.qat
 bitgrain.KVCache("kivi-int4", config)           keys and values in few bits, for generate
 """
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         quantize,
         quantize_,
         quantize_tensor,
+        train,
         verify,
     )
 
@@ -55,6 +57,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "train",
     "verify",
 ]
 

@@ -51,6 +51,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "train",
     "verify",
 ]
 
@@ -190,6 +191,44 @@ def quantize(
     result = run_plan(made, out, device=device, restart=restart, progress=progress)
     cache.unlink(missing_ok=True)
     return result
+
+
+def training_recipe(
+    scheme: str | None,
+    text: str | Path,
+    recipe: str | Path | Recipe = "train",
+    training: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of `train`: `recipe`, calibrated on the text, with `training` among its training's settings.
+
+    Raises RecipeError, SchemeError.
+    """
+    given = dict(training or {})
+    calibration = {"text": str(text), **({"seqlen": given["seqlen"]} if "seqlen" in given else {})}
+    chosen = read_recipe(scheme, recipe, calibration=calibration)
+    merged = {**(chosen.tuning.training or {}), **given}
+    return make_recipe(**{**chosen.model_dump(), "tuning": {**chosen.tuning.model_dump(), "training": merged}})
+
+
+def train(
+    model: str | Path,
+    out: str | Path,
+    scheme: str | None = None,
+    *,
+    text: str | Path,
+    recipe: str | Path | Recipe = "train",
+    training: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> QuantizeResult:
+    """Quantize MODEL as `recipe` says, then train it on `text`, distilled from the full-precision model, into `out`.
+
+    training  settings of `bitgrain.training.TrainingSettings`: steps, batch, rate, ...
+    settings  as for `quantize`: on_indivisible, keep, fallback, include, device, restart, progress, ...
+    The files are those of `quantize`. Killed at any moment, the same call resumes. Raises TrainingError where the loss
+    is not finite: the best state so far is kept, and the same call ends with it; TextError for a text that holds less
+    than one batch; and what `quantize` raises.
+    """
+    return quantize(model, out, recipe=training_recipe(scheme, text, recipe, training), **settings)
 
 
 @overload

@@ -47,3 +47,7 @@ class ResumeError(BitgrainError):
 
 class TextError(BitgrainError):
     """The text or the tokenizer is missing, or the text is shorter than one window."""
+
+
+class TrainingError(BitgrainError):
+    """Training cannot go on: the loss or a gradient is not finite. What was good before is kept."""

@@ -26,6 +26,8 @@ PROMISED = {
     "MXFP4": ("fp4_e2m1", per_group(32), False, "fp4_e2m1", per_group(32)),
     "W3A16": ("int3", per_group(128), False, None, None),
     "W2A16": ("int2", per_group(128), False, None, None),
+    "W4A4": ("int4", per_group(128), False, "int4", per_channel()),
+    "TERNARY": ("ternary", per_group(128), False, None, None),
     "W8A16INT16": ("int8", per_channel(), False, "int16", per_channel()),
 }
 

@@ -17,11 +17,17 @@ def test_settings_reach_the_transform():
 
 @pytest.mark.parametrize(
     ("when", "wanted"),
-    [("always", ["W4A16", "FP8_DYNAMIC", "W8A8"]), ("inputs", ["FP8_DYNAMIC", "W8A8"]), ("integer_inputs", ["W8A8"])],
+    [
+        ("always", ["W4A16", "FP8_DYNAMIC", "W8A8", "W4A4"]),
+        ("inputs", ["FP8_DYNAMIC", "W8A8", "W4A4"]),
+        ("integer_inputs", ["W8A8", "W4A4"]),
+        ("int8_inputs", ["W8A8"]),
+        ("int4_inputs", ["W4A4"]),
+    ],
 )
 def test_when(when: str, wanted: list[str]):
     steps = ({"name": "rotate", "when": when}, "fold_norms")
-    for name in ("W4A16", "FP8_DYNAMIC", "W8A8"):
+    for name in ("W4A16", "FP8_DYNAMIC", "W8A8", "W4A4"):
         recipe = make_recipe(scheme=name, transforms=steps).for_schemes([None, get_scheme(name)])
         assert recipe.transforms == (steps if name in wanted else steps[1:])
     assert make_recipe(scheme="W4A16", transforms=steps[:1]).for_schemes([None]).transforms == (
@@ -32,7 +38,7 @@ def test_when(when: str, wanted: list[str]):
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        ({"name": "rotate", "when": "never"}, "integer_inputs, not 'never'"),
+        ({"name": "rotate", "when": "never"}, "int4_inputs, not 'never'"),
         ({"name": "rotate", "optional": "yes"}, "true or false, not 'yes'"),
         ({"name": "rotat", "optional": True}, "unknown transform 'rotat'"),
         ({"optional": True}, "unknown transform None"),

@@ -24,7 +24,7 @@ from bitgrain.runtime.activations import InputQuantizer, quantize_expert_inputs,
 from random_specs import ASYMMETRIC_INPUT, LAWS
 
 INPUTS = {name: scheme.input for name, scheme in PRESETS.items() if scheme.input and scheme.input.dynamic}
-LIBRARY = [name for name in INPUTS if name not in ("W8A16INT16", "LLM_INT8")]
+LIBRARY = [name for name in INPUTS if name not in ("W4A4", "W8A16INT16", "LLM_INT8")]
 
 
 @st.composite

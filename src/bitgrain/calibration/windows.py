@@ -51,7 +51,7 @@ def calibration_windows(
     text_source: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    windows: int = 128,
+    windows: int | None = 128,
     seqlen: int = 512,
     sampling: Sampling = "first",
     seed: int = 0,
@@ -61,7 +61,7 @@ def calibration_windows(
     document_mark: str | None = None,
     chat: Chat = "template",
 ) -> CalibrationText:
-    """`windows` windows of `seqlen` tokens from one source or several (`open_source`), one behind the other.
+    """`windows` windows of `seqlen` tokens from one source or several (`open_source`), one behind the other; None: all.
 
     sampling        "first": the first windows; "random": documents in an order that `seed` gives, and among the first
                     `POOL` times as many windows those that `seed` draws (one running text: among all its windows)
@@ -75,7 +75,7 @@ def calibration_windows(
     A text that is too short gives fewer windows and a note, down to a quarter of those asked; below that, TextError.
     Raises TextError also for unreadable sources, ids that the model does not have, chats without a chat template.
     """
-    if windows < 1 or seqlen < 1:
+    if (windows is not None and windows < 1) or seqlen < 1:
         raise TextError(f"{windows} calibration windows of {seqlen} tokens: both must be at least 1")
     if sampling not in ("first", "random"):
         raise TextError(f"unknown sampling {sampling!r} of calibration text: use 'first' or 'random'")
@@ -84,16 +84,17 @@ def calibration_windows(
     if not sources:
         raise TextError("no calibration text is given: name a file, or builtin")
     parted = len(sources) > 1 or sources[0].parted
-    wanted = windows * seqlen
+    wanted = None if windows is None else windows * seqlen
     generator = torch.Generator().manual_seed(seed)
     packer = _Packer(tokenizer, special_tokens, separator if parted else "none", chat)
     if sampling == "first":
         ids = packer.pack(_documents(sources, None), wanted)
     else:
-        ids = packer.pack(_documents(sources, generator), POOL * wanted if parted else None)
+        ids = packer.pack(_documents(sources, generator), POOL * wanted if parted and wanted is not None else None)
     found = len(ids) // seqlen
-    got = min(found, windows)
-    notes = _shortfall(got, windows, seqlen, len(ids)) + _unknown_mark(sources, tokenizer, document_mark)
+    got = found if windows is None else min(found, windows)
+    notes = [] if windows is None else _shortfall(got, windows, seqlen, len(ids))
+    notes += _unknown_mark(sources, tokenizer, document_mark)
     rows = torch.tensor(ids[: found * seqlen], dtype=torch.int64).view(found, seqlen)
     rows = rows[:got] if sampling == "first" else rows[torch.randperm(found, generator=generator)[:got]]
     check_ids(rows, vocab_size)

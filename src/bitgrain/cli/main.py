@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import NoReturn
 
 import bitgrain
-from bitgrain.cli import calibrate, demo, eval, finetune, inspect, merge, plan, quantize, schemes, verify
+from bitgrain.cli import calibrate, demo, eval, finetune, inspect, merge, plan, quantize, schemes, train, verify
 from bitgrain.cli.terminal import print_error, quieten_libraries
 from bitgrain.errors import BitgrainError
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": eval,
     "inspect": inspect,
     "verify": verify,
+    "train": train,
     "calibrate": calibrate,
     "finetune": finetune,
     "merge": merge,

@@ -9,10 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitgrain.cli.options import add_device, add_job, add_output_style, plan_from, progress_from
 from bitgrain.cli.terminal import hide_download_bars, make_console, print_error, print_json
+
+if TYPE_CHECKING:
+    from bitgrain.pipeline.plan import Plan
+    from bitgrain.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return carry_out(args, plan_from)
+
+
+def carry_out(args: argparse.Namespace, make: Callable[[argparse.Namespace, Progress, Path], Plan]) -> int:
+    """Carry the plan that `make(args, progress, cache)` gives out into `args.out`; the exit status."""
     if args.json or args.quiet:
         hide_download_bars()
     from bitgrain.api import bits_cache
@@ -37,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     check_new(out, resumed=partial.exists())  # said now, not after a download
     progress = progress_from(args)
     cache = bits_cache(out)
-    plan = plan_from(args, progress, cache)
+    plan = make(args, progress, cache)
     silent = args.json or args.quiet
     if not silent:
         render_short_plan(plan, make_console())

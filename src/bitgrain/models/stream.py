@@ -232,7 +232,7 @@ class StreamedModel:
             block.forward = passing(index)  # type: ignore[method-assign]
         try:
             with torch.set_grad_enabled(grad):
-                options = _options(self.model, cache)
+                options = call_options(self.model, cache)
                 return self.model(input_ids=ids.to(self.device), **options)
         except _Stop:
             return None
@@ -297,7 +297,8 @@ def _tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _options(model: nn.Module, cache: Any) -> dict[str, Any]:
+def call_options(model: nn.Module, cache: Any = None) -> dict[str, Any]:
+    """Arguments with which a model answers with an object, and keeps its past in `cache`, or none; those it knows."""
     known = inspect.signature(model.forward).parameters
     wanted = {"use_cache": cache is not None, "return_dict": True}
     options: dict[str, Any] = {key: value for key, value in wanted.items() if key in known}

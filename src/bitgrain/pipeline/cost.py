@@ -20,6 +20,10 @@ _GRADIENT_COPIES = 5
 """Float32 copies of the whole model's weights while it is tuned: themselves, their gradients, temporaries."""
 
 
+_TEACHER_AND_MODEL, _TRAINED_COPIES = 2, 8
+"""The same while it is trained, and of what is trained: latent weights, two moments, gradients, a state being kept."""
+
+
 def sizes(plan: Plan) -> tuple[int, int, int]:
     """Elements outside the blocks, of the largest block, and of all blocks."""
     count = Counter[int | None]()
@@ -47,6 +51,13 @@ def calibrated_peak(plan: Plan) -> int:
     peak = 4 * outside + blocks + streams + held + moments + solving
     if recipe.tuning.end_to_end is not None:
         peak = max(peak, 4 * _GRADIENT_COPIES * (outside + everything) + streams)
+    settings = recipe.tuning.training_settings()
+    if settings is not None and plan.training is not None:
+        trained = sum(layer.elements for layer in plan.quantized.values())
+        seen = 4 * settings.at_once * plan.training.ids.shape[1] * _activations(plan)
+        remembered = min(HOLD_BYTES, 4 * plan.training.ids.numel() * hidden)
+        weights = 4 * (_TEACHER_AND_MODEL * (outside + everything) + _TRAINED_COPIES * trained)
+        peak = max(peak, weights + seen + remembered)
     return peak
 
 
@@ -59,6 +70,13 @@ def _expert_inputs(plan: Plan) -> int:
             for in_features in set(keys.values()):
                 kinds[path, in_features] += in_features * in_features
     return max(kinds.values(), default=0)
+
+
+def _activations(plan: Plan) -> int:
+    """About how many numbers the model keeps for each token while gradients are computed, logits among them."""
+    vocabulary = int(getattr(plan.config.get_text_config(), "vocab_size", 0) or 0)
+    widths = sum(layer.in_features + layer.out_features for layer in plan.quantized.values())
+    return 3 * widths + 6 * vocabulary
 
 
 def saved_peak(plan: Plan) -> int:
@@ -91,6 +109,23 @@ def calibration_note(plan: Plan) -> str:
         f"calibrated on {told['windows']} windows of {told['seqlen']} tokens of {', '.join(told['sources'])}: about "
         f"{calibrated_flops(plan) / 1e12:.1f} Tflop"
     )
+
+
+def cost_notes(plan: Plan) -> list[str]:
+    """What the plan says of its text: of the calibration, and of the training."""
+    notes = [calibration_note(plan)]
+    settings = plan.recipe.tuning.training_settings()
+    if settings is not None and plan.training is not None:
+        count, seqlen = plan.training.ids.shape
+        # forward and backward, and one forward of the teacher for each window that is new to it
+        tokens = 3 * settings.steps * settings.batch * seqlen + min(count, settings.steps * settings.batch) * seqlen
+        _, _, everything = sizes(plan)
+        text = ", ".join(plan.training.description["sources"])
+        notes.append(
+            f"trained for {settings.steps} steps of {settings.batch} windows of {seqlen} tokens, of {count} in {text}: "
+            f"about {2.0 * everything * tokens / 1e12:.1f} Tflop"
+        )
+    return notes
 
 
 def _flows(plan: Plan) -> int:

@@ -155,7 +155,7 @@ def _recipe(
 def _only_rounding(recipe: Recipe, schemes: Sequence[Scheme]) -> None:
     """RecipeError for what a recipe asks for and only the disk job does."""
     asked = [name for name in ("target", "transforms") if getattr(recipe.for_schemes(schemes), name)]
-    if recipe.tuning.blockwise is not None or recipe.tuning.end_to_end is not None:
+    if any(tuned is not None for _, tuned in recipe.tuning):
         asked.append("tuning")
     if asked:
         raise RecipeError(

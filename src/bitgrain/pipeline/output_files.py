@@ -37,6 +37,7 @@ def fingerprint(plan: Plan, device: torch.device) -> dict[str, Any]:
         "layout": plan.layout.name,
         "device": device.type,
         "calibration": None if plan.calibration is None else plan.calibration.description["sha256"],
+        "training": None if plan.training is None else plan.training.description["sha256"],
         "statistics": None if plan.statistics is None else plan.statistics.sha256,
         "source": {"name": plan.source.name, "revision": plan.source.revision, **plan.checkpoint.fingerprint()},
         "config": _sha256((plan.source.path / "config.json").read_bytes()),

@@ -33,7 +33,7 @@ from bitgrain.numerics.formats import FP4_E2M1
 from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.cache_plan import CachePlan, plan_cache
 from bitgrain.pipeline.clusters import cluster_problems
-from bitgrain.pipeline.cost import calibrated_peak, calibration_note, saved_peak
+from bitgrain.pipeline.cost import calibrated_peak, cost_notes, saved_peak
 from bitgrain.pipeline.engines import Verdict, judge
 from bitgrain.pipeline.plan_text import (
     experts_not_by_statistics,
@@ -43,6 +43,7 @@ from bitgrain.pipeline.plan_text import (
     needs_text,
     not_by_statistics,
     read_calibration,
+    read_training,
     statistics_note,
 )
 from bitgrain.recipes import Recipe, Scheme
@@ -104,6 +105,8 @@ class Plan:
     trust_remote_code: bool = field(default=False)
     calibration: CalibrationText | None = field(default=None)
     """The text that is shown to the model; None: nothing in the recipe needs any."""
+    training: CalibrationText | None = field(default=None)
+    """The text that is trained on; None: nothing is trained."""
     statistics: StatisticsFile | None = field(default=None)
     """What was saved of such a pass, used in place of text."""
     cache: CachePlan | None = field(default=None)
@@ -212,12 +215,14 @@ def make_plan(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int | None = None,
     calibrate: bool = False,
+    solved: bool = False,
     statistics: str | Path | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Plan `recipe` on `model` (a folder or a hub name).
 
     calibrate  read calibration text even if nothing in the recipe needs it; notes: what else the plan should tell
+    solved     read none: the caller brings what the recipe would lead to
     statistics a folder that `bitgrain calibrate` wrote, used in place of text
 
     Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
@@ -233,9 +238,11 @@ def make_plan(
     schemes = recipe.assign(anatomy.weights)
     recipe = recipe.for_schemes(schemes)
     saved = None if statistics is None else open_statistics(statistics, model=content_sha256(checkpoint))
-    calibration = None
-    if saved is None and (calibrate or recipe.needs_calibration or needs_text(recipe, schemes)):
-        calibration = read_calibration(recipe, source, config, trust_remote_code)
+    calibration = training = None
+    if not solved and saved is None:
+        training = read_training(recipe, source, config, trust_remote_code)
+    if not solved and saved is None and (calibrate or recipe.needs_calibration or needs_text(recipe, schemes)):
+        calibration = read_calibration(recipe, source, config, trust_remote_code, training)
     problems: list[str] = not_by_statistics(recipe) if saved is not None else []
     if anatomy.missing:
         problems.append(f"{len(anatomy.missing)} parameters of the model are not in its files: {_few(anatomy.missing)}")
@@ -281,6 +288,7 @@ def make_plan(
         notes=(*notes, *_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
         trust_remote_code=trust_remote_code,
         calibration=calibration,
+        training=training,
         statistics=saved,
         cache=cache,
     )
@@ -294,7 +302,7 @@ def make_plan(
         return replace(plan, notes=notes, problems=(*plan.problems, *lacking))
     if calibration is None:
         return plan
-    told = [calibration_note(plan), *findings(calibration, recipe, quantized.values())]
+    told = [*cost_notes(plan), *findings(calibration, recipe, quantized.values())]
     told += experts_note(recipe, None, experts) if experts else []
     return replace(plan, notes=(*plan.notes, *told))
 

@@ -12,7 +12,7 @@ from bitgrain.calibration.statistics_file import StatisticsFile
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.calibration.windows import CalibrationText, calibration_windows
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.errors import PlanError
+from bitgrain.errors import PlanError, TextError
 from bitgrain.models.anatomy import Weight
 from bitgrain.models.source import ModelSource
 from bitgrain.pipeline.experts import experts_of, needs_whole, saved_tokens, told_of_model
@@ -30,6 +30,7 @@ def not_by_statistics(recipe: Recipe) -> list[str]:
         "tuning.blockwise": tuning.blockwise,
         "tuning.end_to_end": tuning.end_to_end,
         "kv_cache": recipe.kv_cache,
+        "tuning.training": tuning.training,
     }
     named = [name for name, setting in needs.items() if setting or isinstance(setting, dict)]
     if not named:
@@ -116,11 +117,45 @@ def needs_text(recipe: Recipe, schemes: Iterable[Scheme | None]) -> bool:
     )
 
 
-def read_calibration(
+def read_training(
     recipe: Recipe, source: ModelSource, config: PretrainedConfig, trust_remote_code: bool
+) -> CalibrationText | None:
+    """The windows to train on; None where nothing is trained. Raises TextError, also for fewer than one batch."""
+    settings = recipe.tuning.training_settings()
+    if settings is None:
+        return None
+    found = calibration_windows(
+        settings.text or recipe.calibration.text or "builtin",
+        load_tokenizer(source.path, trust_remote_code),
+        windows=settings.windows or None,
+        seqlen=settings.seqlen or recipe.calibration.seqlen,
+        vocab_size=getattr(config.get_text_config(), "vocab_size", None),
+    )
+    count, seqlen = found.ids.shape
+    if count < settings.batch:
+        raise TextError(
+            f"the training text ({', '.join(found.description['sources'])}) holds {count} windows of {seqlen} tokens, "
+            f"less than one batch of {settings.batch}: give a longer text, or smaller batches or windows"
+        )
+    return found
+
+
+def read_calibration(
+    recipe: Recipe,
+    source: ModelSource,
+    config: PretrainedConfig,
+    trust_remote_code: bool,
+    training: CalibrationText | None = None,
 ) -> CalibrationText:
-    """The windows of the recipe's text. Raises TextError, PlanError for a model that reads no tokens."""
+    """The windows of the recipe's text; of one that is short and trained on, those that there are.
+
+    Raises TextError, PlanError for a model that reads no tokens.
+    """
     wanted = recipe.calibration
+    settings = recipe.tuning.training_settings()
+    if training is not None and settings is not None and not settings.text:
+        least = training.ids.numel() // wanted.seqlen
+        wanted = wanted.model_copy(update={"windows": max(1, min(wanted.windows, least))})
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if vocabulary is None:
         raise PlanError(

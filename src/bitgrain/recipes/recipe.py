@@ -37,6 +37,7 @@ from bitgrain.recipes.scheme import Scheme, eight_bits, get_scheme
 from bitgrain.recipes.steps import read_step
 from bitgrain.solvers import get_solver
 from bitgrain.solvers.base import make_with_settings
+from bitgrain.training.settings import TrainingSettings
 from bitgrain.tuning import BlockSettings, EndToEndSettings, Learn
 
 OnIndivisible = Literal["error", "pad", "channel", "skip"]
@@ -245,10 +246,18 @@ class Target(_Strict):
 
 
 class Tuning(_Strict):
-    """Learning by gradients, after the solver: the settings of `tuning.blockwise` and `tuning.end_to_end`, or None."""
+    """Learning by gradients, after the solver: the settings of `tuning.blockwise` and `tuning.end_to_end`, or None.
+
+    training  quantization-aware training, the last of all: `training.TrainingSettings`
+    """
 
     blockwise: dict[str, Any] | None = None
     end_to_end: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+
+    def training_settings(self) -> TrainingSettings | None:
+        """Raises SchemeError for a setting that does not exist."""
+        return None if self.training is None else make_with_settings(TrainingSettings, self.training, "tuning.training")
 
     def check(self) -> None:
         """Raises SchemeError for a setting that does not exist, or that cannot be."""
@@ -259,6 +268,7 @@ class Tuning(_Strict):
         if self.end_to_end is not None:
             whole: EndToEndSettings = make_with_settings(EndToEndSettings, self.end_to_end, "tuning.end_to_end")
             whole.schedule()
+        self.training_settings()
 
 
 class Recipe(_Strict):
@@ -318,8 +328,7 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """Whether text must be shown to the model, whatever its schemes."""
-        learns = self.tuning.blockwise is not None or self.tuning.end_to_end is not None
-        learns = learns or self.kv_cache is not None
+        learns = any(tuned is not None for _, tuned in self.tuning) or self.kv_cache is not None
         return bool(get_solver(self.solver).needs_calibration or self.transforms or self.target or learns)
 
     def for_schemes(self, schemes: Sequence[Scheme | None]) -> Recipe:
@@ -376,7 +385,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def named_recipes() -> dict[str, Path]:
     """The recipes that come with bitgrain, by name: for every scheme, from cheap to accurate."""
     folder = Path(__file__).with_name("named")
-    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best", "rptq", "zeroquant")}
+    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best", "rptq", "zeroquant", "train")}
 
 
 def load_recipe(path: str | Path, **overrides: Any) -> Recipe:

@@ -16,6 +16,7 @@ from bitgrain.numerics import (
     Granularity,
     IntFormat,
     QuantSpec,
+    get_format,
     mxfp4,
     nvfp4,
     per_block,
@@ -140,6 +141,8 @@ PRESETS: dict[str, Scheme] = {
         Scheme("INT8_TENSOR", _int8(per_tensor()), _TOKEN_INT8),
         Scheme("W4A8", int_weight(4, 128), _TOKEN_INT8),
         Scheme("W4AFP8", int_weight(4, 128), _TOKEN_FP8),
+        Scheme("W4A4", int_weight(4, 128), QuantSpec(IntFormat(4), per_channel(), restricted=True, dynamic=True)),
+        Scheme("TERNARY", QuantSpec(get_format("ternary"), per_group(128))),
         Scheme("W8A16INT16", int_weight(8), QuantSpec(IntFormat(16), per_channel(), restricted=True, dynamic=True)),
         Scheme("FP8", _fp8(per_tensor()), _fp8(per_tensor())),
         Scheme("FP8_DYNAMIC", _fp8(per_channel()), _TOKEN_FP8),
@@ -151,7 +154,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("NF4", nf4_double_quantized()),
     )
 }
-ALIASES = {"INT8": "W8A8", "INT8_STATIC": "W8A8_STATIC"}
+ALIASES = {"INT8": "W8A8", "INT8_STATIC": "W8A8_STATIC", "W158A16": "TERNARY", "W1.58A16": "TERNARY"}
 
 
 def get_scheme(name: str) -> Scheme:

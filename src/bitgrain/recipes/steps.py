@@ -16,12 +16,13 @@ from bitgrain.numerics import IntFormat
 from bitgrain.recipes.scheme import Scheme
 from bitgrain.transforms import Transform, get_transform
 
-WHEN = ("always", "inputs", "integer_inputs")
+WHEN = ("always", "inputs", "integer_inputs", "int8_inputs", "int4_inputs")
 
 
 @dataclass(frozen=True)
 class Step:
-    """`when`      "inputs": only if some layer's inputs are quantized; "integer_inputs": to integers
+    """`when`      "inputs": only if some layer's inputs are quantized; "integer_inputs": to integers; "int4_inputs": to
+                integers, some of fewer than 8 bits; "int8_inputs": to integers, none of fewer
     `optional`  left out, with a note, where the model's structure does not allow it; else that is an error
     """
 
@@ -38,8 +39,11 @@ class Step:
     def wanted(self, schemes: Iterable[Scheme | None]) -> bool:
         """Whether a model with these schemes of its layers gets the transform."""
         inputs = [scheme.input for scheme in schemes if scheme is not None and scheme.input is not None]
+        bits = [spec.format.bits for spec in inputs if isinstance(spec.format, IntFormat)]
         if self.when == "integer_inputs":
-            return any(isinstance(spec.format, IntFormat) for spec in inputs)
+            return bool(bits)
+        if self.when in ("int8_inputs", "int4_inputs"):
+            return bool(bits) and (min(bits) < 8) == (self.when == "int4_inputs")
         return self.when == "always" or bool(inputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +35,7 @@ def render_result(result: QuantizeResult, seconds: float, console: Console, *, m
                 f"{manifest['bits_per_weight']:.3f} per weight in quantized layers, "
                 f"{manifest['bits_per_parameter']:.3f} per parameter of the model",
             ),
+            *_training_facts(manifest.get("training")),
             *((("lowest SQNR" if i == 0 else ""), line) for i, line in enumerate(worst)),
         ],
     )
@@ -44,6 +46,13 @@ def render_result(result: QuantizeResult, seconds: float, console: Console, *, m
     say(console, "next", "bold")
     command(console, f"bitgrain verify {target} --against {source}")
     command(console, f"bitgrain eval {target} --against {source} --text FILE")
+
+
+def _training_facts(told: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if told is None or "best_loss" not in told:
+        return []
+    first, best = told["first_loss"], told["best_loss"]
+    return [("training", f"loss {first:.5f} -> {best:.5f} on text held back, after {told['best_step']} steps")]
 
 
 def worst_layers(result: QuantizeResult) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,13 +105,15 @@ class InputQuantizer(nn.Module):
 
 
 def quantize_inputs(module: nn.Module, quantizer: nn.Module) -> None:
-    """From now on `module` (a linear layer, called with its input first) sees quantized inputs."""
+    """From now on `module` (a linear layer, called with its input first) sees quantized inputs. A second quantizer
+    replaces the first."""
+    if not hasattr(module, "input_quantizer"):
+        module.register_forward_pre_hook(_quantize)
     module.input_quantizer = quantizer
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (quantizer(args[0]), *args[1:])
 
-    module.register_forward_pre_hook(before)
+def _quantize(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (cast(nn.Module, module.input_quantizer)(args[0]), *args[1:])
 
 
 class _ExpertInputs(TorchFunctionMode):

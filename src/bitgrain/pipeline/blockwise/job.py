@@ -22,8 +22,18 @@ from bitgrain.pipeline.blockwise.outside import solve_outside
 from bitgrain.pipeline.blockwise.rewrite import PROBE
 from bitgrain.pipeline.blockwise.static import require_reached, static_layers, stored_inputs
 from bitgrain.pipeline.blockwise.streamed import streamed
-from bitgrain.pipeline.blockwise.whole import read_one, tune_whole
-from bitgrain.pipeline.blockwise.work import FINISHED, OUTSIDE, TUNED, Work, block_file, hidden_file
+from bitgrain.pipeline.blockwise.train import train_whole
+from bitgrain.pipeline.blockwise.whole import tune_whole
+from bitgrain.pipeline.blockwise.work import (
+    FINISHED,
+    OUTSIDE,
+    TRAINED,
+    TUNED,
+    Work,
+    block_file,
+    hidden_file,
+    latent_file,
+)
 from bitgrain.pipeline.layers import kept, outer_scales, to_cpu
 from bitgrain.pipeline.plan import CACHE_UNIT, Plan, Unit
 from bitgrain.progress import Progress
@@ -63,7 +73,6 @@ def solved_unit(plan: Plan, unit: Unit, work: Work) -> tuple[dict[str, Tensor], 
     block = plan.anatomy.block_of[unit.tensors[0]]
     file = OUTSIDE if block is None else block_file(block)
     solved, records = work.keys(file), work.record(file)["layers"]
-    tuned = work.keys(TUNED) if work.has(TUNED) else set[str]()
     tensors: dict[str, Tensor] = {}
     for name in unit.tensors:
         layer = plan.quantized.get(name)
@@ -73,7 +82,8 @@ def solved_unit(plan: Plan, unit: Unit, work: Work) -> tuple[dict[str, Tensor], 
             tensors.update(work.tensors(file, [name]))
         else:
             tensors[name] = kept(plan.checkpoint, name)
-    tensors.update(work.tensors(TUNED, [name for name in tensors if name in tuned]) if tuned else {})
+    for above in (TUNED, TRAINED):
+        tensors.update(work.tensors(above, list(tensors)) if work.has(above) else {})
     return tensors, {name: records[name] for name in unit.tensors if name in records}
 
 
@@ -94,8 +104,10 @@ class _Pass:
             figures = self.work.record(block_file(index))["transforms"]
             solver.rewriter.go_on(index, figures, lambda parameter, index=index: self._order(index, parameter))
         flow = self._start(first)
-        if self.plan.recipe.tuning.end_to_end is not None and not self.stream.predicts_tokens:
-            raise ModelError(f"{self.plan.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")
+        tuning = self.plan.recipe.tuning
+        for name, wanted in (("end_to_end", tuning.end_to_end), ("training", tuning.training)):
+            if wanted is not None and not self.stream.predicts_tokens:
+                raise ModelError(f"{self.plan.anatomy.architecture} predicts no tokens; leave tuning.{name} out")
         beyond = set(range(count)) - flow.batches[0].calls.keys()
         weights = [weight for weight in self.stream.anatomy.weights if weight.tensor in self.plan.quantized]
         require_reached(static_layers(self.plan.quantized, [one.tensor for one in weights if one.block in beyond]))
@@ -137,9 +149,16 @@ class _Pass:
                 "values": scheme.values.describe(),
                 "scales": {name: float(scale) for name, scale in scales.items()},
             }
-        if self.plan.recipe.tuning.end_to_end is not None:
-            tensors, told["tuning"] = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
-            self.work.save(TUNED, tensors)
+        if tuning.end_to_end is not None:
+            if not self.work.has(TUNED):
+                tensors, figures = tune_whole(self.plan, self.work, self.stream, flow.full, self.progress)
+                self.work.save(TUNED, tensors, figures)
+            told["tuning"] = self.work.record(TUNED)
+        flow.full.clear()
+        if tuning.training is not None:
+            found = told["training"] = train_whole(self.plan, self.work, self.stream, self.progress)
+            if "stopped" in found:
+                told["notes"] += [f"{found['stopped']}; the state of step {found['best_step']} is what is written"]
         changed = self._changed(count)
         self.work.save(FINISHED, {}, {**told, "changed": changed} if changed else told)
         self.work.remove(hidden_file(count))
@@ -187,14 +206,15 @@ class _Pass:
     def _order(self, index: int, parameter: str) -> Tensor:
         """The order of its columns, of a parameter of a block that is done."""
         layer = self._layer(f"{self.plan.anatomy.block_names[index]}.{parameter}")
-        read = partial(read_one, self.work, block_file(index))
+        read = partial(self.work.one, block_file(index))
         (static,) = self.plan.layout.decode_inputs(layer, read)
         assert static.order is not None
         return static.order
 
     def _changed(self, count: int) -> list[str]:
         """Tensors that are not quantized, and that transforms or tuning gave other values."""
-        files = [OUTSIDE, *(block_file(i) for i in range(count)), *([TUNED] if self.work.has(TUNED) else [])]
+        above = [file for file in (TUNED, TRAINED) if self.work.has(file)]
+        files = [OUTSIDE, *(block_file(i) for i in range(count)), *above]
         held = set[str]().union(*(self.work.keys(file) for file in files))
         kept = self.plan.checkpoint.entries.keys() - self.plan.quantized.keys()
         return sorted(held.intersection(kept))
@@ -280,6 +300,8 @@ class _Pass:
             "experts": solved.experts,
             "rewritten": sorted(self.plan.quantized.keys() & solved.changed.keys()),
         }
+        if self.plan.recipe.tuning.training is not None:
+            self.work.save(latent_file(file), {name: solved.changed[name] for name in record["rewritten"]})
         self.work.save(file, tensors, record)
 
 

@@ -4,38 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bitgrain.errors import ModelError
-from bitgrain.models.naming import convert_tensors
 from bitgrain.models.stream import StreamedModel
-from bitgrain.numerics import QTensor
-from bitgrain.numerics.columns import Columns
-from bitgrain.numerics.observers import StaticInput
-from bitgrain.numerics.outliers import Outliers
 from bitgrain.pipeline.blockwise.batches import single_threaded
-from bitgrain.pipeline.blockwise.local import whole_tensor
+from bitgrain.pipeline.blockwise.loaded import LoadedModel
 from bitgrain.pipeline.blockwise.work import OUTSIDE, Work, block_file
-from bitgrain.pipeline.layers import matrices, to_cpu
-from bitgrain.pipeline.load import attach_input_quantizers
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
 from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.solvers.base import make_with_settings
+from bitgrain.training.distillation import kl_divergence
 from bitgrain.tuning.end_to_end import EndToEndSettings, tune_end_to_end
 
 WINDOWS = 4
 """Calibration windows in one gradient step."""
 _CODES_BELOW = 2.75
 """Average bits below which codes are learned."""
-_CHUNK = 1 << 26
-"""Logits that are compared at a time, in bytes of float32."""
 
 
 def settings_of(plan: Plan, rewritten: Collection[str] = ()) -> EndToEndSettings:
@@ -69,50 +58,27 @@ def tune_whole(
     settings = settings_of(plan, rewritten)
     ids = plan.calibration.ids.split(WINDOWS)
     reference = _Reference(stream, list(ids), torch.cat(list(full)).split(WINDOWS))
-    start, extras, inputs = _load(plan, work, stream)
-    parameters = {name: _memory_name(plan, name) for name in extras}
-    layers = plan.quantized
+    model = LoadedModel(plan, work, stream)
 
     def loss(dense: Mapping[str, Tensor], gains: Mapping[str, Tensor], index: int) -> Tensor:
-        tensors = {name: whole_tensor(dense, name, layer) for name, layer in layers.items()}
-        replaced = convert_tensors(stream.model, {**_joined(plan, stream, tensors), **tensors})
-        replaced.update({parameters[name]: gain for name, gain in gains.items()})
-        output: Any = functional_call(stream.model, replaced, kwargs={"input_ids": ids[index].to(stream.device)})
-        return reference.divergence(output.logits, index)
+        return reference.divergence(model.logits(dense, gains, ids[index]), index)
 
     progress.start(settings.steps, "steps", f"tune {plan.source.name}")
     try:
         with single_threaded():
             found = tune_end_to_end(
-                start,
-                extras,
+                model.start,
+                model.gains,
                 loss,
                 len(ids),
                 settings,
-                weights=_originals(plan, stream, rewritten) if settings.code_rate else None,
+                weights=model.originals() if settings.code_rate else None,
                 progress=lambda _, kl: progress.advance(1, f"KL {kl:.5f}"),
             )
     finally:
         progress.finish()
-    tensors: dict[str, Tensor] = {}
-    for name, layer in plan.quantized.items():
-        if f"{name}#0" in found.qtensors:
-            parts = [to_cpu(found.qtensors[f"{name}#{i}"]) for i in range(layer.experts)]
-            tensors.update(plan.layout.encode(layer, parts, inputs.get(name, ())))
-    for name, gain in found.extras.items():
-        tensors[name] = gain.to("cpu", plan.checkpoint.entries[name].dtype)
     record = {"kl_before": found.first_loss, "kl_after": found.best_loss, "steps": found.steps}
-    return tensors, record
-
-
-def _originals(plan: Plan, stream: StreamedModel, rewritten: Collection[str]) -> dict[str, Tensor]:
-    """The weights before they were quantized, by the names of their QTensors, without the `rewritten`."""
-    return {
-        f"{name}#{i}": matrix.to(stream.device, torch.float32)
-        for name, layer in plan.quantized.items()
-        if name not in rewritten
-        for i, matrix in enumerate(matrices(plan.checkpoint.read(name), layer))
-    }
+    return model.encode(found.qtensors, found.extras), record
 
 
 class _Reference:
@@ -128,15 +94,7 @@ class _Reference:
             if getattr(output, "logits", None) is None:
                 raise ModelError(f"{self._stream.anatomy.architecture} predicts no tokens; leave tuning.end_to_end out")
             base: Tensor = output.logits.float()
-        vocabulary = logits.shape[-1]
-        rows = max(1, _CHUNK // (4 * vocabulary))
-        total = logits.new_zeros((), dtype=torch.float32)
-        for mine, theirs in zip(
-            logits.reshape(-1, vocabulary).split(rows), base.reshape(-1, vocabulary).split(rows), strict=True
-        ):
-            expected = theirs.log_softmax(-1)
-            total = total + (expected.exp() * (expected - mine.float().log_softmax(-1))).sum()
-        return total / (logits.numel() // vocabulary)
+        return kl_divergence(logits, base)
 
 
 @contextmanager
@@ -150,87 +108,3 @@ def _inputs_as_they_are(model: nn.Module) -> Generator[None]:
     finally:
         for quantizer in quantizers:
             del quantizer.forward
-
-
-def _load(
-    plan: Plan, work: Work, stream: StreamedModel
-) -> tuple[dict[str, QTensor], dict[str, Tensor], dict[str, list[StaticInput]]]:
-    """Fill the model with everything as solved so far; the QTensors ("name#i" for matrix i), the norms' gains, and the
-    static scales of inputs."""
-    start: dict[str, QTensor] = {}
-    inputs: dict[str, list[StaticInput]] = {}
-    columns: dict[str, list[Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for index in (*range(len(stream.anatomy.block_names)), None):
-        file = OUTSIDE if index is None else block_file(index)
-        held = work.keys(file)
-        dense: dict[str, Tensor] = {}
-        for name in stream.names(index):
-            layer = plan.quantized.get(name)
-            if layer is None:
-                dense[name] = work.tensors(file, [name])[name] if name in held else plan.checkpoint.read(name)
-                continue
-            read = partial(read_one, work, file)
-            parts = plan.layout.decode(layer, read)
-            if layer.static_input is not None:
-                inputs[name] = plan.layout.decode_inputs(layer, read)
-            if layer.scheme.weight.columns is not None:
-                columns[name] = plan.layout.decode_columns(layer, read)
-            for i, part in enumerate(parts):
-                start[f"{name}#{i}"] = _to(part, stream.device)
-            if index is None:  # the reference predicts with the head in full precision; the loss replaces it
-                continue
-            full = [part.dequantize(layer.dtype) for part in parts]
-            full = [part.T.contiguous() if layer.transposed else part for part in full]
-            dense[name] = torch.stack(full) if layer.experts > 1 else full[0]
-        stream.put(dense)
-        for name, tensor in dense.items():
-            if name not in plan.quantized and _is_gain(plan, stream, name):
-                extras[name] = tensor.to(stream.device, torch.float32)
-    schemes = {name: layer.scheme for name, layer in plan.quantized.items()}
-    attach_input_quantizers(stream.model, plan.anatomy, schemes, static=inputs, columns=columns)
-    return start, extras, inputs
-
-
-def read_one(work: Work, file: str, key: str) -> Tensor:
-    """A tensor of a file, as `Layout.decode` asks for it."""
-    return work.tensors(file, [key])[key]
-
-
-def _joined(plan: Plan, stream: StreamedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that are kept but joined in memory with quantized ones."""
-    targets = {target for weight in plan.anatomy.weights if weight.tensor in tensors for target in weight.targets}
-    return {
-        weight.tensor: plan.checkpoint.read(weight.tensor).to(stream.device, torch.float32)
-        for weight in plan.anatomy.weights
-        if weight.tensor not in tensors and targets.intersection(weight.targets)
-    }
-
-
-def _is_gain(plan: Plan, stream: StreamedModel, name: str) -> bool:
-    """Whether a tensor is the gain of a norm, known by its module's class."""
-    memory = _memory_name(plan, name)
-    owner, _, leaf = memory.rpartition(".")
-    if leaf != "weight" or len(plan.checkpoint.entries[name].shape) != 1:
-        return False
-    module = stream.model.get_submodule(owner)
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith("Norm")
-
-
-def _memory_name(plan: Plan, name: str) -> str:
-    return plan.anatomy.memory_of.get(name, name)
-
-
-def _to(q: QTensor, device: torch.device) -> QTensor:
-    changed: dict[str, Any] = {}
-    for field in fields(q):
-        value = getattr(q, field.name)
-        if isinstance(value, Tensor):
-            changed[field.name] = value.to(device)
-        elif isinstance(value, QTensor):
-            changed[field.name] = _to(value, device)
-        elif isinstance(value, Outliers | Columns):
-            changed[field.name] = value.to(device)
-        else:
-            changed[field.name] = value
-    return QTensor(**changed)

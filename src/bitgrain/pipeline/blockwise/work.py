@@ -2,6 +2,9 @@
 
     work/block-00003.safetensors   the tensors of a solved block as they will be written, and its records
     work/hidden-00004.safetensors  the hidden states that enter the next block
+    work/latent-block-00003.safetensors   for training: the block's weights before they were rounded, where transforms
+                                   changed them
+    work/training.safetensors      where the training is
 
 A file appears whole or not at all. The hidden states that enter block i + 1 are there before block i counts as solved,
 and those that enter block i are removed afterwards.
@@ -53,6 +56,10 @@ class Work:
         # aligned as computed ones are: products of the same values then have the same bits
         return {key: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone() for key, tensor in found.items()}
 
+    def one(self, name: str, key: str) -> Tensor:
+        """One tensor of a file."""
+        return self.tensors(name, [key])[key]
+
     def keys(self, name: str) -> set[str]:
         with safe_open(self._path(name), framework="pt") as file:
             return set(file.keys())
@@ -83,9 +90,17 @@ def hidden_file(index: int) -> str:
     return f"hidden-{index:05d}"
 
 
+def latent_file(file: str) -> str:
+    return f"latent-{file}"
+
+
 OUTSIDE = "outside"
 """The file of what lies outside the blocks."""
 TUNED = "tuned"
 """The file of what the tuning of the whole model changed: its tensors stand above those of the other files."""
+TRAINED = "trained"
+"""The same of the best state that training has reached so far: above `TUNED`."""
+TRAINING = "training"
+"""The file of all that training needs to go on."""
 FINISHED = "finished"
 """The last file: nothing is left to solve."""
