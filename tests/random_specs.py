@@ -18,6 +18,8 @@ from bitgrain.recipes import PRESETS, Scheme
 from bitgrain.solvers import get_solver
 from bitgrain.solvers.beside import solve_matrix
 
+PLAIN = [name for name, scheme in PRESETS.items() if scheme.weight.columns is None]
+"""Presets whose weights any solver takes by itself."""
 LAWS = settings(deadline=None, derandomize=True, max_examples=60)
 """The same examples in every run, so that a failure here is a failure everywhere."""
 

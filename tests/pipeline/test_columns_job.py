@@ -151,7 +151,7 @@ def test_without_text(stretched: Path, tmp_path: Path):
         assert all(part.columns is not None for of in parts.values() for part in of)
         ids = zoo.ids_for(model)
         assert torch.equal(zoo.outputs(model, ids), zoo.outputs(loaded, ids))
-    with pytest.raises(SchemeError, match="LLM_INT8_STATIC has columns kept by activation, which only text can give"):
+    with pytest.raises(SchemeError, match="LLM_INT8_STATIC has columns kept by activation, which only data can give"):
         bitgrain.quantize_(bitgrain.load(stretched, device="cpu"), "LLM_INT8_STATIC")
 
 

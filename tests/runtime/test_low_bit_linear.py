@@ -15,8 +15,11 @@ from bitgrain.recipes import PRESETS
 from bitgrain.runtime.activations import InputQuantizer, quantize_inputs
 from bitgrain.runtime.low_bit_linear import LowBitLinear, held_nbytes, hold_low_bit_, low_bit_layers
 from bitgrain.runtime.online import rotate_inputs
+from bitgrain.solvers import get_solver
+from bitgrain.solvers.beside import solve_matrix
 
 SPECS = {name: scheme.weight for name, scheme in PRESETS.items()}
+KEPT = SPECS.pop("LLM_INT8_STATIC")
 SPECS |= {
     "outliers": QuantSpec(get_format("int3"), per_group(32), outliers=0.02),
     "int16": QuantSpec(get_format("int16"), per_group(32)),
@@ -26,6 +29,15 @@ SPECS |= {
 
 def weight_of(spec: QuantSpec, rows: int = 24, cols: int = 256) -> QTensor:
     return quantize(torch.randn(rows, cols, generator=torch.Generator().manual_seed(1)), spec)
+
+
+def test_columns_in_16_bits_stay_beside_packed_codes():
+    assert KEPT.columns is not None
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(1))
+    solved = solve_matrix(get_solver("rtn"), weight, KEPT, magnitude=torch.arange(256.0))
+    layer, x = LowBitLinear(solved.q), batch(3, 256)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, solved.q.dequantize()), rtol=0, atol=0)
+    assert torch.equal(layer.dequantize()[:, -6:], weight[:, -6:].half().float())
 
 
 def batch(*shape: int) -> torch.Tensor:
