@@ -24,7 +24,8 @@ from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.pipeline.in_memory import quantize_
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
 from bitgrain.recipes.recipe import SchemeModel
-from bitgrain.runtime.activations import InputQuantizer, quantize_inputs
+from bitgrain.runtime.activations import InputQuantizer
+from bitgrain.runtime.convolutions import input_quantizer_of, quantize_layer_inputs
 from bitgrain.training.inputs import LearnedInput
 from bitgrain.training.latent import FakeQuantizedParameter, latent_weight
 
@@ -73,10 +74,10 @@ def prepare(
         for shared in owners[id(parameter)]:
             parametrize.register_parametrization(*_split(module, shared), view)
         owner, _ = _split(module, name)
-        quantizer = getattr(owner, "input_quantizer", None)
-        if isinstance(quantizer, InputQuantizer) and quantizer.spec in static:
+        quantizer = input_quantizer_of(owner)
+        if quantizer is not None and quantizer.spec in static:
             spec = static[quantizer.spec].with_scale_dtype(_storage(parts[0].spec))
-            quantize_inputs(owner, LearnedInput(spec, observe, learn_inputs).to(parameter.device))
+            quantize_layer_inputs(owner, LearnedInput(spec, observe, learn_inputs).to(parameter.device))
     setattr(module, _RECIPE, recipe)
     return module
 
@@ -140,7 +141,7 @@ def is_prepared(module: nn.Module) -> bool:
 
 def _freeze_inputs(module: nn.Module, qtensors: Mapping[str, Sequence[QTensor]]) -> dict[str, StaticInput]:
     owners = {name: _split(module, name)[0] for name in qtensors}
-    found = {name: getattr(owner, "input_quantizer", None) for name, owner in owners.items()}
+    found = {name: input_quantizer_of(owner) for name, owner in owners.items()}
     learned = {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, LearnedInput)}
     members = [(name, name.rpartition(".")[0], qtensors[name][0].shape[-1]) for name in learned]
     inputs: dict[str, StaticInput] = {}
@@ -151,7 +152,7 @@ def _freeze_inputs(module: nn.Module, qtensors: Mapping[str, Sequence[QTensor]])
             inputs.update(dict.fromkeys(group, shared))
     for name, quantizer in learned.items():
         static = inputs.setdefault(name, quantizer.freeze())
-        quantize_inputs(owners[name], InputQuantizer(quantizer.spec, static=static))
+        quantize_layer_inputs(owners[name], InputQuantizer(quantizer.spec, static=static))
     return inputs
 
 

@@ -93,3 +93,10 @@ def quantize_layer_inputs(module: nn.Module, quantizer: InputQuantizer) -> None:
         quantize_inputs(module, ConvolutionInput(quantizer, len(module.kernel_size)))
     else:
         quantize_inputs(module, quantizer)
+
+
+def input_quantizer_of(module: nn.Module) -> InputQuantizer | None:
+    """What `quantize_layer_inputs` gave to a layer; None where its inputs are as they are."""
+    found = getattr(module, "input_quantizer", None)
+    found = found.quantizer if isinstance(found, ConvolutionInput) else found
+    return found if isinstance(found, InputQuantizer) else None

@@ -2,5 +2,6 @@
 
 from bitgrain.training.adamw8bit import AdamW8bit
 from bitgrain.training.fp8 import fp8_training_
+from bitgrain.training.settings import TrainingSettings
 
-__all__ = ["AdamW8bit", "fp8_training_"]
+__all__ = ["AdamW8bit", "TrainingSettings", "fp8_training_"]

@@ -30,7 +30,7 @@ def kl_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     return total / (logits.numel() // vocabulary)
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     """Cross-entropy of tokens given those before them: logits [batch, tokens, vocabulary], ids [batch, tokens]."""
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import QuantSpec, fake_quantize
+from bitgrain.numerics import QuantSpec, fake_quantize, per_tensor
 from bitgrain.numerics.formats import FloatFormat
 from bitgrain.numerics.observers import State, StaticInput, static_input, update
 from bitgrain.numerics.ranges import MovingAverage
@@ -36,6 +36,8 @@ class LearnedInput(InputQuantizer):
     def __init__(self, spec: QuantSpec, batches: int = 50, learn: bool = True) -> None:
         if spec.dynamic:
             raise SchemeError(f"inputs {spec.describe()} choose their scales at run time: there is nothing to learn")
+        if spec.granularity != per_tensor():
+            raise SchemeError(f"inputs {spec.describe()}: one static scale is learned, per_tensor")
         super().__init__(spec, static=StaticInput(torch.ones(1, 1)))
         self.batches = batches
         self.scale = nn.Parameter(torch.ones(1, 1), requires_grad=learn)

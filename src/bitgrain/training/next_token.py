@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics.sums import row_sums
 from bitgrain.training.adamw8bit import AdamW8bit
+from bitgrain.training.distillation import cross_entropy
 
 OptimizerName = Literal["adamw", "adamw8bit"]
 Each = Callable[[Callable[[Tensor], Any], Sequence[Tensor]], Iterable[Any]]
@@ -89,8 +89,7 @@ class TrainState:
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token but the first, given those before it; `ids` int64 [windows, tokens]."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return cross_entropy(model(input_ids=ids, use_cache=False).logits, ids)
 
 
 def train_next_token(

@@ -24,7 +24,7 @@ from bitgrain.pipeline.cost import HOLD_BYTES
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
 from bitgrain.training.descent import Outcome, Training, held_back
-from bitgrain.training.distillation import kl_divergence, next_token_loss
+from bitgrain.training.distillation import cross_entropy, kl_divergence
 
 _SAVE_EVERY_S = 30.0
 """Seconds between two states that are kept, and at least so many times as long as keeping one takes:"""
@@ -50,7 +50,7 @@ def train_whole(plan: Plan, work: Work, stream: StreamedModel, progress: Progres
             ids = text.ids[list(windows)].to(stream.device)
             with torch.autocast(stream.device.type, torch.bfloat16, enabled=settings.autocast):
                 logits = model.logits(dense, gains, ids)
-            return next_token_loss(logits, ids) if teacher is None else kl_divergence(logits, teacher.logits(windows))
+            return cross_entropy(logits, ids) if teacher is None else kl_divergence(logits, teacher.logits(windows))
 
         progress.start(settings.steps, "steps", f"train {plan.source.name}", done=keeper.record.get("step", 0))
         try:
