@@ -110,7 +110,7 @@ def key_of(method: Method) -> str:
 
 def choose(job: Job, arguments: argparse.Namespace) -> list[Method]:
     """The rows that are wanted for a job. Raises ValueError."""
-    from bitgrain.recipes.recipe import named_recipes
+    from bitgrain.recipes.recipe_file import named_recipes
 
     named = {name: path.read_text(encoding="utf-8") for name, path in named_recipes().items()}
     methods = methods_of(read_methods(arguments.methods_file), job.model.name, named)

@@ -33,7 +33,7 @@ from bitgrain.numerics import IntFormat, QuantSpec, per_channel, per_tensor
 from bitgrain.numerics.granularity import Granularity
 from bitgrain.numerics.ranges import MSE, MinMax
 from bitgrain.recipes import Scheme, get_scheme, make_recipe
-from bitgrain.recipes.recipe import SchemeModel
+from bitgrain.recipes.spec_model import SchemeModel
 
 
 class Block(nn.Module):

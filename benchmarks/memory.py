@@ -40,7 +40,7 @@ def quantize_here(model: Path, out: Path, scheme: str, workers: int) -> dict[str
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     baseline = resident_bytes("VmRSS")
-    from bitgrain.pipeline.plan import make_plan
+    from bitgrain.pipeline.planning import make_plan
     from bitgrain.pipeline.quantize import run_plan
     from bitgrain.recipes import make_recipe
 

@@ -31,7 +31,7 @@ MINUTES_BAR, PEAK_BAR_MB = 25, 4000
 
 def quantize_here(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize in this process, which has done nothing else before."""
-    from bitgrain.pipeline.plan import make_plan
+    from bitgrain.pipeline.planning import make_plan
     from bitgrain.pipeline.quantize import run_plan
     from bitgrain.progress import make_progress
     from bitgrain.recipes import load_recipe

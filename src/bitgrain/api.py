@@ -23,7 +23,8 @@ from bitgrain.pipeline.low_bit import low_bit_
 from bitgrain.pipeline.merge import merge
 from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.module_calibration import ModuleCalibration, calibrate_module
-from bitgrain.pipeline.plan import DEFAULT_SHARD_BYTES, Plan, make_plan
+from bitgrain.pipeline.plan import Plan
+from bitgrain.pipeline.planning import DEFAULT_SHARD_BYTES, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
 from bitgrain.pipeline.sensitive import spare_layers
 from bitgrain.pipeline.statistics import Calibrated, run_calibration

@@ -12,7 +12,7 @@ from torch import nn
 
 from bitgrain.evaluation.language import evaluate_model
 from bitgrain.recipes import load_recipe, make_recipe
-from bitgrain.recipes.recipe import named_recipes
+from bitgrain.recipes.recipe_file import named_recipes
 from zoo import build
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

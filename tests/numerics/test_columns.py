@@ -13,7 +13,7 @@ from bitgrain.numerics.columns import ColumnChoice, Columns
 from bitgrain.numerics.formats import BF16, FP16, FP32
 from bitgrain.numerics.spec import int_weight, nf4_double_quantized
 from bitgrain.recipes import Scheme, get_scheme, make_recipe
-from bitgrain.recipes.recipe import SpecModel
+from bitgrain.recipes.spec_model import SpecModel
 
 ONE = ColumnChoice(0.01)
 SPEC = replace(int_weight(4, 32, scale=FP16), columns=ONE)

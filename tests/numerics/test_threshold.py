@@ -12,7 +12,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec, fake_quantize, per_channel, per_token, quantize
 from bitgrain.numerics.formats import IntFormat
 from bitgrain.recipes import get_scheme
-from bitgrain.recipes.recipe import SpecModel
+from bitgrain.recipes.spec_model import SpecModel
 
 PLAIN = QuantSpec(IntFormat(8), per_token(), restricted=True, dynamic=True)
 SPEC = replace(PLAIN, threshold=6.0)

@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 
 import bitgrain.api  # noqa: E402
-from bitgrain.pipeline import plan as planning  # noqa: E402
+from bitgrain.pipeline import planning  # noqa: E402
 
 MOST_RUNS = 120
 

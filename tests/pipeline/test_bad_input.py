@@ -22,7 +22,7 @@ from bitgrain.errors import (
     RecipeError,
     TextError,
 )
-from bitgrain.pipeline import plan as planning
+from bitgrain.pipeline import planning
 
 Tiny = Callable[[str], Path]
 Q = "model__layers__0__self_attn__q_proj__weight"

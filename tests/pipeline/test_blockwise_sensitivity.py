@@ -12,7 +12,8 @@ import bitgrain
 from bitgrain.numerics.spec import int_weight
 from bitgrain.pipeline.blockwise.sensitivity import Costs
 from bitgrain.pipeline.load import input_quantizer_for
-from bitgrain.pipeline.plan import Plan, make_plan
+from bitgrain.pipeline.plan import Plan
+from bitgrain.pipeline.planning import make_plan
 from bitgrain.pipeline.weigh import weigh
 from bitgrain.progress import make_progress
 from bitgrain.recipes import make_recipe

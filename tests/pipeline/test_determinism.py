@@ -11,7 +11,7 @@ import bitgrain
 import zoo
 from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.errors import OutputError, ResumeError
-from bitgrain.pipeline import plan as planning
+from bitgrain.pipeline import planning
 from bitgrain.pipeline import quantize as job
 from bitgrain.recipes import make_recipe
 

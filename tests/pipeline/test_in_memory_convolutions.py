@@ -18,7 +18,7 @@ from bitgrain.numerics.observers import start, static_input, update
 from bitgrain.numerics.ranges import MSE, MinMax, OutputSearch, Percentile, Weighted
 from bitgrain.numerics.spec import nvfp4
 from bitgrain.recipes import PRESETS, Scheme, make_recipe
-from bitgrain.recipes.recipe import SchemeModel
+from bitgrain.recipes.spec_model import SchemeModel
 from bitgrain.runtime.convolutions import ConvolutionInput
 from bitgrain.solvers import get_solver
 from vision import images, network

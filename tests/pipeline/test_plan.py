@@ -11,10 +11,11 @@ import torch
 import bitgrain
 import zoo
 from bitgrain.errors import PlanError, RecipeError, TextError
-from bitgrain.pipeline import plan as planning
+from bitgrain.pipeline import planning
 from bitgrain.pipeline.engines import Verdict
-from bitgrain.pipeline.plan import Plan, make_plan
+from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.plan_json import plan_to_json
+from bitgrain.pipeline.planning import make_plan
 from bitgrain.recipes import Scheme, make_recipe
 
 Tiny = Callable[[str], Path]

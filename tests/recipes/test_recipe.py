@@ -13,7 +13,7 @@ from bitgrain.numerics import QuantSpec, get_format, per_group
 from bitgrain.numerics.ranges.mse import MSE
 from bitgrain.numerics.ranges.percentile import Percentile
 from bitgrain.recipes import PRESETS, Recipe, Scheme, load_recipe, make_recipe
-from bitgrain.recipes.recipe import SchemeModel, SpecModel
+from bitgrain.recipes.spec_model import SchemeModel, SpecModel
 from random_specs import LAWS, RANGES, specs
 
 

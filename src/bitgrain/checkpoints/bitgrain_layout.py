@@ -40,7 +40,7 @@ from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.outliers import VALUE_DTYPE, column_dtype
 from bitgrain.numerics.packed import pack_qtensor, unpack_qtensor
 from bitgrain.numerics.packing import packed_length
-from bitgrain.recipes.recipe import SchemeModel
+from bitgrain.recipes.spec_model import SchemeModel
 
 
 class BitgrainLayout:

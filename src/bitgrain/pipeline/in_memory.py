@@ -19,7 +19,8 @@ from bitgrain.pipeline.in_memory_layer import choose_static_input, matrices, res
 from bitgrain.pipeline.load import input_quantizer_for, shared_columns
 from bitgrain.pipeline.module_calibration import ModuleCalibration
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
-from bitgrain.recipes.recipe import QUANTIZED_ROLES, SchemeModel
+from bitgrain.recipes.recipe import QUANTIZED_ROLES
+from bitgrain.recipes.spec_model import SchemeModel
 from bitgrain.runtime.activations import quantize_expert_inputs
 from bitgrain.runtime.convolutions import check_inputs, quantize_layer_inputs
 from bitgrain.solvers import get_solver

@@ -16,11 +16,13 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import PlanError
 from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.formats import FP16
-from bitgrain.pipeline.plan import Plan, make_plan
+from bitgrain.pipeline.plan import Plan
+from bitgrain.pipeline.planning import make_plan
 from bitgrain.pipeline.weigh import chosen_together, given_a_scheme, weigh
 from bitgrain.progress import Progress
 from bitgrain.recipes import Recipe, Scheme, make_recipe
-from bitgrain.recipes.recipe import Rule, SchemeModel
+from bitgrain.recipes.recipe import Rule
+from bitgrain.recipes.spec_model import SchemeModel
 from bitgrain.search.budget import Candidate, Group, allocate, least_bits
 from bitgrain.search.candidates import candidate_specs
 

@@ -23,7 +23,7 @@ from bitgrain.numerics.formats import FP32, Format
 from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.pipeline.in_memory import quantize_
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
-from bitgrain.recipes.recipe import SchemeModel
+from bitgrain.recipes.spec_model import SchemeModel
 from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.runtime.convolutions import input_quantizer_of, quantize_layer_inputs
 from bitgrain.training.inputs import LearnedInput

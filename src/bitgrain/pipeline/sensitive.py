@@ -9,12 +9,13 @@ from typing import Any
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import PlanError
-from bitgrain.pipeline.plan import make_plan
+from bitgrain.pipeline.planning import make_plan
 from bitgrain.pipeline.weigh import chosen_together, given_a_scheme, weigh
 from bitgrain.progress import Progress
 from bitgrain.recipes import Recipe, make_recipe
-from bitgrain.recipes.recipe import Rule, SchemeModel
+from bitgrain.recipes.recipe import Rule
 from bitgrain.recipes.scheme import eight_bits
+from bitgrain.recipes.spec_model import SchemeModel
 from bitgrain.search.budget import Candidate, Group, allocate
 
 

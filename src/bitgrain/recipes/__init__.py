@@ -1,6 +1,7 @@
 """Schemes, their presets, and recipe files."""
 
-from bitgrain.recipes.recipe import Experts, OnIndivisible, Recipe, Rule, load_recipe, make_recipe
+from bitgrain.recipes.recipe import Experts, OnIndivisible, Recipe, Rule
+from bitgrain.recipes.recipe_file import load_recipe, make_recipe
 from bitgrain.recipes.scheme import ALIASES, PRESETS, Scheme, get_scheme
 
 __all__ = [

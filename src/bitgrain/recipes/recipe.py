@@ -21,19 +21,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bitgrain.errors import RecipeError, SchemeError
-from bitgrain.numerics import QuantSpec, get_format, parse_granularity
-from bitgrain.numerics.columns import By, ColumnChoice
 from bitgrain.numerics.ranges import get_range
 from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.recipes.scheme import Scheme, eight_bits, get_scheme
+from bitgrain.recipes.spec_model import ColumnsModel, SchemeModel, Strict
 from bitgrain.recipes.steps import read_step
 from bitgrain.solvers import get_solver
 from bitgrain.solvers.base import make_with_settings
@@ -67,97 +65,7 @@ class Layer(Protocol):
         ...
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ColumnsModel(_Strict):
-    """A ColumnChoice in YAML."""
-
-    share: float
-    by: By = "activation"
-    seed: int = 0
-    dtype: str = "float16"
-
-    @classmethod
-    def of(cls, choice: ColumnChoice) -> ColumnsModel:
-        """The names that `build` turns back into `choice`."""
-        return cls(share=choice.share, by=choice.by, seed=choice.seed, dtype=choice.dtype.name)
-
-    def build(self) -> ColumnChoice:
-        """Raises SchemeError for a share that is none, or a dtype that is not of 16 bits."""
-        return ColumnChoice(self.share, self.by, self.seed, get_format(self.dtype))
-
-
-class SpecModel(_Strict):
-    """A QuantSpec in YAML: names instead of objects."""
-
-    format: str
-    granularity: str = "per_channel"
-    zero_point: Literal["none", "integer", "real"] = "none"
-    restricted: bool = False
-    range: str | dict[str, Any] = "minmax"
-    scale: str | SpecModel = "float32"
-    dynamic: bool = False
-    outliers: float = 0.0
-    threshold: float = 0.0
-    columns: ColumnsModel | None = None
-    clusters: int = 0
-
-    @classmethod
-    def of(cls, spec: QuantSpec) -> SpecModel:
-        """The names that `build` turns back into `spec`."""
-        settings = {f.name: getattr(spec.range, f.name) for f in fields(spec.range)}  # type: ignore[arg-type]
-        return cls(
-            format=spec.format.name,
-            granularity=spec.granularity.name,
-            zero_point=spec.zero_point,
-            restricted=spec.restricted,
-            range={"name": spec.range.name, **settings} if settings else spec.range.name,
-            scale=cls.of(spec.scale) if isinstance(spec.scale, QuantSpec) else spec.scale.name,
-            dynamic=spec.dynamic,
-            outliers=spec.outliers,
-            threshold=spec.threshold,
-            columns=spec.columns and ColumnsModel.of(spec.columns),
-            clusters=spec.clusters,
-        )
-
-    def build(self) -> QuantSpec:
-        """Raises SchemeError for an unknown name or a combination without a meaning."""
-        return QuantSpec(
-            format=get_format(self.format),
-            granularity=parse_granularity(self.granularity),
-            zero_point=self.zero_point,
-            restricted=self.restricted,
-            range=get_range(self.range),
-            scale=get_format(self.scale) if isinstance(self.scale, str) else self.scale.build(),
-            dynamic=self.dynamic,
-            outliers=self.outliers,
-            threshold=self.threshold,
-            columns=self.columns and self.columns.build(),
-            clusters=self.clusters,
-        )
-
-
-class SchemeModel(_Strict):
-    """A scheme of one's own in YAML."""
-
-    name: str = "custom"
-    weight: SpecModel
-    input: SpecModel | None = None
-
-    @classmethod
-    def of(cls, scheme: Scheme) -> SchemeModel:
-        """The names that `build` turns back into `scheme`."""
-        given = scheme.input
-        return cls(name=scheme.name, weight=SpecModel.of(scheme.weight), input=given and SpecModel.of(given))
-
-    def build(self) -> Scheme:
-        """Raises SchemeError."""
-        return Scheme(self.name, self.weight.build(), self.input and self.input.build())
-
-
-class Rule(_Strict):
+class Rule(Strict):
     """Layers that `match` get `scheme`, are kept as they are, or are included: they get the recipe's own scheme though
     none reaches them by itself (`QUANTIZED_ROLES`), embeddings without its inputs; `--bits` chooses for them too."""
 
@@ -197,7 +105,7 @@ class Rule(_Strict):
         return self.match == layer.class_name or any(f".{name}".endswith(f".{self.match}") for name in names)
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """The text that is shown to the model, and whose activations the solvers see.
 
     text         a file, a folder, `builtin`, or hf:DATASET; None: what the command line names
@@ -216,7 +124,7 @@ class Calibration(_Strict):
     batch: int = Field(default=8, ge=1)
 
 
-class Experts(_Strict):
+class Experts(Strict):
     """What experts that fewer than `tokens` calibration tokens reached are solved with (docs/experts.md).
 
     policy  "borrow": with what all tokens of their layer would show them, mixed with what they saw; "nearest": with
@@ -232,7 +140,7 @@ class Experts(_Strict):
         return ENOUGH * in_features if self.tokens is None else self.tokens
 
 
-class Target(_Strict):
+class Target(Strict):
     """What a layer's output is aimed at, beside that of its own weights (see `solvers.target`).
 
     inputs    how much of the error that earlier layers left in its inputs it makes up for, 0 to 1
@@ -245,7 +153,7 @@ class Target(_Strict):
     damping: float = Field(default=0.05, gt=0)
 
 
-class Tuning(_Strict):
+class Tuning(Strict):
     """Learning by gradients, after the solver: the settings of `tuning.blockwise` and `tuning.end_to_end`, or None.
 
     training  quantization-aware training, the last of all: `training.TrainingSettings`
@@ -271,7 +179,7 @@ class Tuning(_Strict):
         self.training_settings()
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that decides the result, apart from the model itself."""
 
     scheme: str | SchemeModel
@@ -364,78 +272,3 @@ def _idle(rule: Rule, layers: Sequence[Layer]) -> str:
     near = difflib.get_close_matches(rule.match.removeprefix("re:"), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; layers end in {', '.join(sorted(last))}"
     return f"the rule {rule.match!r} matches no layer of this model{hint}"
-
-
-def make_recipe(**settings: Any) -> Recipe:
-    """A Recipe from keyword arguments, with errors as from a file. Raises RecipeError."""
-    return _validate(settings, "the recipe")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe subset, in which a key given twice is an error and not silently the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def named_recipes() -> dict[str, Path]:
-    """The recipes that come with bitgrain, by name: for every scheme, from cheap to accurate."""
-    folder = Path(__file__).with_name("named")
-    return {name: folder / f"{name}.yaml" for name in ("fast", "balanced", "best", "rptq", "zeroquant", "train")}
-
-
-def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
-    """Reads a recipe file, or the one of `named_recipes`; `overrides` replace its top-level keys.
-
-    An override that is a mapping is merged into the file's. Raises RecipeError: no file, no YAML, unknown key (with
-    the nearest known one), bad value, or no scheme in either.
-    """
-    known = named_recipes()
-    if not Path(path).is_file():
-        if str(path) not in known:
-            raise RecipeError(f"there is no recipe file {path}, and no recipe of that name ({', '.join(known)})")
-        if "scheme" not in overrides:
-            raise RecipeError(f"the recipe {path} holds for every scheme: say which, for instance --scheme W4A16")
-        path = known[str(path)]
-    path = Path(path)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} holds no recipe: it needs at least `scheme: NAME`")
-    merged = dict(data)
-    for key, value in overrides.items():
-        old = data.get(key)
-        merged[key] = {**old, **value} if isinstance(value, dict) and isinstance(old, dict) else value
-    return _validate(merged, str(path))
-
-
-def _validate(data: dict[str, Any], source: str) -> Recipe:
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem in one sentence, with a suggestion for a mistyped key."""
-    problems = error.errors(include_url=False)
-    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
-    # where a name or a mapping may stand, pydantic complains about both: the deepest is about what was written
-    problem = max(unknown or problems, key=lambda p: len(p["loc"]))
-    where = ".".join(str(part) for part in problem["loc"] if str(part) not in ("str", "SchemeModel", "SpecModel"))
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        parts = (Recipe, Rule, SchemeModel, SpecModel, ColumnsModel, Calibration, Experts, Target, Tuning)
-        known = sorted({name for part in parts for name in part.model_fields})
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key {where!r}" + (
-            f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-        )
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
