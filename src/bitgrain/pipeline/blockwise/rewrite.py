@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.clusters import Clusters
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 from bitgrain.pipeline.blockwise.runs import observe
-from bitgrain.pipeline.blockwise.stages import Stage, find_stages
+from bitgrain.pipeline.blockwise.sizes import Measured, Part, Sizes, sizes_of_stage
+from bitgrain.pipeline.blockwise.stages import find_stages
 from bitgrain.pipeline.plan import Plan
 from bitgrain.recipes.steps import read_step
 from bitgrain.runtime.channel_order import attach_orders, stop_reordering
@@ -179,7 +180,7 @@ class Rewriter:
         with single_threaded(), torch.no_grad():
             for transform in transforms:
                 pairs = find_pairs(block, probe)
-                inputs = _Measured(lambda: self._sizes(index, block, full, calls))
+                inputs = Measured(lambda: self._sizes(index, block, full, calls))
                 view = BlockView(
                     module=block,
                     path=self.plan.anatomy.block_names[index],
@@ -188,10 +189,10 @@ class Rewriter:
                     samples=len(full),
                     stream=find_stream(block, probe, pairs) if transform.whole_model else None,
                     specs=self._specs(index),
-                    absmax=_Part(inputs, "absmax"),
-                    mean_abs=_Part(inputs, "mean"),
-                    low=_Part(inputs, "low"),
-                    high=_Part(inputs, "high"),
+                    absmax=Part(inputs, "absmax"),
+                    mean_abs=Part(inputs, "mean"),
+                    low=Part(inputs, "low"),
+                    high=Part(inputs, "high"),
                     clusters=clusters,
                     memory=self._memory.setdefault(transform, {}),
                 )
@@ -251,7 +252,7 @@ class Rewriter:
                 totals[key] = totals[key].joined(sizes) if key in totals else sizes
                 tokens[key] = tokens.get(key, 0) + count
         means = {key: replace(sizes, mean=sizes.mean / tokens[key]) for key, sizes in totals.items()}
-        return {name: sizes for stage in stages for name, sizes in _of_stage(stage, means, block)}
+        return {name: sizes for stage in stages for name, sizes in sizes_of_stage(stage, means, block)}
 
 
 @dataclass(frozen=True)
@@ -262,73 +263,6 @@ class Rewritten:
     changed: dict[str, Tensor] = field(default_factory=dict)
     told: list[dict[str, Any]] = field(default_factory=list)
     clusters: dict[str, Clusters] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Smallest and largest x, and mean of |x| (at first their sum), of each input channel [in] or [experts, in]."""
-
-    low: Tensor
-    high: Tensor
-    mean: Tensor
-
-    @property
-    def absmax(self) -> Tensor:
-        """Largest |x|."""
-        return torch.maximum(-self.low, self.high)
-
-    def joined(self, other: Sizes) -> Sizes:
-        """Those of both, `mean` being sums."""
-        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
-        return Sizes(low, high, self.mean + other.mean)
-
-
-def _of_stage(
-    stage: Stage, sizes: Mapping[tuple[str, int | None], Sizes], block: nn.Module
-) -> Iterator[tuple[str, Sizes]]:
-    for name in stage.names:
-        parameter = block.get_parameter(name)
-        source = stage.names[0] if stage.shared else name
-        if parameter.ndim < 3:
-            if (source, None) in sizes:
-                yield name, sizes[source, None]
-            continue
-        found = [sizes.get((name, i)) for i in range(len(parameter))]
-        known = next((one for one in found if one is not None), None)
-        if known is not None:
-            blank = Sizes(*(torch.zeros_like(known.low) for _ in range(3)))
-            filled = [one or blank for one in found]
-            stacks = zip(*((one.low, one.high, one.mean) for one in filled), strict=True)
-            yield name, Sizes(*(torch.stack(stack) for stack in stacks))
-
-
-class _Measured:
-    """Computed when it is first asked for."""
-
-    def __init__(self, measure: Callable[[], dict[str, Sizes]]) -> None:
-        self._measure = measure
-        self._found: dict[str, Sizes] | None = None
-
-    def get(self) -> dict[str, Sizes]:
-        if self._found is None:
-            self._found = self._measure()
-        return self._found
-
-
-class _Part(Mapping[str, Tensor]):
-    """One of the figures of each input."""
-
-    def __init__(self, measured: _Measured, figure: str) -> None:
-        self._measured, self._figure = measured, figure
-
-    def __getitem__(self, key: str) -> Tensor:
-        return getattr(self._measured.get()[key], self._figure)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._measured.get())
-
-    def __len__(self) -> int:
-        return len(self._measured.get())
 
 
 def _output(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
