@@ -44,9 +44,9 @@ AFTER: dict[str, dict[str, dict[str, Any] | str]] = {
 }
 """Scheme -> name -> a recipe of the package, or its keys: rounding after training."""
 TRAIN: dict[str, list[str]] = {
-    "W2A16_ASYM": ["--steps", "450"],
-    "TERNARY": ["--steps", "450"],
-    "W4A4": ["--steps", "450"],
+    "W2A16_ASYM": ["--steps", "900"],
+    "TERNARY": ["--steps", "900"],
+    "W4A4": ["--steps", "700", "--rate", "0.006"],
 }
 """Scheme -> what `bitgrain train` is given beside it."""
 

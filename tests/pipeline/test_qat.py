@@ -65,11 +65,11 @@ def test_prepared_and_converted_it_is_what_quantize_leaves(name: str):
         assert torch.equal(q.dequantize(), parts[key][0].dequantize())
 
 
-@pytest.mark.parametrize("scheme", ["W2A16", "W4A4", "W8A8_STATIC", "NVFP4"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("llama", "W2A16"), ("llama", "W8A8_STATIC"), ("llama", "NVFP4"), ("gpt2", "W8A8_STATIC"), ("mixtral", "W4A4")],
+)
 def test_a_plain_loop_lowers_the_loss(name: str, scheme: str):
-    if name == "mixtral" and scheme == "W8A8_STATIC":
-        pytest.skip("experts have no static inputs in memory")
     teacher, student = zoo.build(name), zoo.build(name)
     qat.prepare(student, scheme, observe=3)
     losses = train(student, teacher)
@@ -86,14 +86,14 @@ def test_a_plain_loop_lowers_the_loss(name: str, scheme: str):
             assert torch.equal(one.T if name == "gpt2" else one, expected)
 
 
-@pytest.mark.parametrize(("scheme", "layout"), [("W4A8", "compressed-tensors"), ("W8A8_STATIC", "compressed-tensors")])
-def test_the_files_are_those_of_the_disk_job(tiny: Make, tmp_path: Path, scheme: str, layout: str):
+@pytest.mark.parametrize("scheme", ["W4A8", "W8A8_STATIC"])
+def test_the_files_are_those_of_the_disk_job(tiny: Make, tmp_path: Path, scheme: str):
     teacher, student = bitgrain.load(tiny("llama")), bitgrain.load(tiny("llama"))
     qat.prepare(student, scheme, observe=2)
     train(student, teacher, steps=4)
     found = qat.convert(student)
     result = qat.save(found, student, tiny("llama"), tmp_path / "out")
-    assert result.manifest["layout"] == layout
+    assert result.manifest["layout"] == "compressed-tensors"
     assert all(check.ok is not False for check in bitgrain.verify(tmp_path / "out", against=tiny("llama")))
     assert torch.equal(logits(bitgrain.load(tmp_path / "out")), logits(student))
     with pytest.raises(OutputError, match="exists"):
@@ -115,7 +115,7 @@ def test_training_can_start_from_the_codes_of_another_solver():
     found = qat.convert(student)
     assert all(torch.equal(found[name][0].codes, parts[0].codes) for name, parts in start.items())
     with pytest.raises(ModelError, match="start holds"):
-        qat.prepare(zoo.build("llama"), "W2A16", start=dict(list(start.items())[:2]))
+        qat.prepare(zoo.build("llama"), "W4A16", start=start)
 
 
 def test_tied_weights_stay_tied():

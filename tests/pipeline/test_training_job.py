@@ -16,7 +16,8 @@ from bitgrain.errors import ModelError, RecipeError, TextError, TrainingError
 from bitgrain.pipeline.blockwise import train as training_job
 from bitgrain.pipeline.blockwise.work import Work
 from bitgrain.progress import Progress
-from bitgrain.recipes import load_recipe
+from bitgrain.recipes import get_scheme, load_recipe
+from bitgrain.recipes.steps import read_step
 from bitgrain.report.result import warning_lines
 from calibrated_jobs import HEAD, SOLVER, recipe_of, run
 
@@ -73,14 +74,24 @@ def test_training_lowers_the_loss(readable: Make, text: Path, tmp_path: Path, na
     """On text of its own, in files that load as those of any other job."""
     changes = {"num_local_experts": 2} if name == "mixtral" else {}
     settings = {"steps": 10, "batch": 4, "validation": 4}
-    made = run(readable(name, **changes), tmp_path / "out", job(text, scheme, settings))
+    rotated = ROTATED if scheme == "W4A4" else {}
+    made = run(readable(name, **changes), tmp_path / "out", job(text, scheme, settings, **rotated))
     told = made.manifest["training"]
     assert told["best_loss"] < 0.95 * told["first_loss"]
     assert told["best_step"] > 0
     assert told["text"]["windows"] > 20
     assert all(check.ok is not False for check in bitgrain.verify(made.out, against=readable(name, **changes)))
-    rotated = [set(figures) for figures in made.manifest.get("online_rotations", {}).values()]
-    assert bool(rotated) == (scheme == "W4A4")
+    assert bool(made.manifest.get("online_rotations")) == (scheme == "W4A4")
+
+
+def test_the_recipe_rotates_what_its_inputs_ask_for():
+    wanted = {"W2A16": [], "W4A8": [{"r4": False}], "W4A4": [{"r4": True, "learn": 200}]}
+    for scheme, expected in wanted.items():
+        recipe = load_recipe("train", scheme=scheme).for_schemes([get_scheme(scheme)])
+        rotations = [read_step(step).transform for step in recipe.transforms if read_step(step).name == "rotate"]
+        assert [
+            {key: getattr(one, key) for key in want} for one, want in zip(rotations, expected, strict=True)
+        ] == expected
 
 
 def test_what_it_measured_is_what_was_written(readable: Make, text: Path, tmp_path: Path):

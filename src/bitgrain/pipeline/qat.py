@@ -21,6 +21,7 @@ from bitgrain.models.structure import find_matrices
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.formats import FP32, Format
 from bitgrain.numerics.observers import StaticInput, shared_input
+from bitgrain.numerics.ranges import MinMax
 from bitgrain.pipeline.in_memory import quantize_
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
 from bitgrain.recipes.spec_model import SchemeModel
@@ -44,7 +45,8 @@ def prepare(
 
     scheme   a preset's name, a Scheme, or a Recipe (rules, solver, ranges), as for `quantize_`, whose codes and scales
              are where training starts; static scales of inputs are allowed
-    start    QTensors by parameter name to start from instead: what `quantize_` returned for a module of this shape
+    start    QTensors by parameter name to start from instead: what `quantize_` returned for a module of this shape with
+             another solver or range
     observe  batches in training mode over which limits of static inputs are observed; learn_inputs: whether their
              scales are learned afterwards, or stay
     The weights become latent weights, moved into the cells of their codes: the module computes at once what `quantize_`
@@ -57,11 +59,13 @@ def prepare(
     matrices = find_matrices(module)
     with torch.no_grad():
         originals = {name: module.get_parameter(name).clone() for name in matrices}
-    qtensors: Mapping[str, Sequence[QTensor]] = quantize_(module, plain)
-    if start is not None:
-        if set(start) != set(qtensors):
-            raise ModelError(f"start holds {len(start)} quantized weights, the scheme quantizes {len(qtensors)} others")
-        qtensors = start
+    qtensors: dict[str, Sequence[QTensor]] = {**quantize_(module, plain)}
+    for name, parts in (start or {}).items():
+        if name not in qtensors or not _alike(parts, qtensors[name]):
+            for one, weight in originals.items():
+                module.get_parameter(one).data.copy_(weight)
+            raise ModelError(f"start holds {name}, which the scheme does not quantize, or not so")
+        qtensors[name] = parts
     owners: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -178,6 +182,13 @@ def _with_dynamic_inputs(recipe: Recipe) -> tuple[Recipe, dict[QuantSpec, QuantS
     rules = [rule.model_copy(update={"scheme": rule.scheme and changed(rule.scheme)}) for rule in recipe.rules]
     plain = recipe.model_copy(update={"scheme": changed(recipe.scheme), "rules": tuple(rules)})
     return plain, stands_for
+
+
+def _alike(parts: Sequence[QTensor], others: Sequence[QTensor]) -> bool:
+    """Whether they have the same shapes and specs, but for how their ranges were chosen."""
+    return [(q.shape, replace(q.spec, range=MinMax())) for q in parts] == [
+        (q.shape, replace(q.spec, range=MinMax())) for q in others
+    ]
 
 
 def _storage(spec: QuantSpec) -> Format:
