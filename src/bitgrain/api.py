@@ -17,12 +17,12 @@ from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_mod
 from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.finetune import Finetuned, finetune
-from bitgrain.pipeline.in_memory import quantize_, quantize_tensor
 from bitgrain.pipeline.load import cache_for, load
-from bitgrain.pipeline.low_bit import low_bit_
 from bitgrain.pipeline.merge import merge
 from bitgrain.pipeline.mixed import allocate_bits
-from bitgrain.pipeline.module_calibration import ModuleCalibration, calibrate_module
+from bitgrain.pipeline.modules.calibrate import ModuleCalibration, calibrate_module
+from bitgrain.pipeline.modules.low_bit import low_bit_
+from bitgrain.pipeline.modules.quantize import quantize_, quantize_tensor
 from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.planning import DEFAULT_SHARD_BYTES, make_plan
 from bitgrain.pipeline.quantize import QuantizeResult, run_plan
@@ -271,7 +271,7 @@ def calibrate(
 
     calibrate(module, batches) runs a module in memory over an iterable of what it is called with (tensors, tuples of
     arguments, dicts of keywords), and returns what `quantize_(module, ..., calibration=)` needs: see
-    `bitgrain.pipeline.module_calibration.calibrate_module`. moments=False takes less, enough for static scales.
+    `bitgrain.pipeline.modules.calibrate.calibrate_module`. moments=False takes less, enough for static scales.
     """
     if isinstance(model, nn.Module):
         of_the_job = (calibration, experts, device, revision, workers)

@@ -19,15 +19,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bitgrain.pipeline.qat import Converted, convert, is_prepared, prepare
-from bitgrain.pipeline.qat_files import save
+from bitgrain.pipeline.modules.qat import Converted, convert, is_prepared, prepare
+from bitgrain.pipeline.modules.qat_files import save
 from bitgrain.training.distillation import distillation_loss
 from bitgrain.training.inputs import LearnedInput
 from bitgrain.training.last_good import LastGood
 from bitgrain.training.latent import FakeQuantizedWeight
 
 if TYPE_CHECKING:
-    from bitgrain.pipeline.distillation_trainer import DistillationTrainer
+    from bitgrain.pipeline.modules.trainer import DistillationTrainer
 
 __all__ = [
     "Converted",
@@ -46,5 +46,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """transformers' Trainer needs accelerate, so it is imported when it is used."""
     if name == "DistillationTrainer":
-        return import_module("bitgrain.pipeline.distillation_trainer").DistillationTrainer
+        return import_module("bitgrain.pipeline.modules.trainer").DistillationTrainer
     raise AttributeError(f"module 'bitgrain.qat' has no attribute {name!r}")

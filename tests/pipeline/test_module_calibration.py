@@ -13,7 +13,7 @@ import zoo
 from bitgrain.errors import NumericsError, RecipeError, SchemeError, StatisticsError
 from bitgrain.numerics.observers import start, update
 from bitgrain.numerics.ranges import KL, MSE, MinMax, MovingAverage, Percentile
-from bitgrain.pipeline.module_calibration import ROWS
+from bitgrain.pipeline.modules.calibrate import ROWS
 from bitgrain.recipes import make_recipe
 from vision import images, network
 

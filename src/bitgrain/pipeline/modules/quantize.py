@@ -15,9 +15,9 @@ from bitgrain.errors import PlanError, RecipeError, SchemeError
 from bitgrain.models.fused import sibling_groups
 from bitgrain.models.structure import Matrix, find_matrices
 from bitgrain.numerics import QTensor, QuantSpec, quantize
-from bitgrain.pipeline.in_memory_layer import choose_static_input, matrices, restored, solve_matrices
 from bitgrain.pipeline.load import input_quantizer_for, shared_columns
-from bitgrain.pipeline.module_calibration import ModuleCalibration
+from bitgrain.pipeline.modules.calibrate import ModuleCalibration
+from bitgrain.pipeline.modules.layer import choose_static_input, matrices, restored, solve_matrices
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
 from bitgrain.recipes.recipe import QUANTIZED_ROLES
 from bitgrain.recipes.spec_model import SchemeModel

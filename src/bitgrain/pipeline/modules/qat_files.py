@@ -14,10 +14,10 @@ from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.errors import PlanError
 from bitgrain.models.anatomy import Weight
 from bitgrain.pipeline.layers import matrices, record, report, to_cpu
+from bitgrain.pipeline.modules.qat import Converted
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.planning import make_plan
-from bitgrain.pipeline.qat import Converted
 from bitgrain.pipeline.quantize import QuantizeResult
 
 

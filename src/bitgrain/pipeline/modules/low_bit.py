@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bitgrain.numerics import QTensor
-from bitgrain.pipeline.in_memory import quantize_
+from bitgrain.pipeline.modules.quantize import quantize_
 from bitgrain.recipes import Recipe, Scheme
 from bitgrain.runtime.low_bit_linear import hold_low_bit_
 

@@ -12,7 +12,7 @@ from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.convolution import Convolution, dense_matrix
 from bitgrain.numerics.observers import StaticInput, static_channels, static_input
 from bitgrain.numerics.ranges import OutputSearch
-from bitgrain.pipeline.module_calibration import ModuleCalibration
+from bitgrain.pipeline.modules.calibrate import ModuleCalibration
 from bitgrain.recipes import Scheme
 from bitgrain.runtime.convolutions import geometry_of
 from bitgrain.solvers import Solver

@@ -22,7 +22,7 @@ from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.formats import FP32, Format
 from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.numerics.ranges import MinMax
-from bitgrain.pipeline.in_memory import quantize_
+from bitgrain.pipeline.modules.quantize import quantize_
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
 from bitgrain.recipes.spec_model import SchemeModel
 from bitgrain.runtime.activations import InputQuantizer
