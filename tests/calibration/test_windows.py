@@ -245,3 +245,8 @@ def test_the_harness_windows_of_the_reference_models(shared: Path):
     documents = open_source(stories, document_mark="<|endoftext|>").documents[:60]
     ids = [i for document in documents for i in tokenizer.backend_tokenizer.encode(document).ids]
     assert found.ids.flatten().tolist() == ids[: 8 * 512]
+
+
+def test_all_windows_of_a_text_that_holds_none(tmp_path: Path):
+    with pytest.raises(TextError, match="the text has 7 tokens and one window needs 8: give a longer text"):
+        calibration_windows(file_of(tmp_path, range(7)), words(specials=False), windows=None, seqlen=8)

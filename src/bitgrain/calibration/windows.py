@@ -93,6 +93,8 @@ def calibration_windows(
         ids = packer.pack(_documents(sources, generator), POOL * wanted if parted and wanted is not None else None)
     found = len(ids) // seqlen
     got = found if windows is None else min(found, windows)
+    if windows is None and not found:
+        raise TextError(f"the text has {len(ids)} tokens and one window needs {seqlen}: give a longer text")
     notes = [] if windows is None else _shortfall(got, windows, seqlen, len(ids))
     notes += _unknown_mark(sources, tokenizer, document_mark)
     rows = torch.tensor(ids[: found * seqlen], dtype=torch.int64).view(found, seqlen)
