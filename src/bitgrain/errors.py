@@ -4,6 +4,9 @@ One class per cause, all of them `BitgrainError`, so that a caller can catch one
 print one line. Anything else that escapes is a bug.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class BitgrainError(Exception):
     """Base class; `str(error)` is the whole message for the user."""
@@ -51,3 +54,10 @@ class TextError(BitgrainError):
 
 class TrainingError(BitgrainError):
     """Training cannot go on: the loss or a gradient is not finite. What was good before is kept."""
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str], near: str | None = None) -> str:
+    """ "unknown scheme 'W4A17'; did you mean W4A16? Known schemes: ..."; `near`: the name as it is compared."""
+    found = difflib.get_close_matches(near or name, known, n=1)
+    hint = f"; did you mean {found[0]}?" if found else "."
+    return f"unknown {kind} {name!r}{hint} Known schemes: {', '.join(known)}"

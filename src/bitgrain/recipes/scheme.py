@@ -6,12 +6,11 @@ ours has the same formats and granularities.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 
 import torch
 
-from bitgrain.errors import SchemeError
+from bitgrain.errors import SchemeError, unknown_name
 from bitgrain.numerics import (
     Granularity,
     IntFormat,
@@ -164,9 +163,7 @@ def get_scheme(name: str) -> Scheme:
     if key in PRESETS:
         return PRESETS[key]
     known = [*PRESETS, *ALIASES]
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise SchemeError(f"unknown scheme {name!r}{hint} Known schemes: {', '.join(known)}")
+    raise SchemeError(unknown_name("scheme", name, known, key))
 
 
 def eight_bits(scheme: Scheme) -> Scheme:

@@ -13,10 +13,9 @@ P is exp(score - largest score so far), between 0 and 1, so that one constant sc
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from bitgrain.errors import SchemeError
+from bitgrain.errors import SchemeError, unknown_name
 from bitgrain.numerics import Granularity, QuantSpec, per_channel, per_tensor, per_token
 from bitgrain.numerics.formats import FP8_E4M3, Format, IntFormat
 from bitgrain.runtime.attention.contraction import PV, QK
@@ -104,6 +103,4 @@ def get_attention_scheme(name: str | AttentionScheme) -> AttentionScheme:
     key = name.strip().lower().replace("_", "-").removeprefix("bitgrain-")
     if key in SCHEMES:
         return SCHEMES[key]
-    near = difflib.get_close_matches(key, SCHEMES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise SchemeError(f"unknown attention scheme {name!r}{hint} Known schemes: {', '.join(SCHEMES)}")
+    raise SchemeError(unknown_name("attention scheme", name, list(SCHEMES), key))

@@ -12,13 +12,12 @@ rounded when they are whole, once; until then they stay in full precision.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
 import torch
 
-from bitgrain.errors import SchemeError
+from bitgrain.errors import SchemeError, unknown_name
 from bitgrain.numerics import QuantSpec, per_block, per_group, per_tensor, per_token
 from bitgrain.numerics.formats import FP8_E4M3, FP16, FP32, IntFormat
 from bitgrain.numerics.packing import packed_length
@@ -117,7 +116,5 @@ def get_cache_scheme(name: str | CacheScheme) -> CacheScheme:
         return name
     known = SCHEMES.get(name.strip().lower().replace("_", "-"))
     if known is None:
-        near = difflib.get_close_matches(name.lower(), SCHEMES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise SchemeError(f"unknown KV cache scheme {name!r}{hint} Known schemes: {', '.join(SCHEMES)}")
+        raise SchemeError(unknown_name("KV cache scheme", name, list(SCHEMES), name.lower()))
     return known
