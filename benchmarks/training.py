@@ -46,7 +46,7 @@ AFTER: dict[str, dict[str, dict[str, Any] | str]] = {
 TRAIN: dict[str, list[str]] = {
     "W2A16_ASYM": ["--steps", "900"],
     "TERNARY": ["--steps", "900"],
-    "W4A4": ["--steps", "700", "--rate", "0.006"],
+    "W4A4": ["--steps", "600", "--rate", "0.006"],
 }
 """Scheme -> what `bitgrain train` is given beside it."""
 
