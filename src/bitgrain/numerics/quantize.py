@@ -227,3 +227,18 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(format: Format, v: Tensor) -> Tensor:
     """`format.round(v)`, with the identity as its gradient."""
     return cast(Tensor, _StraightThrough.apply(v, format))
+
+
+class _Replaced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, stored: Tensor) -> Tensor:
+        return stored.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def replaced(value: Tensor, stored: Tensor) -> Tensor:
+    """`stored`, with the identity as its gradient by `value`: how a number is kept that is learned."""
+    return cast(Tensor, _Replaced.apply(value, stored))

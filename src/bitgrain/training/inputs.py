@@ -13,9 +13,10 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec, fake_quantize, per_tensor
 from bitgrain.numerics.formats import FloatFormat
 from bitgrain.numerics.observers import State, StaticInput, static_input, update
+from bitgrain.numerics.quantize import replaced
 from bitgrain.numerics.ranges import MovingAverage
 from bitgrain.runtime.activations import InputQuantizer
-from bitgrain.training.latent import replaced, slowed
+from bitgrain.training.latent import slowed
 
 
 class LearnedInput(InputQuantizer):

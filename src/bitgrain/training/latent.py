@@ -23,6 +23,7 @@ from bitgrain.numerics.columns import Columns
 from bitgrain.numerics.formats import E8M0, FloatFormat
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.qtensor import scale_values
+from bitgrain.numerics.quantize import replaced
 from bitgrain.numerics.scales import round_scale
 
 _INSIDE = 0.8
@@ -170,11 +171,6 @@ def slowed(value: Tensor, slope: float) -> Tensor:
     return cast(Tensor, _Slowed.apply(value, slope))
 
 
-def replaced(value: Tensor, stored: Tensor) -> Tensor:
-    """`stored`, with the identity as its gradient by `value`."""
-    return cast(Tensor, _Replaced.apply(value, stored))
-
-
 class _Slowed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, slope: float) -> Tensor:
@@ -184,13 +180,3 @@ class _Slowed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         return grad_outputs[0] * ctx.slope, None
-
-
-class _Replaced(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, stored: Tensor) -> Tensor:
-        return stored.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from bitgrain.numerics import IntFormat, QTensor
 from bitgrain.numerics.formats import E8M0, FloatFormat
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import straight_through
+from bitgrain.numerics.quantize import replaced, straight_through
 from bitgrain.numerics.scales import round_scale
 
 ScaleMode = Literal["kept", "factor", "range"]
@@ -173,11 +173,11 @@ class LearnedWeight:
         with torch.no_grad():  # a stored scale may be negative: its sign is kept
             magnitude = scale.abs().clamp(max=spec.scale.maximum)
             rounded = round_scale(magnitude, spec) * torch.sign(scale)
-        return _replaced(scale, rounded)
+        return replaced(scale, rounded)
 
     def _round_real(self, zero: Tensor) -> Tensor:
         assert self.start.zero is not None
-        return _replaced(zero, zero.detach().to(self.start.zero.dtype).to(torch.float32))
+        return replaced(zero, zero.detach().to(self.start.zero.dtype).to(torch.float32))
 
     def _grid(self, steps: Tensor, zero: Tensor | None) -> Tensor:
         """The numbers v of the format, as tiles."""
@@ -214,18 +214,3 @@ def scale_unit(q: QTensor) -> float:
 
 def _divisor(steps: Tensor) -> Tensor:
     return steps.masked_fill(steps == 0, 1.0).unsqueeze(-1)
-
-
-class _Replaced(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, stored: Tensor) -> Tensor:
-        return stored.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
-
-
-def _replaced(value: Tensor, stored: Tensor) -> Tensor:
-    """`stored`, with the identity as its gradient by `value`."""
-    return cast(Tensor, _Replaced.apply(value, stored))
