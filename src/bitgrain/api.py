@@ -65,6 +65,7 @@ def read_recipe(
     calibration: Mapping[str, Any] | str | Path | None = None,
     columns: Mapping[str, Any] | float | None = None,
     experts: Mapping[str, Any] | str | None = None,
+    kv_cache: str | None = None,
 ) -> Recipe:
     """One Recipe out of what a user may give: a scheme's name, a recipe (a name or a file), or both.
 
@@ -72,7 +73,7 @@ def read_recipe(
     `experts` is a policy, or keys of `recipes.Experts`.
     Raises RecipeError, SchemeError.
     """
-    given = {"scheme": scheme, "on_indivisible": on_indivisible, "solver": solver}
+    given = {"scheme": scheme, "on_indivisible": on_indivisible, "solver": solver, "kv_cache": kv_cache}
     settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if calibration is not None:
         text = {"text": str(calibration)} if isinstance(calibration, (str, Path)) else dict(calibration)
@@ -137,9 +138,7 @@ def plan(
         raise RecipeError(f"statistics stand in place of text: give either them or {what}")
     if bits is not None and scheme is None and not isinstance(recipe, Recipe):
         scheme = "W8A16"
-    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration, columns, experts)
-    if kv_cache is not None:
-        chosen = make_recipe(**{**chosen.model_dump(), "kv_cache": kv_cache})
+    chosen = read_recipe(scheme, recipe, on_indivisible, solver, calibration, columns, experts, kv_cache)
     kept, fallen = _share(keep), _share(fallback)
     if bits is not None and (kept or fallen):
         raise RecipeError("bits weighs every layer itself: name those to keep or to fall back, or leave bits out")
@@ -389,7 +388,8 @@ def evaluate_variants(
     def get(one: str | Path | nn.Module) -> nn.Module:
         if isinstance(one, nn.Module):
             return one
-        return load(one, device=str(where), dtype=dtype, trust_remote_code=trust_remote_code)
+        # without a cache of its own: what each variant runs through is passed to it
+        return load(one, device=str(where), dtype=dtype, trust_remote_code=trust_remote_code, kv_cache="none")
 
     content = read_text(text)
     words = load_tokenizer(resolve_model(folder).path, trust_remote_code)

@@ -1,7 +1,7 @@
 """The same bytes in every way to get there: any number of workers, any memory, killed and resumed anywhere."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,17 @@ def test_memory_does_not_matter_for_full_activations(
 
 class Interrupt(Exception):
     """What a test throws into a job."""
+
+
+def run_interrupted(model: Path, out: Path, settings: Any, moments: Iterable[int]) -> int:
+    """A job that is interrupted at each of these steps in turn until it is whole; how often it was."""
+    for count, at in enumerate(moments):
+        try:
+            run(model, out, settings, workers=1 + at % 2, progress=Interrupting(at))
+        except Interrupt:
+            continue
+        return count
+    raise AssertionError("it was never whole")
 
 
 class Interrupting(Progress):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_blockwise_resume import Interrupt, Interrupting
+from test_blockwise_resume import run_interrupted
 
 import bitgrain
 import zoo
@@ -131,14 +131,8 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(
     transforms = [{"name": "rotate", "r4": True, "optional": True}, "reorder"]
     settings = recipe_of("rptq", text, scheme_of(8), transforms=transforms, **TUNED)
     run(readable("llama"), tmp_path / "whole", settings)
-    out, interrupted = tmp_path / "out", 0
-    for at in itertools.count(3, 9):
-        try:
-            run(readable("llama"), out, settings, workers=1 + at % 2, progress=Interrupting(at))
-            break
-        except Interrupt:
-            interrupted += 1
-    assert interrupted >= 2
+    out = tmp_path / "out"
+    assert run_interrupted(readable("llama"), out, settings, itertools.count(3, 9)) >= 2
     assert zoo.contents(out) == zoo.contents(tmp_path / "whole")
     monkeypatch.setattr(block_job, "_HOLD_BYTES", 0)
     run(readable("llama"), tmp_path / "lean", settings)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_blockwise_resume import Interrupt, Interrupting
+from test_blockwise_resume import run_interrupted
 
 import bitgrain
 import zoo
@@ -53,14 +53,8 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(
     transforms = [{**ONLINE[0], "optional": optional}]
     settings = recipe_of(recipe, text, "W8A8_STATIC", solver="gptq", transforms=transforms, **changes)
     run(readable("llama"), tmp_path / "whole", settings)
-    out, interrupted = tmp_path / "out", 0
-    for at in itertools.count(2, 5):
-        try:
-            run(readable("llama"), out, settings, workers=1 + at % 2, progress=Interrupting(at))
-            break
-        except Interrupt:
-            interrupted += 1
-    assert interrupted >= 2
+    out = tmp_path / "out"
+    assert run_interrupted(readable("llama"), out, settings, itertools.count(2, 5)) >= 2
     assert zoo.contents(out) == zoo.contents(tmp_path / "whole")
 
 

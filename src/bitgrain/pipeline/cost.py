@@ -18,8 +18,6 @@ _SOLVER_COPIES = 12
 """Float32 copies of a matrix, and of its Hessian in float64, that a solver works with."""
 _GRADIENT_COPIES = 5
 """Float32 copies of the whole model's weights while it is tuned: themselves, their gradients, temporaries."""
-
-
 _TEACHER_AND_MODEL, _TRAINED_COPIES = 2, 8
 """The same while it is trained, and of what is trained: latent weights, two moments, gradients, a state being kept."""
 
