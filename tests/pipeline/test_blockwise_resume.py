@@ -56,11 +56,12 @@ class Interrupt(Exception):
 
 
 def run_interrupted(model: Path, out: Path, settings: Any, moments: Iterable[int]) -> int:
-    """A job that is interrupted at each of these steps in turn until it is whole; how often it was."""
+    """A job that is interrupted at each of these steps in turn until it is whole; how often it was. OUT is never there before."""
     for count, at in enumerate(moments):
         try:
             run(model, out, settings, workers=1 + at % 2, progress=Interrupting(at))
         except Interrupt:
+            assert not out.exists()
             continue
         return count
     raise AssertionError("it was never whole")
@@ -95,15 +96,8 @@ def test_a_job_interrupted_at_every_step_ends_in_the_same_bytes(
     """One interruption after the other, each a few steps further than the last one."""
     settings = recipe_of(recipe, text, solver="gptq", **changes)
     run(readable(name), tmp_path / "whole", settings)
-    out, interrupted = tmp_path / "out", 0
-    for at in itertools.count(1, 3):
-        try:
-            run(readable(name), out, settings, workers=1 + at % 2, progress=Interrupting(at))
-            break
-        except Interrupt:
-            interrupted += 1
-            assert not out.exists()
-    assert interrupted >= 4
+    out = tmp_path / "out"
+    assert run_interrupted(readable(name), out, settings, itertools.count(1, 3)) >= 4
     assert zoo.contents(out) == zoo.contents(tmp_path / "whole")
     assert not out.with_name("out.partial").exists()
 

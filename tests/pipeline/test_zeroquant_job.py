@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from test_blockwise_resume import Interrupt, Interrupting
+from test_blockwise_resume import run_interrupted
 
 import bitgrain
 import zoo
@@ -39,12 +39,6 @@ def test_distilled_blocks_come_nearer(readable: Make, text: Path, tmp_path: Path
 def test_interrupted_it_ends_in_the_same_bytes(readable: Make, text: Path, tmp_path: Path):
     settings = recipe_of("zeroquant", text, "W4A8", tuning=BRIEF)
     run(readable("llama"), tmp_path / "whole", settings)
-    out, interrupted = tmp_path / "out", 0
-    for at in itertools.count(4, 8):
-        try:
-            run(readable("llama"), out, settings, workers=1 + at % 2, progress=Interrupting(at))
-            break
-        except Interrupt:
-            interrupted += 1
-    assert interrupted
+    out = tmp_path / "out"
+    assert run_interrupted(readable("llama"), out, settings, itertools.count(4, 8))
     assert zoo.contents(out) == zoo.contents(tmp_path / "whole")
