@@ -56,8 +56,8 @@ class Interrupt(Exception):
 
 
 def run_interrupted(model: Path, out: Path, settings: Any, moments: Iterable[int]) -> int:
-    """A job that is interrupted at each of these steps in turn until it is whole, before which `out` is never there; how
-    often it was."""
+    """A job that is interrupted at each of these steps in turn until it is whole, before which `out` is not there; and
+    how often it was."""
     for count, at in enumerate(moments):
         try:
             run(model, out, settings, workers=1 + at % 2, progress=Interrupting(at))
