@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 
 BENCHMARKS := accuracy digits experts fine-tuning kv-cache memory numerics outlier-channels streaming training
 
-.PHONY: setup demo test lint clean $(addprefix bench-,$(BENCHMARKS))
+.PHONY: setup native demo test lint clean $(addprefix bench-,$(BENCHMARKS))
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready native
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bitgrain needs Python 3.11 or newer, this is " + sys.version)'
@@ -19,6 +19,13 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+# The kernels, into build/ and from there beside the Python files; only what changed is compiled again.
+native: $(VENV)/.ready
+	@test -f build/native/build.ninja || $(BIN)/cmake -S . -B build/native -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)" -DBITGRAIN_IN_PLACE=ON $(CMAKE_ARGS)
+	@$(BIN)/ninja -C build/native --quiet
 
 demo: setup
 	$(BIN)/bitgrain demo --device $(DEVICE)

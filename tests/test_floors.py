@@ -8,6 +8,7 @@ import bitgrain
 ROOT = Path(bitgrain.__file__).parent
 FLOORS = [
     {"errors", "progress"},
+    {"kernels"},
     {"numerics"},
     {"solvers", "transforms", "runtime", "tuning", "training"},
     {"recipes"},

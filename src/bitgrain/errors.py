@@ -52,6 +52,10 @@ class TextError(BitgrainError):
     """The text or the tokenizer is missing, or the text is shorter than one window."""
 
 
+class KernelError(BitgrainError):
+    """The native kernels are not here, or have none for what is asked."""
+
+
 class TrainingError(BitgrainError):
     """Training cannot go on: the loss or a gradient is not finite. What was good before is kept."""
 

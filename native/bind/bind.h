@@ -1,0 +1,5 @@
+// Each file of this folder adds the functions of one family of kernels.
+#pragma once
+#include <nanobind/nanobind.h>
+
+void bind_int_linear(nanobind::module_& m);

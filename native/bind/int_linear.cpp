@@ -1,0 +1,95 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+#include <sys/mman.h>
+
+#include <memory>
+#include <vector>
+
+#include "bind/bind.h"
+#include "linear/int_linear.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace bitgrain;
+
+namespace {
+
+// Weights and how their activations are quantized. The memory of panels and bias is the caller's.
+class IntWeight {
+ public:
+  IntWeight(int64_t n, int bits, int scale_type, int zeros, int zero, bool sums, const std::vector<int32_t>& lengths) {
+    w_.n = n, w_.bits = bits, w_.scale_type = static_cast<DType>(scale_type), w_.zeros = static_cast<Zeros>(zeros);
+    w_.zero = zero, w_.sums = sums;
+    spans_.resize(lengths.size());
+    nbytes_ = lay_out(w_, lengths.data(), static_cast<int32_t>(lengths.size()), spans_.data());
+  }
+  IntWeight(const IntWeight&) = delete;
+
+  int64_t nbytes() const { return nbytes_; }
+
+  void attach(uintptr_t panels, uintptr_t bias) {
+    w_.panels = reinterpret_cast<const uint8_t*>(panels), w_.bias = reinterpret_cast<const float*>(bias);
+  }
+
+  void set_inputs(bool fixed, float divisor, int low, int high, int shift, const std::vector<float>& scales,
+                  const std::vector<int32_t>& zeros) {
+    spec_ = {fixed, divisor, low, high, shift};
+    for (size_t s = 0; s < spans_.size(); ++s) {
+      spans_[s].a_scale = fixed ? scales[s] : 1.f;
+      spans_[s].a_zero = (fixed ? zeros[s] : 0) + shift;
+    }
+  }
+
+  void pack(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t panels, int threads) const {
+    nb::gil_scoped_release free;
+    parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
+      pack_panels(w_, reinterpret_cast<const uint8_t*>(codes), reinterpret_cast<const float*>(scale),
+                  reinterpret_cast<const float*>(zero), reinterpret_cast<uint8_t*>(panels), first, last);
+    });
+  }
+
+  void unpack(uintptr_t codes, uintptr_t scale, uintptr_t zero, int threads) const {
+    nb::gil_scoped_release free;
+    parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
+      unpack_panels(w_, reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(scale),
+                    reinterpret_cast<float*>(zero), first, last);
+    });
+  }
+
+  void run(uintptr_t x, int x_type, int64_t m, int64_t x_stride, uintptr_t y, int y_type, int64_t y_stride,
+           int threads) const {
+    nb::gil_scoped_release free;
+    const IntWeights* weights[] = {&w_};
+    void* to[] = {reinterpret_cast<void*>(y)};
+    int_linear({reinterpret_cast<const void*>(x), static_cast<DType>(x_type), m, x_stride, spec_, 1, weights, to,
+                &y_stride, static_cast<DType>(y_type)}, threads);
+  }
+
+  const IntWeights& weights() const { return w_; }
+  const ActivationSpec& spec() const { return spec_; }
+
+ private:
+  IntWeights w_{};
+  ActivationSpec spec_{};
+  std::vector<Span> spans_;
+  int64_t nbytes_ = 0;
+};
+
+}  // namespace
+
+void bind_int_linear(nb::module_& m) {
+  nb::class_<IntWeight>(m, "IntWeight")
+      .def(nb::init<int64_t, int, int, int, int, bool, const std::vector<int32_t>&>())
+      .def("nbytes", &IntWeight::nbytes)
+      .def("attach", &IntWeight::attach)
+      .def("set_inputs", &IntWeight::set_inputs)
+      .def("pack", &IntWeight::pack)
+      .def("unpack", &IntWeight::unpack)
+      .def("run", &IntWeight::run);
+  m.def("use_huge_pages", [](uintptr_t memory, size_t bytes) {
+    const uintptr_t page = 2 << 20, first = (memory + page - 1) / page * page, last = (memory + bytes) / page * page;
+#ifdef MADV_HUGEPAGE
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  }, "Ask for large pages inside this memory, which nothing was written to yet.");
+}

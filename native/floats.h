@@ -1,0 +1,45 @@
+// Conversions between float and its 16-bit kin, without hardware: to nearest, ties to even, as IEEE 754 has it.
+#pragma once
+#include "common.h"
+
+namespace bitgrain {
+
+BG_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+BG_INLINE float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+BG_INLINE float from_bf16(uint16_t h) { return float_of((uint32_t)h << 16); }
+BG_INLINE uint16_t to_bf16(float x) {
+  const uint32_t u = bits_of(x);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // NaN
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+BG_INLINE float from_f16(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // Inf, NaN
+  if (magnitude < 0x400) {  // subnormal: the number of steps of 2**-24
+    const float x = (float)magnitude * (1.f / 16777216.f);
+    return float_of(sign | bits_of(x));
+  }
+  return float_of(sign | ((magnitude << 13) + (112u << 23)));
+}
+BG_INLINE uint16_t to_f16(float x) {
+  const uint32_t u = bits_of(x), magnitude = u & 0x7fffffff;
+  const uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds past 65504: Inf
+  if (magnitude < 0x38800000) {                       // subnormal: the sum's last bit is worth 2**-24
+    return sign | (uint16_t)(bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f));
+  }
+  return sign | (uint16_t)((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+}  // namespace bitgrain

@@ -1,0 +1,69 @@
+// Rows of floats to tiles of bytes, see linear/activations.h.
+namespace bitgrain {
+namespace BG_ISA {
+
+template <DType T>
+static void quantize_row(const ActivationJob& job, const void* x, uint8_t* bytes, int32_t* sums, int64_t r, int64_t rows,
+                         float* scale) {
+  const IntWeights& w = *job.w;
+  F32 largest = zero_f(), bad = zero_f();
+  for (int64_t k = 0; k < w.k; k += 16) {
+    const F32 v = load_elements<T>(x, k, w.k - k < 16 ? w.k - k : 16);
+    largest = max_f(abs_f(v), largest);
+    bad = add_f(bad, sub_f(v, v));  // NaN as soon as one is NaN or Inf
+  }
+  float step = 1.f;
+  if (!job.spec.fixed) {
+    const float most = max_of_f(largest);
+    step = most > 0.f ? most / job.spec.divisor : 1.f;
+  }
+  *scale = (job.spec.fixed ? 1.f : step) + sum_f(bad);
+
+  const F32 low = set_f((float)job.spec.low), high = set_f((float)job.spec.high);
+  for (int32_t s = 0; s < w.spans; ++s) {
+    const Span& span = w.span[s];
+    const int32_t zero = span.a_zero - job.spec.shift;
+    const F32 by = set_f(job.spec.fixed ? span.a_scale : step), offset = set_f((float)zero);
+    const I32 minus_zero = set_i(-zero), shift = set_i(job.spec.shift);
+    uint8_t* to = bytes + ((int64_t)span.step * rows + r) * 4;
+    I32 sum = zero_i();
+    int64_t f = 0;
+    for (; f < span.count; f += 16) {
+      const int64_t count = span.count - f < 16 ? span.count - f : 16;
+      const F32 v = add_f(div_f(load_elements<T>(x, span.first + f, count), by), offset);
+      const I32 code = round_to_int(min_f(max_f(v, low), high));
+      sum = add_i(sum, add_i(code, minus_zero));
+      alignas(16) uint8_t four[16];
+      store_low_bytes(four, add_i(code, shift));
+      const int64_t words = count < 16 ? ceil_div(count, 4) : 4;
+      if (rows == 1 && words == 4) {
+        std::memcpy(to + f, four, 16);
+      } else {
+        for (int64_t i = 0; i < words; ++i) std::memcpy(to + (f / 4 + i) * rows * 4, four + 4 * i, 4);
+      }
+    }
+    const uint32_t padding = (uint32_t)(uint8_t)span.a_zero * 0x01010101u;
+    const int64_t steps = span.chunks * chunk_features(w.bits) / 4;
+    for (int64_t i = ceil_div(span.count, 4); i < steps; ++i) std::memcpy(to + i * rows * 4, &padding, 4);
+    sums[s * rows + r] = sum_i(sum);
+  }
+}
+
+static void quantize_tiles(const ActivationJob& job, int64_t first, int64_t last) {
+  const int64_t row_bytes = 4 * job.w->steps;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t rows = rows_of_tile(job.m, job.rows, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = tile * job.rows + r;
+      const void* x = (const uint8_t*)job.x + row * job.stride * (int64_t)size_of(job.type);
+      uint8_t* bytes = job.bytes + tile * job.rows * row_bytes;
+      int32_t* sums = job.sums + tile * job.rows * job.w->spans;
+      if (job.type == DType::f32) quantize_row<DType::f32>(job, x, bytes, sums, r, rows, job.scales + row);
+      else if (job.type == DType::bf16) quantize_row<DType::bf16>(job, x, bytes, sums, r, rows, job.scales + row);
+      else quantize_row<DType::f16>(job, x, bytes, sums, r, rows, job.scales + row);
+    }
+  }
+}
+
+}  // namespace BG_ISA
+}  // namespace bitgrain

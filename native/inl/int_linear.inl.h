@@ -1,0 +1,170 @@
+// Panels of packed integer weights against tiles of quantized activations; layout in linear/int_weights.h.
+namespace bitgrain {
+namespace BG_ISA {
+
+// unpack: the chunk of one half panel at p as kSteps registers, each four features of 16 columns.
+template <int BITS>
+struct Codes;
+
+template <>
+struct Codes<8> {
+  static constexpr int kSteps = 1, kVectors = 1;
+  BG_INLINE void unpack(const uint8_t* p, Bytes* w) { w[0] = load_b(p); }
+};
+
+template <>
+struct Codes<4> {
+  static constexpr int kSteps = 2, kVectors = 1;
+  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
+    const Bytes x = load_b(p);
+    w[0] = and_b(x, 15);
+    w[1] = and_b(shift_right_b<4>(x), 15);
+  }
+};
+
+template <>
+struct Codes<2> {
+  static constexpr int kSteps = 4, kVectors = 1;
+  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
+    const Bytes x = load_b(p);
+    w[0] = and_b(x, 3);
+    w[1] = and_b(shift_right_b<2>(x), 3);
+    w[2] = and_b(shift_right_b<4>(x), 3);
+    w[3] = and_b(shift_right_b<6>(x), 3);
+  }
+};
+
+template <>
+struct Codes<3> {
+  static constexpr int kSteps = 8, kVectors = 3;
+  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
+    const Bytes x = load_b(p), y = load_b(p + 64), h = load_b(p + 128);
+    w[0] = or_b(and_b(x, 3), and_b(shift_left_b<2>(h), 4));
+    w[1] = or_b(and_b(shift_right_b<2>(x), 3), and_b(shift_left_b<1>(h), 4));
+    w[2] = or_b(and_b(shift_right_b<4>(x), 3), and_b(h, 4));
+    w[3] = or_b(and_b(shift_right_b<6>(x), 3), and_b(shift_right_b<1>(h), 4));
+    w[4] = or_b(and_b(y, 3), and_b(shift_right_b<2>(h), 4));
+    w[5] = or_b(and_b(shift_right_b<2>(y), 3), and_b(shift_right_b<3>(h), 4));
+    w[6] = or_b(and_b(shift_right_b<4>(y), 3), and_b(shift_right_b<4>(h), 4));
+    w[7] = or_b(and_b(shift_right_b<6>(y), 3), and_b(shift_right_b<5>(h), 4));
+  }
+};
+
+template <int BITS>
+BG_INLINE void product(I32& sum, Bytes w, Bytes x) {
+  if constexpr (BITS == 8) dot4(sum, x, w);
+  else dot4(sum, w, x);
+}
+
+// R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span.
+template <int BITS, int R, int V, bool SINGLE>
+BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const uint8_t* a, const int32_t* sums,
+                        int64_t row) {
+  const IntWeights& w = *job.w;
+  constexpr int kSteps = Codes<BITS>::kSteps, kHalf = Codes<BITS>::kVectors * 64, kChunk = 2 * kHalf;
+  constexpr int kChains = R * V <= 2 ? 2 : 1;  // sums apart, so that few rows do not wait for the last product
+  const uint8_t* at = w.panels + panel * w.panel_bytes;
+  F32 total[R][V];
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) total[r][v] = zero_f();
+
+  for (int32_t s = 0; s < (SINGLE ? 1 : w.spans); ++s) {
+    const uint8_t* scales = at;
+    const uint8_t* zeros = scales + scales_bytes(w.scale_type);
+    const int32_t* column_sums = (const int32_t*)(zeros + zeros_bytes(w.zeros)) + 16 * half;
+    at = (const uint8_t*)(column_sums - 16 * half) + (w.sums ? kPanel * 4 : 0);
+    const Span& span = w.span[s];
+
+    I32 sum[R][V][kChains];
+    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int c = 0; c < kChains; ++c)
+        sum[r][v][c] = zero_i();
+    if (w.zeros == Zeros::constant && w.zero != 0) {
+      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) sum[r][v][0] = set_i(-w.zero * sums[r]);
+    }
+    if (w.sums && span.a_zero != 0) {
+      BG_UNROLL for (int v = 0; v < V; ++v) {
+        const I32 shifted = mul_i(load_i(column_sums + 16 * v), set_i(-span.a_zero));
+        BG_UNROLL for (int r = 0; r < R; ++r) sum[r][v][0] = add_i(sum[r][v][0], shifted);
+      }
+    }
+
+    const uint8_t* p = at + half * kHalf;
+    for (int32_t chunk = 0; chunk < span.chunks; ++chunk) {
+      Bytes code[V][kSteps];
+      BG_UNROLL for (int v = 0; v < V; ++v) Codes<BITS>::unpack(p + v * kHalf, code[v]);
+      if (R <= 2) BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + 4096 + 64 * i);
+      p += kChunk;
+      BG_UNROLL for (int i = 0; i < kSteps; ++i) {
+        BG_UNROLL for (int r = 0; r < R; ++r) {
+          const Bytes x = repeat4(a + 4 * r);
+          BG_UNROLL for (int v = 0; v < V; ++v) product<BITS>(sum[r][v][i % kChains], code[v][i], x);
+        }
+        a += 4 * R;
+      }
+    }
+    at += (int64_t)span.chunks * kChunk;
+
+    BG_UNROLL for (int v = 0; v < V; ++v) {
+      const F32 scale = mul_f(load_scales(scales, w.scale_type, 16 * (half + v)), set_f(span.a_scale));
+      BG_UNROLL for (int r = 0; r < R; ++r) {
+        I32 whole = sum[r][v][0];
+        if (kChains == 2) whole = add_i(whole, sum[r][v][kChains - 1]);
+        total[r][v] = SINGLE ? mul_f(to_float(whole), scale) : fma_f(to_float(whole), scale, total[r][v]);
+      }
+      if (w.zeros != Zeros::constant) {
+        const F32 zero = w.zeros == Zeros::codes ? to_float(load_u8_i(zeros + 16 * (half + v)))
+                                                 : load_f((const float*)zeros + 16 * (half + v));
+        const F32 shift = mul_f(zero, scale);
+        BG_UNROLL for (int r = 0; r < R; ++r) total[r][v] = fnma_f(shift, set_f((float)sums[r]), total[r][v]);
+      }
+    }
+    sums += R;
+  }
+
+  BG_UNROLL for (int v = 0; v < V; ++v) {
+    const int64_t column = panel * kPanel + 16 * (half + v), left = w.n - column;
+    if (left <= 0) return;
+    const int64_t count = left < 16 ? left : 16;
+    const F32 bias = w.bias ? load_elements<DType::f32>(w.bias, column, count) : zero_f();
+    BG_UNROLL for (int r = 0; r < R; ++r) {
+      const F32 y = fma_f(total[r][v], set_f(job.scales[row + r]), bias);
+      store_elements(job.y, job.type, (row + r) * job.stride + column, count, y);
+    }
+  }
+}
+
+template <int BITS, int R, bool SINGLE>
+static void int_tile_halves(const IntPanelJob& job, int64_t panel, const uint8_t* a, const int32_t* sums, int64_t row) {
+  constexpr int V = SINGLE ? kSingleVectors : kGroupedVectors;
+  for (int half = 0; half < 2; half += V) int_tile<BITS, R, V, SINGLE>(job, panel, half, a, sums, row);
+}
+
+template <int BITS, bool SINGLE, int R = SINGLE ? kSingleRows : kGroupedRows>
+BG_INLINE void int_tile_rows(int64_t rows, const IntPanelJob& job, int64_t panel, const uint8_t* a, const int32_t* sums,
+                             int64_t row) {
+  if (rows == R) return int_tile_halves<BITS, R, SINGLE>(job, panel, a, sums, row);
+  if constexpr (R > 1) int_tile_rows<BITS, SINGLE, R - 1>(rows, job, panel, a, sums, row);
+}
+
+template <int BITS, bool SINGLE>
+static void int_panels_of(const IntPanelJob& job, int64_t first, int64_t last) {
+  const int64_t tile_bytes = job.rows * 4 * job.w->steps, tile_sums = job.rows * job.w->spans;
+  for (int64_t panel = first; panel < last; ++panel) {
+    for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
+      int_tile_rows<BITS, SINGLE>(rows_of_tile(job.m, job.rows, tile), job, panel, job.bytes + tile * tile_bytes,
+                                  job.sums + tile * tile_sums, tile * job.rows);
+    }
+  }
+}
+
+static void int_panels(const IntPanelJob& job, int64_t first, int64_t last) {
+  const bool single = job.w->spans == 1;
+  switch (job.w->bits) {
+    case 8: return single ? int_panels_of<8, true>(job, first, last) : int_panels_of<8, false>(job, first, last);
+    case 4: return single ? int_panels_of<4, true>(job, first, last) : int_panels_of<4, false>(job, first, last);
+    case 3: return single ? int_panels_of<3, true>(job, first, last) : int_panels_of<3, false>(job, first, last);
+    default: return single ? int_panels_of<2, true>(job, first, last) : int_panels_of<2, false>(job, first, last);
+  }
+}
+
+}  // namespace BG_ISA
+}  // namespace bitgrain

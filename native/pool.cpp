@@ -1,0 +1,150 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace bitgrain {
+namespace {
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// How long a worker looks for more work before it sleeps: longer than the gap between two layers of a decoder, short
+// enough not to take a core from others.
+constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr int kLooks = 64;  // between two looks at the clock, or two yields
+
+class Pool {
+ public:
+  void run(int threads, int64_t count, int64_t grain, Work work, const void* context) {
+    const int64_t chunks = (count + grain - 1) / grain;
+    if (threads <= 1 || chunks <= 1 || chunks > kMaxChunks || !caller_.try_lock()) {
+      work(context, 0, count);
+      return;
+    }
+    std::lock_guard<std::mutex> hold(caller_, std::adopt_lock);
+    start(threads - 1);
+    work_ = work, context_ = context, count_ = count, grain_ = grain;
+    helpers_.store(threads - 1, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    const uint64_t epoch = (ticket_.load(std::memory_order_relaxed) >> kBits) + 1;
+    ticket_.store(epoch << kBits | static_cast<uint64_t>(chunks), std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) wake();
+    take(epoch);
+    for (int look = 0; done_.load(std::memory_order_acquire) < chunks; ++look) {
+      // a worker that lost its core in the middle of a chunk may be waiting for this one
+      if (look < kLooks) pause_cpu();
+      else sched_yield();
+    }
+  }
+
+  // After fork() the child has no workers.
+  void forget() {
+    workers_ = 0;
+    new (&caller_) std::mutex();
+    new (&sleep_) std::mutex();
+    new (&call_) std::condition_variable();
+    sleepers_.store(0);
+  }
+
+ private:
+  static constexpr int kBits = 24;  // of chunks that are left; above them the epoch
+  static constexpr int64_t kMaxChunks = (int64_t{1} << kBits) - 1;
+
+  void start(int wanted) {
+    for (; workers_ < wanted; ++workers_) std::thread([this, index = workers_] { serve(index); }).detach();
+  }
+
+  // Claims chunks of this epoch until none is left. A claim that succeeds pins the job: the caller cannot return before
+  // `done_` has counted it.
+  void take(uint64_t epoch) {
+    uint64_t seen = ticket_.load(std::memory_order_acquire);
+    while (seen >> kBits == epoch && (seen & kMaxChunks) != 0) {
+      if (!ticket_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
+      const int64_t chunk = static_cast<int64_t>(seen & kMaxChunks) - 1;
+      const int64_t chunks = (count_ + grain_ - 1) / grain_;
+      const int64_t first = (chunks - 1 - chunk) * grain_;  // in ascending order
+      work_(context_, first, first + grain_ < count_ ? first + grain_ : count_);
+      done_.fetch_add(1, std::memory_order_release);
+      seen = ticket_.load(std::memory_order_acquire);
+    }
+  }
+
+  void serve(int index) {
+    for (;;) {
+      const uint64_t seen = ticket_.load(std::memory_order_acquire);
+      if ((seen & kMaxChunks) != 0 && index < helpers_.load(std::memory_order_relaxed)) {
+        take(seen >> kBits);
+        continue;
+      }
+      const auto until = std::chrono::steady_clock::now() + kSpin;
+      bool found = false;
+      while (!found && std::chrono::steady_clock::now() < until) {
+        for (int look = 0; look < kLooks && !found; ++look) {
+          pause_cpu();
+          found = has_work(index);
+        }
+      }
+      if (found) continue;
+      std::unique_lock<std::mutex> lock(sleep_);
+      sleepers_.fetch_add(1, std::memory_order_seq_cst);
+      call_.wait(lock, [&] { return has_work(index); });
+      sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+  }
+
+  bool has_work(int index) const {
+    return (ticket_.load(std::memory_order_seq_cst) & kMaxChunks) != 0 &&
+           index < helpers_.load(std::memory_order_relaxed);
+  }
+
+  void wake() {
+    { std::lock_guard<std::mutex> lock(sleep_); }
+    call_.notify_all();
+  }
+
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<int> helpers_{0};
+  Work work_ = nullptr;
+  const void* context_ = nullptr;
+  int64_t count_ = 0, grain_ = 1;
+  std::mutex caller_, sleep_;
+  std::condition_variable call_;
+  int workers_ = 0;
+};
+
+Pool& pool() {
+  static Pool* the_pool = [] {
+    auto* made = new Pool;  // never destroyed: detached workers may outlive main()
+    pthread_atfork(nullptr, nullptr, [] { pool().forget(); });
+    return made;
+  }();
+  return *the_pool;
+}
+
+}  // namespace
+
+void run_parallel(int threads, int64_t count, int64_t grain, Work work, const void* context) {
+  if (count <= 0) return;
+  pool().run(threads, count, grain < 1 ? 1 : grain, work, context);
+}
+
+}  // namespace bitgrain

@@ -1,0 +1,216 @@
+// The vector language of the kernels in plain C++: what each name means, and what runs where no other level fits.
+//
+// 16 lanes of 32 bits. Bytes is the same register seen as 64 bytes: lane i holds bytes 4i .. 4i + 3.
+#include <cmath>
+
+#include "common.h"
+#include "floats.h"
+
+#define BG_HAS_BF16_DOT 0
+
+namespace bitgrain {
+namespace BG_ISA {
+
+struct I32 {
+  int32_t v[16];
+};
+struct F32 {
+  float v[16];
+};
+struct Bytes {
+  uint8_t v[64];
+};
+
+constexpr int kGroupedRows = 2, kGroupedVectors = 1;
+constexpr int kSingleRows = 2, kSingleVectors = 1;
+
+#define BG_LANES for (int i = 0; i < 16; ++i)
+
+BG_INLINE I32 set_i(int32_t x) {
+  I32 r;
+  BG_LANES r.v[i] = x;
+  return r;
+}
+BG_INLINE I32 zero_i() { return set_i(0); }
+BG_INLINE I32 load_i(const void* p) {
+  I32 r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+BG_INLINE void store_i(void* p, I32 x) { std::memcpy(p, x.v, 64); }
+BG_INLINE I32 add_i(I32 a, I32 b) {
+  BG_LANES a.v[i] = (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i]);
+  return a;
+}
+BG_INLINE I32 mul_i(I32 a, I32 b) {  // the low 32 bits
+  BG_LANES a.v[i] = (int32_t)((uint32_t)a.v[i] * (uint32_t)b.v[i]);
+  return a;
+}
+BG_INLINE I32 min_i(I32 a, I32 b) {
+  BG_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+BG_INLINE I32 max_i(I32 a, I32 b) {
+  BG_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+BG_INLINE int32_t sum_i(I32 x) {
+  uint32_t s = 0;
+  BG_LANES s += (uint32_t)x.v[i];
+  return (int32_t)s;
+}
+BG_INLINE I32 load_u8_i(const uint8_t* p) {  // 16 bytes, one for each lane
+  I32 r;
+  BG_LANES r.v[i] = p[i];
+  return r;
+}
+BG_INLINE I32 load_s8_i(const void* p) {
+  I32 r;
+  BG_LANES r.v[i] = ((const int8_t*)p)[i];
+  return r;
+}
+BG_INLINE void store_low_bytes(void* p, I32 x) {  // 16 bytes, the lowest of each lane
+  BG_LANES ((uint8_t*)p)[i] = (uint8_t)x.v[i];
+}
+
+BG_INLINE F32 set_f(float x) {
+  F32 r;
+  BG_LANES r.v[i] = x;
+  return r;
+}
+BG_INLINE F32 zero_f() { return set_f(0); }
+BG_INLINE F32 load_f(const float* p) {
+  F32 r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+BG_INLINE void store_f(float* p, F32 x) { std::memcpy(p, x.v, 64); }
+BG_INLINE F32 add_f(F32 a, F32 b) {
+  BG_LANES a.v[i] += b.v[i];
+  return a;
+}
+BG_INLINE F32 sub_f(F32 a, F32 b) {
+  BG_LANES a.v[i] -= b.v[i];
+  return a;
+}
+BG_INLINE F32 mul_f(F32 a, F32 b) {
+  BG_LANES a.v[i] *= b.v[i];
+  return a;
+}
+BG_INLINE F32 div_f(F32 a, F32 b) {
+  BG_LANES a.v[i] /= b.v[i];
+  return a;
+}
+BG_INLINE F32 min_f(F32 a, F32 b) {  // b where a or b is NaN, as x86 has it
+  BG_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+BG_INLINE F32 max_f(F32 a, F32 b) {
+  BG_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+BG_INLINE F32 abs_f(F32 x) {
+  BG_LANES x.v[i] = std::fabs(x.v[i]);
+  return x;
+}
+BG_INLINE F32 fma_f(F32 a, F32 b, F32 c) {  // a b + c; rounded once where the machine can
+  BG_LANES c.v[i] = a.v[i] * b.v[i] + c.v[i];
+  return c;
+}
+BG_INLINE F32 fnma_f(F32 a, F32 b, F32 c) {  // c - a b
+  BG_LANES c.v[i] = c.v[i] - a.v[i] * b.v[i];
+  return c;
+}
+BG_INLINE float max_of_f(F32 x) {
+  float m = x.v[0];
+  BG_LANES m = x.v[i] > m ? x.v[i] : m;
+  return m;
+}
+BG_INLINE float sum_f(F32 x) {
+  float s = 0;
+  BG_LANES s += x.v[i];
+  return s;
+}
+BG_INLINE F32 to_float(I32 x) {
+  F32 r;
+  BG_LANES r.v[i] = (float)x.v[i];
+  return r;
+}
+BG_INLINE I32 round_to_int(F32 x) {  // ties to even; what does not fit becomes INT32_MIN, as x86 has it
+  I32 r;
+  BG_LANES {
+    const float y = std::nearbyint(x.v[i]);
+    r.v[i] = y >= -2147483648.f && y < 2147483648.f ? (int32_t)y : INT32_MIN;
+  }
+  return r;
+}
+BG_INLINE F32 load_f16(const void* p) {
+  F32 r;
+  BG_LANES {
+    uint16_t h;
+    std::memcpy(&h, (const uint8_t*)p + 2 * i, 2);
+    r.v[i] = from_f16(h);
+  }
+  return r;
+}
+BG_INLINE F32 load_bf16(const void* p) {
+  F32 r;
+  BG_LANES {
+    uint16_t h;
+    std::memcpy(&h, (const uint8_t*)p + 2 * i, 2);
+    r.v[i] = from_bf16(h);
+  }
+  return r;
+}
+BG_INLINE void store_f16(void* p, F32 x) {  // to nearest, ties to even
+  BG_LANES {
+    const uint16_t h = to_f16(x.v[i]);
+    std::memcpy((uint8_t*)p + 2 * i, &h, 2);
+  }
+}
+BG_INLINE void store_bf16(void* p, F32 x) {
+  BG_LANES {
+    const uint16_t h = to_bf16(x.v[i]);
+    std::memcpy((uint8_t*)p + 2 * i, &h, 2);
+  }
+}
+
+BG_INLINE Bytes load_b(const uint8_t* p) {
+  Bytes r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+BG_INLINE Bytes repeat4(const uint8_t* p) {  // the same four bytes in each lane
+  Bytes r;
+  BG_LANES std::memcpy(r.v + 4 * i, p, 4);
+  return r;
+}
+BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
+  for (int i = 0; i < 64; ++i) x.v[i] &= mask;
+  return x;
+}
+BG_INLINE Bytes or_b(Bytes a, Bytes b) {
+  for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
+  return a;
+}
+template <int COUNT>
+BG_INLINE Bytes shift_right_b(Bytes x) {  // elsewhere bits of a neighbour come in from above: mask afterwards
+  for (int i = 0; i < 64; ++i) x.v[i] = (uint8_t)(x.v[i] >> COUNT);
+  return x;
+}
+template <int COUNT>
+BG_INLINE Bytes shift_left_b(Bytes x) {
+  for (int i = 0; i < 64; ++i) x.v[i] = (uint8_t)(x.v[i] << COUNT);
+  return x;
+}
+// sum[i] += u[4i] s[4i] + .. + u[4i+3] s[4i+3], u unsigned and s signed bytes, exact
+BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) {
+  BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int32_t)u.v[4 * i + j] * (int8_t)s.v[4 * i + j];
+}
+
+BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+#undef BG_LANES
+
+}  // namespace BG_ISA
+}  // namespace bitgrain

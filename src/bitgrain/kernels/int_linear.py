@@ -1,0 +1,143 @@
+"""y = x W^T + b with integer weights of 8, 4, 3 or 2 bits and inputs quantized to 8 bits or fewer.
+
+Products are exact integers; scales are applied in float32. The twin is `reference.int_linear`; the layout of the
+packed weight is described in native/linear/int_weights.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitgrain.errors import KernelError
+from bitgrain.kernels.native import DTYPES, native, panel_memory, rows_of
+
+Zeros = Literal["constant", "codes", "real"]
+_ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class IntInputs:
+    """How inputs become integers: code = round(clamp(x / scale + zero, low, high)), ties to even.
+
+    low, high  of the codes, within -128..127 or 0..255
+    divisor    dynamic: a row's scale is its largest magnitude / divisor (127 for symmetric int8)
+    scales     static: one scale for each span; None for dynamic ones
+    zeros      static: one integer zero point for each span
+    """
+
+    low: int = -127
+    high: int = 127
+    divisor: float = 127.0
+    scales: tuple[float, ...] | None = None
+    zeros: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (-128 <= self.low <= self.high <= 127 or 0 <= self.low <= self.high <= 255):
+            raise KernelError(f"input codes {self.low}..{self.high} do not fit a byte")
+
+    def shift(self, bits: int) -> int:
+        """What is added to codes as they are stored: unsigned bytes for 8-bit weights, signed ones for fewer bits."""
+        if bits == 8:
+            return 128 if self.low < 0 else 0
+        return -128 if self.high > 127 else 0
+
+
+class IntLinear:
+    """W [n, k] packed for the kernels, with its inputs' quantization and a bias.
+
+    panels  uint8, as `pack` lays them out; the same for every instruction set
+    """
+
+    def __init__(
+        self,
+        n: int,
+        lengths: Sequence[int],
+        bits: int,
+        inputs: IntInputs,
+        *,
+        scale_dtype: torch.dtype = torch.float32,
+        zeros: Zeros = "constant",
+        zero: int = 0,
+        bias: Tensor | None = None,
+        panels: Tensor | None = None,
+    ) -> None:
+        """lengths: of the spans, runs of inputs that share a weight scale. Raises KernelError for unknown kinds."""
+        if bits not in BITS or scale_dtype not in DTYPES:
+            raise KernelError(f"no kernel for {bits}-bit weights with {scale_dtype} scales; bits: {BITS}")
+        self.n, self.k, self.lengths, self.bits = n, sum(lengths), tuple(lengths), bits
+        self.inputs, self.scale_dtype, self.zeros, self.zero = inputs, scale_dtype, zeros, zero
+        shift = inputs.shift(bits)
+        sums = shift != 0 or any(inputs.zeros)
+        self.handle: Any = native().IntWeight(n, bits, DTYPES[scale_dtype], _ZEROS[zeros], zero, sums, list(lengths))
+        given = inputs.scales is not None
+        self.handle.set_inputs(
+            given, inputs.divisor, inputs.low, inputs.high, shift, list(inputs.scales or ()), list(inputs.zeros)
+        )
+        self.panels = panel_memory(self.handle.nbytes()) if panels is None else panels
+        self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        self.handle.attach(self.panels.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+
+    @classmethod
+    def pack(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        bits: int,
+        inputs: IntInputs,
+        *,
+        lengths: Sequence[int] | None = None,
+        zero: int | Tensor = 0,
+        scale_dtype: torch.dtype | None = None,
+        bias: Tensor | None = None,
+    ) -> IntLinear:
+        """w = scale * (code - zero).
+
+        codes    [n, k]: uint8 (int8 for 8 bits)
+        scale    [n, spans]: float32, bfloat16 or float16
+        zero     one integer for all, or [n, spans]: uint8 codes (in fewer than 8 bits) or floats
+        lengths  of the spans; None: all equal
+        Raises KernelError for shapes that do not fit.
+        """
+        n, k = codes.shape
+        spans = scale.shape[1]
+        lengths = [k // spans] * spans if lengths is None else lengths
+        kind: Zeros = "constant" if isinstance(zero, int) else "codes" if zero.dtype == torch.uint8 else "real"
+        made = cls(
+            n, lengths, bits, inputs, scale_dtype=scale_dtype or scale.dtype, zeros=kind,
+            zero=zero if isinstance(zero, int) else 0, bias=bias,
+        )  # fmt: skip
+        if made.k != k or scale.shape[0] != n:
+            raise KernelError(f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not fit spans {lengths}")
+        codes, scale = codes.contiguous(), scale.to(torch.float32).contiguous()
+        zeros = None if isinstance(zero, int) else zero.to(torch.float32).contiguous()
+        made.handle.pack(
+            codes.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr(), made.panels.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return made
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """codes [n, k], scale [n, spans] float32 and zero points [n, spans] (None if constant), as they were packed."""
+        codes = torch.empty(self.n, self.k, dtype=torch.int8 if self.bits == 8 else torch.uint8)
+        scale = torch.empty(self.n, len(self.lengths))
+        zero = None if self.zeros == "constant" else torch.empty(self.n, len(self.lengths))
+        self.handle.unpack(
+            codes.data_ptr(), scale.data_ptr(), 0 if zero is None else zero.data_ptr(), torch.get_num_threads()
+        )
+        return codes, scale, zero.to(torch.uint8) if zero is not None and self.zeros == "codes" else zero
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., k] float32, bfloat16 or float16 -> [..., n] in its dtype. A row with NaN or Inf gives one of NaN."""
+        rows = rows_of(x, self.k)
+        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        kind = DTYPES[x.dtype]
+        self.handle.run(
+            rows.data_ptr(), kind, rows.shape[0], rows.stride(0), y.data_ptr(), kind, self.n, torch.get_num_threads()
+        )
+        return y

@@ -1,0 +1,1 @@
+"""The twins of the native kernels: readable, in torch, on any device."""

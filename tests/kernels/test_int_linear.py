@@ -1,0 +1,108 @@
+"""int8 products of packed weights: every level equals the twin, whatever the shape."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitgrain.errors import KernelError
+from bitgrain.kernels.int_linear import BITS, IntInputs, IntLinear
+from bitgrain.kernels.native import native
+from bitgrain.kernels.reference.int_linear import int_linear, quantize_inputs
+
+STATIC = st.sampled_from([(-128, 127), (0, 255), (-8, 7)])
+
+
+@st.composite
+def cases(draw):
+    """Arguments of the kernel and its twin."""
+    seed = draw(st.integers(0, 2**31))
+    made = torch.Generator().manual_seed(seed)
+    bits = draw(st.sampled_from(BITS))
+    n = draw(st.integers(1, 70))
+    lengths = draw(st.lists(st.integers(1, 140), min_size=1, max_size=4))
+    k, spans = sum(lengths), len(lengths)
+    code_type = torch.int8 if bits == 8 else torch.uint8
+    low = -128 if bits == 8 else 0
+    codes = torch.randint(low, low + 2**bits, (n, k), generator=made).to(code_type)
+    scale_dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    scale = (torch.rand(n, spans, generator=made) + 0.1).to(scale_dtype)
+    kind = draw(st.sampled_from(["constant", "codes", "real"]))
+    zero = 2 ** (bits - 1) if bits < 8 else 0
+    if kind == "codes":
+        zero = torch.randint(0, 2 ** min(bits, 7), (n, spans), generator=made).to(torch.uint8)
+    elif kind == "real":
+        zero = torch.randn(n, spans, generator=made)
+    inputs = IntInputs()
+    if draw(st.booleans()):
+        low, high = draw(STATIC)
+        zeros = tuple(torch.randint(low, high + 1, (spans,), generator=made).tolist())
+        scales = tuple((torch.rand(spans, generator=made) / 20 + 0.01).tolist())
+        inputs = IntInputs(low, high, scales=scales, zeros=zeros)
+    m = draw(st.sampled_from([0, 1, 2, 3, 5, 6, 7, 12, 13, 17, 40]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    x = torch.randn(m, k, generator=made).to(dtype)
+    bias = torch.randn(n, generator=made) if draw(st.booleans()) else None
+    return x, codes, scale, bits, inputs, lengths, zero, bias
+
+
+@pytest.fixture(params=native().isas())
+def level(request: pytest.FixtureRequest):
+    before = native().isa()
+    native().use_isa(request.param)
+    yield request.param
+    native().use_isa(before)
+
+
+@pytest.mark.parametrize("isa", native().isas())
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_equals_its_twin(isa, case):
+    x, codes, scale, bits, inputs, lengths, zero, bias = case
+    before = native().isa()
+    native().use_isa(isa)
+    try:
+        packed = IntLinear.pack(codes, scale, bits, inputs, lengths=lengths, zero=zero, bias=bias)
+        y = packed(x)
+    finally:
+        native().use_isa(before)
+    twin = int_linear(x.float(), codes, scale, inputs, lengths=lengths, zero=zero, bias=bias)
+    assert y.dtype == x.dtype
+    assert y.shape == (len(x), len(codes))
+    sizes = torch.tensor(lengths)
+    shift = abs(zero) if isinstance(zero, int) else zero.double().abs().repeat_interleave(sizes, 1)
+    weight = (codes.double().abs() + shift) * scale.double().repeat_interleave(sizes, 1)
+    q, row, column = quantize_inputs(x, inputs, lengths)
+    bound = (q.abs() * column.double()) @ weight.T * row.double() + (0 if bias is None else bias.abs())
+    error = (y.double() - twin.double()).abs()
+    assert (error <= (len(lengths) + 4) * 2.0**-23 * bound + torch.finfo(x.dtype).eps * twin.abs()).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_unpacks_to_what_was_packed(case):
+    _, codes, scale, bits, inputs, lengths, zero, _ = case
+    found = IntLinear.pack(codes, scale, bits, inputs, lengths=lengths, zero=zero).unpack()
+    assert found[0].equal(codes)
+    assert found[1].equal(scale.float())
+    assert isinstance(zero, int) or (found[2] is not None and found[2].equal(zero))
+
+
+def test_rows_that_are_not_finite_become_nan(level):
+    packed = IntLinear.pack(torch.ones(3, 8, dtype=torch.uint8), torch.ones(3, 1), 4, IntInputs())
+    x = torch.ones(3, 8)
+    x[1, 5] = torch.inf
+    x[2, 7] = torch.nan
+    y = packed(x)
+    assert y[0].isfinite().all()
+    assert y[1:].isnan().all()
+
+
+def test_wrong_inputs_are_told():
+    packed = IntLinear.pack(torch.ones(3, 8, dtype=torch.uint8), torch.ones(3, 1), 4, IntInputs())
+    with pytest.raises(KernelError, match="inputs have 7 features, the weight has 8"):
+        packed(torch.ones(2, 7))
+    with pytest.raises(KernelError, match="float64"):
+        packed(torch.ones(2, 8, dtype=torch.float64))
+    with pytest.raises(KernelError, match="5-bit"):
+        IntLinear(3, [8], 5, IntInputs())
