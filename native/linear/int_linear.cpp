@@ -24,6 +24,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   acts.spec = call.spec, acts.w = &w, acts.rows = rows;
   acts.bytes = bytes_memory.get<uint8_t>(tiles * rows * 4 * w.steps);
   acts.sums = sums_memory.get<int32_t>(tiles * rows * w.spans);
+  acts.sum_factor = w.zeros == Zeros::constant ? -w.zero : 1;
   acts.scales = scales_memory.get<float>(tiles * rows);
   // a few rows are quantized sooner than a second thread is there
   parallel_for(call.m < 8 ? 1 : threads, tiles, 1,
