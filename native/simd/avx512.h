@@ -47,6 +47,7 @@ BG_INLINE F32 fma_f(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 BG_INLINE F32 fnma_f(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }
 BG_INLINE float max_of_f(F32 x) { return _mm512_reduce_max_ps(x); }
 BG_INLINE float sum_f(F32 x) { return _mm512_reduce_add_ps(x); }
+BG_INLINE F32 scale_f(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 BG_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
 BG_INLINE I32 round_to_int(F32 x) { return _mm512_cvtps_epi32(x); }
 BG_INLINE F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -71,6 +72,7 @@ BG_INLINE Bytes repeat4(const uint8_t* p) {
   std::memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
+BG_INLINE F32 as_floats(Bytes x) { return _mm512_castsi512_ps(x); }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8((char)mask)); }
 BG_INLINE Bytes or_b(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 template <int COUNT>
@@ -83,6 +85,9 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 }
 // asm: gcc 12 copies unrolled accumulators around the intrinsic, which halves the speed
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
+#if BITGRAIN_AVX512_BF16
+BG_INLINE void dot2_bf16(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#endif
 
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -131,6 +131,10 @@ BG_INLINE float sum_f(F32 x) {
   BG_LANES s += x.v[i];
   return s;
 }
+BG_INLINE F32 scale_f(F32 x, F32 n) {  // x 2^n, n a whole number within -252 .. 254
+  BG_LANES x.v[i] = std::ldexp(x.v[i], (int)n.v[i]);
+  return x;
+}
 BG_INLINE F32 to_float(I32 x) {
   F32 r;
   BG_LANES r.v[i] = (float)x.v[i];
@@ -183,6 +187,11 @@ BG_INLINE Bytes load_b(const uint8_t* p) {
 BG_INLINE Bytes repeat4(const uint8_t* p) {  // the same four bytes in each lane
   Bytes r;
   BG_LANES std::memcpy(r.v + 4 * i, p, 4);
+  return r;
+}
+BG_INLINE F32 as_floats(Bytes x) {  // the same bits
+  F32 r;
+  std::memcpy(r.v, x.v, 64);
   return r;
 }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
