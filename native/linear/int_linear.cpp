@@ -8,6 +8,8 @@ namespace {
 
 // Activations that stay in a core's own cache beside a panel of weights.
 constexpr int64_t kActivationBytes = 384 << 10;
+// Weights that a thread takes at a time where little is computed with them.
+constexpr int64_t kPanelBytes = 48 << 10;
 
 }  // namespace
 
@@ -38,7 +40,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   tiles_at_once = ceil_div(tiles, blocks);
 
   // items: all panels against the first tiles, then all against the next ones
-  const int64_t grain = call.m <= 16 ? (panels + 8 * threads - 1) / (8 * threads) : 1;
+  const int64_t grain = call.m <= 16 ? ceil_div(kPanelBytes, w.panel_bytes) : 1;
   const int64_t runs = ceil_div(panels, grain);
   parallel_for(threads, blocks * runs, 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
