@@ -17,9 +17,15 @@ struct F32 {
 };
 using Bytes = I32;
 
-// 16 registers hold the sums of 4 rows of 16 columns, beside the codes of two steps.
+#if BITGRAIN_AVX_VNNI  // 16 registers: the sums of 5 rows of 16 columns, the codes of one step, inputs and a mask
+constexpr int kGroupedRows = 5, kGroupedVectors = 1;
+constexpr int kSingleRows = 5, kSingleVectors = 1;
+constexpr int kDotSteps = 1;
+#else  // the sums of 4 rows, the codes of two steps, inputs and products
 constexpr int kGroupedRows = 4, kGroupedVectors = 1;
 constexpr int kSingleRows = 4, kSingleVectors = 1;
+constexpr int kDotSteps = 2;
+#endif
 
 BG_INLINE __m256i load_half(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 BG_INLINE void store_half(void* p, __m256i x) { _mm256_storeu_si256((__m256i*)p, x); }
@@ -135,13 +141,30 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 BG_INLINE void dot4_half(__m256i& sum, __m256i u, __m256i s) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(s));
 }
+template <int STEPS>
+BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
+  BG_UNROLL for (int i = 0; i < STEPS; ++i) dot4_half(sum.lo, u[i].lo, s[i].lo), dot4_half(sum.hi, u[i].hi, s[i].hi);
+}
 #else
-// vpmaddubsw alone saturates: bytes of even and odd places are widened apart
+// vpmaddubsw saturates: bytes of even and odd places are widened apart
 BG_INLINE void dot4_half(__m256i& sum, __m256i u, __m256i s) {
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
                                          _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
   sum = _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+// but not where u is small, and then even sums of several steps fit 16 bits
+template <int STEPS>
+BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
+  static_assert(STEPS <= 8, "8 x 2 x 15 x 128 < 2^15");
+  __m256i lo = _mm256_maddubs_epi16(u[0].lo, s[0].lo), hi = _mm256_maddubs_epi16(u[0].hi, s[0].hi);
+  BG_UNROLL for (int i = 1; i < STEPS; ++i) {
+    lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(u[i].lo, s[i].lo));
+    hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(u[i].hi, s[i].hi));
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(lo, ones));
+  sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, ones));
 }
 #endif
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { dot4_half(sum.lo, u.lo, s.lo), dot4_half(sum.hi, u.hi, s.hi); }
