@@ -2,7 +2,7 @@
 namespace bitgrain {
 namespace BG_ISA {
 
-// unpack: the chunk of one half panel at p as kSteps registers, each four features of 16 columns.
+// Chunks of a half panel at p: kSteps times four features of 16 columns. step: one of them, unpacked.
 template <int BITS>
 struct Codes;
 
@@ -12,51 +12,56 @@ constexpr int64_t kAhead = 4096;
 template <>
 struct Codes<8> {
   static constexpr int kSteps = 1, kVectors = 1;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) { w[0] = load_b(p); }
+  BG_INLINE Bytes step(const uint8_t* p, int) { return load_b(p); }
 };
 
 template <>
 struct Codes<4> {
   static constexpr int kSteps = 2, kVectors = 1;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
+  BG_INLINE Bytes step(const uint8_t* p, int i) {
     const Bytes x = load_b(p);
-    w[0] = and_b(x, 15);
-    w[1] = and_b(shift_right_b<4>(x), 15);
+    return and_b(i == 0 ? x : shift_right_b<4>(x), 15);
   }
 };
 
 template <>
 struct Codes<2> {
   static constexpr int kSteps = 4, kVectors = 1;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
+  BG_INLINE Bytes step(const uint8_t* p, int i) {
     const Bytes x = load_b(p);
-    w[0] = and_b(x, 3);
-    w[1] = and_b(shift_right_b<2>(x), 3);
-    w[2] = and_b(shift_right_b<4>(x), 3);
-    w[3] = and_b(shift_right_b<6>(x), 3);
+    switch (i) {
+      case 0: return and_b(x, 3);
+      case 1: return and_b(shift_right_b<2>(x), 3);
+      case 2: return and_b(shift_right_b<4>(x), 3);
+      default: return and_b(shift_right_b<6>(x), 3);
+    }
   }
 };
 
 template <>
 struct Codes<3> {
   static constexpr int kSteps = 8, kVectors = 3;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
-    const Bytes x = load_b(p), y = load_b(p + 64), h = load_b(p + 128);
-    w[0] = or_b(and_b(x, 3), and_b(shift_left_b<2>(h), 4));
-    w[1] = or_b(and_b(shift_right_b<2>(x), 3), and_b(shift_left_b<1>(h), 4));
-    w[2] = or_b(and_b(shift_right_b<4>(x), 3), and_b(h, 4));
-    w[3] = or_b(and_b(shift_right_b<6>(x), 3), and_b(shift_right_b<1>(h), 4));
-    w[4] = or_b(and_b(y, 3), and_b(shift_right_b<2>(h), 4));
-    w[5] = or_b(and_b(shift_right_b<2>(y), 3), and_b(shift_right_b<3>(h), 4));
-    w[6] = or_b(and_b(shift_right_b<4>(y), 3), and_b(shift_right_b<4>(h), 4));
-    w[7] = or_b(and_b(shift_right_b<6>(y), 3), and_b(shift_right_b<5>(h), 4));
+  BG_INLINE Bytes step(const uint8_t* p, int i) {
+    return or_b(Codes<2>::step(p + 64 * (i / 4), i % 4), and_b(high(load_b(p + 128), i), 4));
+  }
+  BG_INLINE Bytes high(Bytes x, int i) {
+    switch (i) {
+      case 0: return shift_left_b<2>(x);
+      case 1: return shift_left_b<1>(x);
+      case 2: return x;
+      case 3: return shift_right_b<1>(x);
+      case 4: return shift_right_b<2>(x);
+      case 5: return shift_right_b<3>(x);
+      case 6: return shift_right_b<4>(x);
+      default: return shift_right_b<5>(x);
+    }
   }
 };
 
-template <int BITS>
-BG_INLINE void product(I32& sum, Bytes w, Bytes x) {
-  if constexpr (BITS == 8) dot4(sum, x, w);
-  else dot4(sum, w, x);
+template <int BITS, int STEPS>
+BG_INLINE void product(I32& sum, const Bytes* w, const Bytes* x) {
+  if constexpr (BITS == 8) dot4(sum, *x, *w);
+  else dot4_small<STEPS>(sum, w, x);
 }
 
 // R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span. CONSTANT: they have one zero
@@ -66,6 +71,7 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
                         int64_t row, int64_t ahead) {
   const IntWeights& w = *job.w;
   constexpr int kSteps = Codes<BITS>::kSteps, kHalf = Codes<BITS>::kVectors * 64, kChunk = 2 * kHalf;
+  constexpr int kAtOnce = kSteps < kDotSteps ? kSteps : kDotSteps;
   constexpr int kChains = R * V <= 2 ? 2 : 1;  // sums apart, so that few rows do not wait for the last product
   const uint8_t* at = w.panels + panel * w.panel_bytes;
   const int64_t zeros_at = scales_bytes(w.scale_type), sums_at = zeros_at + zeros_bytes(w.zeros);
@@ -89,15 +95,18 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
 
     const uint8_t *p = at + header + half * kHalf, *end = p + (int64_t)span->chunks * kChunk;
     for (; p != end; p += kChunk) {
-      Bytes code[V][kSteps];
-      BG_UNROLL for (int v = 0; v < V; ++v) Codes<BITS>::unpack(p + v * kHalf, code[v]);
       BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + ahead + 64 * i);
-      BG_UNROLL for (int i = 0; i < kSteps; ++i) {
+      BG_UNROLL for (int i = 0; i < kSteps; i += kAtOnce) {
+        Bytes code[V][kAtOnce];
+        BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int j = 0; j < kAtOnce; ++j)
+            code[v][j] = Codes<BITS>::step(p + v * kHalf, i + j);
         BG_UNROLL for (int r = 0; r < R; ++r) {
-          const Bytes x = repeat4(a + 4 * r);
-          BG_UNROLL for (int v = 0; v < V; ++v) product<BITS>(sum[r][v][i % kChains], code[v][i], x);
+          Bytes x[kAtOnce];
+          BG_UNROLL for (int j = 0; j < kAtOnce; ++j) x[j] = repeat4(a + 4 * (j * R + r));
+          BG_UNROLL for (int v = 0; v < V; ++v)
+              product<BITS, kAtOnce>(sum[r][v][i / kAtOnce % kChains], code[v], x);
         }
-        a += 4 * R;
+        a += 4 * R * kAtOnce;
       }
     }
 

@@ -18,6 +18,7 @@ using Bytes = __m512i;
 // Rows of a register tile. 32 registers hold 2 columns of 6 rows twice (integer and float sums), or of 12 rows once.
 constexpr int kGroupedRows = 6, kGroupedVectors = 2;
 constexpr int kSingleRows = 12, kSingleVectors = 2;
+constexpr int kDotSteps = 1;
 
 BG_INLINE I32 zero_i() { return _mm512_setzero_si512(); }
 BG_INLINE I32 set_i(int32_t x) { return _mm512_set1_epi32(x); }
@@ -88,6 +89,10 @@ BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { asm("vpdpbusd %2, %1, %0" : "+
 #if BITGRAIN_AVX512_BF16
 BG_INLINE void dot2_bf16(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 #endif
+template <int STEPS>
+BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
+  BG_UNROLL for (int i = 0; i < STEPS; ++i) dot4(sum, u[i], s[i]);
+}
 
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

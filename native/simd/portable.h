@@ -23,6 +23,7 @@ struct Bytes {
 
 constexpr int kGroupedRows = 2, kGroupedVectors = 1;
 constexpr int kSingleRows = 2, kSingleVectors = 1;
+constexpr int kDotSteps = 1;  // that dot4_small should get at once
 
 #define BG_LANES for (int i = 0; i < 16; ++i)
 
@@ -215,6 +216,11 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 // sum[i] += u[4i] s[4i] + .. + u[4i+3] s[4i+3], u unsigned and s signed bytes, exact
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) {
   BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int32_t)u.v[4 * i + j] * (int8_t)s.v[4 * i + j];
+}
+// STEPS times dot4, with u of less than 16
+template <int STEPS>
+BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
+  for (int i = 0; i < STEPS; ++i) dot4(sum, u[i], s[i]);
 }
 
 BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
