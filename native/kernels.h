@@ -2,6 +2,7 @@
 #pragma once
 #include "attention/prefill.h"
 #include "linear/activations.h"
+#include "linear/code_linear.h"
 #include "linear/int_linear.h"
 
 namespace bitgrain {
@@ -16,6 +17,10 @@ struct Kernels {
   int64_t (*prefill_steps)(DType, int64_t features);
   void (*pack_past)(const PrefillJob&, int64_t first, int64_t last);
   void (*attend_tiles)(const PrefillJob&, int64_t first, int64_t last);
+  // products with codes that are looked up: few rows take tiles of grouped_rows, many those of single_rows
+  int64_t input_bytes;  // 2: inputs are rounded to bfloat16; 4: they stay float32
+  void (*arrange_inputs)(const InputJob&, int64_t first, int64_t last);
+  void (*code_panels)(const CodePanelJob&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -7,6 +7,11 @@
 #include "inl/activations.inl.h"
 #include "inl/int_linear.inl.h"
 #include "inl/attention_prefill.inl.h"
+//
+#include "inl/code_inputs.inl.h"
+#include "inl/code_pairs.inl.h"
+//
+#include "inl/code_linear.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -16,7 +21,13 @@ namespace BG_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels, prefill_steps, pack_past, attend_tiles,
+    BG_STRING(BG_ISA),
+    // int8 products
+    kGroupedRows, kSingleRows, quantize_tiles, int_panels,
+    // prefill attention
+    prefill_steps, pack_past, attend_tiles,
+    // products with codes that are looked up
+    kInputBytes, arrange_inputs, code_panels,
 };
 
 }  // namespace BG_ISA
