@@ -1,5 +1,6 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
+#include "attention/attention.h"
 #include "linear/activations.h"
 #include "linear/int_linear.h"
 
@@ -11,6 +12,9 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
+  // decode attention
+  void (*attend_dense)(const AttentionJob&, const DenseTokens&, AttentionPart&);
+  void (*exp_floats)(const float* x, float* y, int64_t count);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.
