@@ -1,6 +1,8 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
 #include "attention/prefill.h"
+#include "attention/attention.h"
+#include "attention/packed.h"
 #include "linear/activations.h"
 #include "linear/code_linear.h"
 #include "linear/int_linear.h"
@@ -21,6 +23,13 @@ struct Kernels {
   int64_t input_bytes;  // 2: inputs are rounded to bfloat16; 4: they stay float32
   void (*arrange_inputs)(const InputJob&, int64_t first, int64_t last);
   void (*code_panels)(const CodePanelJob&, int64_t first, int64_t last);
+  // decode attention
+  void (*load_queries)(const AttentionJob&, const AttentionPart&, bool packed);
+  void (*attend_dense)(const AttentionJob&, const DenseTokens&, AttentionPart&);
+  void (*attend_packed)(const AttentionJob&, const PackedTokens&, AttentionPart&);
+  bool (*pack_states)(const StatesJob&, int64_t pair);
+  void (*read_states)(const StatesJob&, int64_t pair);
+  void (*exp_floats)(const float* x, float* y, int64_t count);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -21,4 +21,5 @@ NB_MODULE(_native, m) {
   bind_int_linear(m);
   bind_prefill(m);
   bind_code_linear(m);
+  bind_attention(m);
 }

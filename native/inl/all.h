@@ -12,6 +12,10 @@
 #include "inl/code_pairs.inl.h"
 //
 #include "inl/code_linear.inl.h"
+#include "inl/attention.inl.h"
+#include "inl/attention_dense.inl.h"
+#include "inl/attention_packed.inl.h"
+#include "inl/kv_pack.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -28,6 +32,8 @@ const Kernels kKernels = {
     prefill_steps, pack_past, attend_tiles,
     // products with codes that are looked up
     kInputBytes, arrange_inputs, code_panels,
+    // decode attention
+    load_queries, attend_dense, attend_packed, pack_states, read_states, exp_floats,
 };
 
 }  // namespace BG_ISA

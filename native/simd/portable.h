@@ -136,6 +136,11 @@ BG_INLINE F32 scale_f(F32 x, F32 n) {  // x 2^n, n a whole number within -252 ..
   BG_LANES x.v[i] = std::ldexp(x.v[i], (int)n.v[i]);
   return x;
 }
+BG_INLINE F32 sums_f(const F32* x) {  // lane i: the sum of the lanes of x[i]
+  F32 r;
+  BG_LANES r.v[i] = sum_f(x[i]);
+  return r;
+}
 BG_INLINE F32 to_float(I32 x) {
   F32 r;
   BG_LANES r.v[i] = (float)x.v[i];
