@@ -2,6 +2,7 @@
 #pragma once
 #include "linear/activations.h"
 #include "linear/int_linear.h"
+#include "solver/gram.h"
 
 namespace bitgrain {
 
@@ -11,6 +12,10 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
+  // second moments
+  bool has_bf16_dot;
+  void (*gram_pack)(const GramJob&, int64_t first, int64_t last);    // panels
+  void (*gram_blocks)(const GramJob&, int64_t first, int64_t last);  // of the triangle
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

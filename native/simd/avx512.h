@@ -18,6 +18,7 @@ using Bytes = __m512i;
 // Rows of a register tile. 32 registers hold 2 columns of 6 rows twice (integer and float sums), or of 12 rows once.
 constexpr int kGroupedRows = 6, kGroupedVectors = 2;
 constexpr int kSingleRows = 12, kSingleVectors = 2;
+constexpr int kFloatRows = 8, kFloatVectors = 3;  // of products of floats
 
 BG_INLINE I32 zero_i() { return _mm512_setzero_si512(); }
 BG_INLINE I32 set_i(int32_t x) { return _mm512_set1_epi32(x); }
@@ -83,6 +84,11 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 }
 // asm: gcc 12 copies unrolled accumulators around the intrinsic, which halves the speed
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
+
+#if BG_HAS_BF16_DOT
+// asm for the same reason
+BG_INLINE void dot2_bf16(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#endif
 
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -23,6 +23,7 @@ struct Bytes {
 
 constexpr int kGroupedRows = 2, kGroupedVectors = 1;
 constexpr int kSingleRows = 2, kSingleVectors = 1;
+constexpr int kFloatRows = 2, kFloatVectors = 1;  // of products of floats
 
 #define BG_LANES for (int i = 0; i < 16; ++i)
 
@@ -207,6 +208,9 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) {
   BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int32_t)u.v[4 * i + j] * (int8_t)s.v[4 * i + j];
 }
+
+// Only where BG_HAS_BF16_DOT: dot2_bf16(F32& sum, Bytes a, Bytes b), sum[i] += a[2i+1] b[2i+1], then += a[2i] b[2i], of
+// bfloat16; each sum is rounded to float32, subnormal numbers count as 0.
 
 BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
