@@ -2,6 +2,7 @@
 #pragma once
 #include "linear/activations.h"
 #include "linear/int_linear.h"
+#include "solver/descend.h"
 #include "solver/gram.h"
 
 namespace bitgrain {
@@ -16,6 +17,10 @@ struct Kernels {
   bool has_bf16_dot;
   void (*gram_pack)(const GramJob&, int64_t first, int64_t last);    // panels
   void (*gram_blocks)(const GramJob&, int64_t first, int64_t last);  // of the triangle
+  // GPTQ: columns [first, last) of some panels of lanes
+  void (*update_columns)(const DescendJob&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
+  void (*round_columns)(const DescendJob&, int64_t first, int64_t last, int64_t seen, int64_t first_panel,
+                        int64_t last_panel);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -1,10 +1,27 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "bind/bind.h"
+#include "solver/descend.h"
 #include "solver/gram.h"
 
 namespace nb = nanobind;
 using namespace bitgrain;
+
+namespace {
+
+Grid make_grid(int kind, float low, float high, float smallest, float step, const std::vector<float>& values,
+               const std::vector<float>& above) {
+  Grid grid{kind, low, high, smallest, step, static_cast<int32_t>(values.size()), {}, {}};
+  std::copy(values.begin(), values.end(), grid.values);
+  std::copy(above.begin(), above.end(), grid.above);
+  return grid;
+}
+
+}  // namespace
 
 void bind_solver(nb::module_& m) {
   m.def("add_gram", [](uintptr_t x, int type, int64_t tokens, int64_t k, int64_t stride, uintptr_t h, int threads) {
@@ -12,6 +29,36 @@ void bind_solver(nb::module_& m) {
     add_gram(reinterpret_cast<const void*>(x), static_cast<DType>(type), tokens, k, stride,
              reinterpret_cast<float*>(h), threads);
   });
+  nb::class_<Grid>(m, "Grid").def("__init__", [](Grid* grid, int kind, float low, float high, float smallest, float step,
+                                                 const std::vector<float>& values, const std::vector<float>& above) {
+    new (grid) Grid(make_grid(kind, low, high, smallest, step, values, above));
+  });
+  nb::class_<DescendJob>(m, "Descent")
+      .def("__init__", [](DescendJob* job, int64_t columns, int64_t lanes, uintptr_t panels, uintptr_t factor,
+                          uintptr_t tiles, const Grid& grid, uintptr_t numbers, uintptr_t loss, uintptr_t kept,
+                          uintptr_t exact) {
+        new (job) DescendJob{columns, lanes, reinterpret_cast<float*>(panels), reinterpret_cast<const float*>(factor),
+                             reinterpret_cast<const int32_t*>(tiles), nullptr, nullptr, nullptr, grid,
+                             reinterpret_cast<float*>(numbers), reinterpret_cast<double*>(loss),
+                             reinterpret_cast<const uint8_t*>(kept), reinterpret_cast<float*>(exact)};
+      })
+      .def("set_tables", [](DescendJob& job, uintptr_t scale, uintptr_t divisor, uintptr_t zero) {
+        job.scale = reinterpret_cast<const float*>(scale);
+        job.divisor = reinterpret_cast<const float*>(divisor);
+        job.zero = reinterpret_cast<const float*>(zero);
+      })
+      .def("load", [](const DescendJob& job, int threads) {
+        nb::gil_scoped_release free;
+        load_lanes(job, threads);
+      })
+      .def("update", [](const DescendJob& job, int64_t first, int64_t last, int threads) {
+        nb::gil_scoped_release free;
+        update_columns(job, first, last, threads);
+      })
+      .def("round", [](const DescendJob& job, int64_t first, int64_t last, int64_t seen, int threads) {
+        nb::gil_scoped_release free;
+        round_columns(job, first, last, seen, threads);
+      });
   m.def("mirror", [](uintptr_t h, int64_t k, int threads) {
     nb::gil_scoped_release free;
     mirror(reinterpret_cast<float*>(h), k, threads);

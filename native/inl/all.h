@@ -5,6 +5,9 @@
 #include "inl/activations.inl.h"
 #include "inl/int_linear.inl.h"
 #include "inl/gram.inl.h"
+#include "inl/grid.inl.h"
+//
+#include "inl/descend.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -15,7 +18,7 @@ namespace BG_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels,
-    BG_HAS_BF16_DOT, gram_pack, gram_blocks,
+    BG_HAS_BF16_DOT, gram_pack, gram_blocks, update_columns, round_columns,
 };
 
 }  // namespace BG_ISA

@@ -50,6 +50,13 @@ BG_INLINE float max_of_f(F32 x) { return _mm512_reduce_max_ps(x); }
 BG_INLINE float sum_f(F32 x) { return _mm512_reduce_add_ps(x); }
 BG_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
 BG_INLINE I32 round_to_int(F32 x) { return _mm512_cvtps_epi32(x); }
+BG_INLINE F32 round_f(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BG_INLINE F32 exponent_f(F32 x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000)));
+}
+BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {
+  return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), a);
+}
 BG_INLINE F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 BG_INLINE F32 load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));

@@ -145,6 +145,18 @@ BG_INLINE I32 round_to_int(F32 x) {  // ties to even; what does not fit becomes 
   }
   return r;
 }
+BG_INLINE F32 round_f(F32 x) {  // ties to even; keeps the sign of 0
+  BG_LANES x.v[i] = std::nearbyint(x.v[i]);
+  return x;
+}
+BG_INLINE F32 exponent_f(F32 x) {  // the power of two at or below |x|, 0 for subnormal numbers
+  BG_LANES x.v[i] = float_of(bits_of(x.v[i]) & 0x7f800000);
+  return x;
+}
+BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {  // a where x > y, else b
+  BG_LANES b.v[i] = x.v[i] > y.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
 BG_INLINE F32 load_f16(const void* p) {
   F32 r;
   BG_LANES {

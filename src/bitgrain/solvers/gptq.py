@@ -6,7 +6,6 @@ e = (w_i - q_i) / U_ii moves the later columns by -e U_i,j; the sum of e^2 over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +19,7 @@ from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.ranges import Range, get_range
 from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver, required
+from bitgrain.solvers.descend import descend
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.refine import refine
 from bitgrain.solvers.rtn import round_without_tokens
@@ -193,60 +193,3 @@ class _Search:
 def _pick(tables: list[Tensor], best: Tensor) -> Tensor:
     """Row i of the table best[i]."""
     return torch.stack(tables, dim=1)[torch.arange(best.shape[0], device=best.device), best]
-
-
-def descend(
-    columns: Tensor,
-    factor: Tensor,
-    tiles: list[int],
-    lanes: Lanes,
-    block: int,
-    fit_tile: Callable[[int, int, int], None] | None = None,
-    kept: Tensor | None = None,
-    exact: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loop over the columns. Gives their numbers, float32 [in, rows], and the loss of each row, float64 [rows].
-
-    columns   float32 [in, rows]: the weights, in order; overwritten by the errors e
-    factor    U^T, float32 [in, in]
-    tiles     for each column the tile column whose scales are its own
-    fit_tile  called before the first column of each run of equal `tiles`, with the updated weights in place
-    kept      bool [in, rows]: weights that shall stay as they are and make no error; `exact`, float32 [in, rows], is
-              filled with every weight as it was when its turn came
-
-    An update is made as late as possible: columns are brought up to date when their turn comes, a tile and a block at a
-    time by matrix products, then one by one.
-    """
-    n = columns.shape[0]
-    numbers = torch.empty_like(columns)
-    loss = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
-    diagonal: list[float] = factor.diagonal().tolist()
-    for first, last in [(0, n)] if fit_tile is None else _runs(tiles):
-        if first:
-            columns[first:last].addmm_(factor[first:last, :first], columns[:first], alpha=-1.0)
-        if fit_tile is not None:
-            fit_tile(tiles[first], first, last)
-        for start in range(first, last, block):
-            stop = min(start + block, last)
-            if start > first:
-                columns[start:stop].addmm_(factor[start:stop, first:start], columns[first:start], alpha=-1.0)
-            for i in range(start, stop):
-                column = columns[i]
-                if i > start:
-                    column.addmv_(columns[start:i].t(), factor[i, start:i], alpha=-1.0)
-                if exact is not None:
-                    exact[i] = column
-                torch.sub(column, lanes.values(lanes.round_into(numbers[i], column, tiles[i]), tiles[i]), out=column)
-                column.div_(diagonal[i])
-                if kept is not None:
-                    column.masked_fill_(kept[i], 0.0)
-            loss += columns[start:stop].square().sum(dim=0, dtype=torch.float64)
-    return numbers, loss
-
-
-def _runs(tiles: list[int]) -> Iterator[tuple[int, int]]:
-    first = 0
-    for i in range(1, len(tiles) + 1):
-        if i == len(tiles) or tiles[i] != tiles[first]:
-            yield first, i
-            first = i
