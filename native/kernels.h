@@ -4,6 +4,7 @@
 #include "linear/int_linear.h"
 #include "solver/descend.h"
 #include "solver/gram.h"
+#include "solver/tile_search.h"
 
 namespace bitgrain {
 
@@ -21,6 +22,9 @@ struct Kernels {
   void (*update_columns)(const DescendJob&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
   void (*round_columns)(const DescendJob&, int64_t first, int64_t last, int64_t seen, int64_t first_panel,
                         int64_t last_panel);
+  // range searches: some tiles
+  void (*tile_sums)(const TileJob&, int64_t first, int64_t last);
+  void (*best_candidates)(const TileJob&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -7,6 +7,7 @@
 #include "bind/bind.h"
 #include "solver/descend.h"
 #include "solver/gram.h"
+#include "solver/tile_search.h"
 
 namespace nb = nanobind;
 using namespace bitgrain;
@@ -19,6 +20,15 @@ Grid make_grid(int kind, float low, float high, float smallest, float step, cons
   std::copy(values.begin(), values.end(), grid.values);
   std::copy(above.begin(), above.end(), grid.above);
   return grid;
+}
+
+TileJob make_tiles(uintptr_t x, uintptr_t weights, int64_t tiles, int64_t n, const Grid& grid, uintptr_t scale,
+                   uintptr_t zero) {
+  TileJob job{};
+  job.x = reinterpret_cast<const float*>(x), job.weights = reinterpret_cast<const float*>(weights);
+  job.tiles = tiles, job.n = n, job.grid = grid, job.candidates = 1;
+  job.scale = reinterpret_cast<const float*>(scale), job.zero = reinterpret_cast<const float*>(zero);
+  return job;
 }
 
 }  // namespace
@@ -59,6 +69,22 @@ void bind_solver(nb::module_& m) {
         nb::gil_scoped_release free;
         round_columns(job, first, last, seen, threads);
       });
+  m.def("tile_sums", [](uintptr_t x, uintptr_t weights, int64_t tiles, int64_t n, const Grid& grid, uintptr_t scale,
+                        uintptr_t zero, uintptr_t sums, bool products, int threads) {
+    TileJob job = make_tiles(x, weights, tiles, n, grid, scale, zero);
+    job.error = reinterpret_cast<double*>(sums);
+    if (products) job.wv = job.error + tiles, job.wvv = job.wv + tiles, job.wxv = job.wvv + tiles;
+    nb::gil_scoped_release free;
+    tile_sums(job, threads);
+  });
+  m.def("best_candidates", [](uintptr_t x, uintptr_t weights, int64_t tiles, int64_t n, const Grid& grid, uintptr_t scale,
+                              uintptr_t zero, int64_t candidates, uintptr_t error, uintptr_t best, int threads) {
+    TileJob job = make_tiles(x, weights, tiles, n, grid, scale, zero);
+    job.candidates = candidates;
+    job.error = reinterpret_cast<double*>(error), job.best = reinterpret_cast<int32_t*>(best);
+    nb::gil_scoped_release free;
+    best_candidates(job, threads);
+  });
   m.def("mirror", [](uintptr_t h, int64_t k, int threads) {
     nb::gil_scoped_release free;
     mirror(reinterpret_cast<float*>(h), k, threads);

@@ -8,6 +8,7 @@
 #include "inl/grid.inl.h"
 //
 #include "inl/descend.inl.h"
+#include "inl/tile_search.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -19,6 +20,7 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels,
     BG_HAS_BF16_DOT, gram_pack, gram_blocks, update_columns, round_columns,
+    tile_sums, best_candidates,
 };
 
 }  // namespace BG_ISA

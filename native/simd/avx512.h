@@ -14,6 +14,9 @@ namespace BG_ISA {
 using I32 = __m512i;
 using F32 = __m512;
 using Bytes = __m512i;
+struct F64 {
+  __m512d low, high;
+};
 
 // Rows of a register tile. 32 registers hold 2 columns of 6 rows twice (integer and float sums), or of 12 rows once.
 constexpr int kGroupedRows = 6, kGroupedVectors = 2;
@@ -71,6 +74,18 @@ BG_INLINE void store_bf16(void* p, F32 x) {  // to nearest, ties to even; NaN st
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
+}
+
+BG_INLINE F64 zero_d() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+BG_INLINE F64 add_d(F64 a, F32 b) {
+  return {_mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b))),
+          _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)))};
+}
+BG_INLINE double sum_d(F64 x) {
+  double lanes[16], sum = 0;
+  _mm512_storeu_pd(lanes, x.low), _mm512_storeu_pd(lanes + 8, x.high);
+  for (int i = 0; i < 16; ++i) sum += lanes[i];
+  return sum;
 }
 
 BG_INLINE Bytes load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }

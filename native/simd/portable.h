@@ -17,6 +17,9 @@ struct I32 {
 struct F32 {
   float v[16];
 };
+struct F64 {  // sums of 16 lanes
+  double v[16];
+};
 struct Bytes {
   uint8_t v[64];
 };
@@ -186,6 +189,17 @@ BG_INLINE void store_bf16(void* p, F32 x) {
     const uint16_t h = to_bf16(x.v[i]);
     std::memcpy((uint8_t*)p + 2 * i, &h, 2);
   }
+}
+
+BG_INLINE F64 zero_d() { return {}; }
+BG_INLINE F64 add_d(F64 a, F32 b) {  // a + b, lane by lane
+  BG_LANES a.v[i] += (double)b.v[i];
+  return a;
+}
+BG_INLINE double sum_d(F64 x) {  // from the first lane to the last, at every level
+  double sum = 0;
+  BG_LANES sum += x.v[i];
+  return sum;
 }
 
 BG_INLINE Bytes load_b(const uint8_t* p) {

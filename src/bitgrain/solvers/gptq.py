@@ -144,19 +144,18 @@ class _Search:
         lanes = max(1, _LANES // (len(self.choices) * tile_rows)) * tile_rows
         step = rows if self.spec.granularity.rows is None else lanes
         parts = [self._rows(i, min(i + step, rows), steps, storage) for i in range(0, rows, step)]
-        numbers = torch.cat([part[0] for part in parts])
         scale = torch.cat([part[1].scale for part in parts])
         zeros = [part[1].zero for part in parts if part[1].zero is not None]
         packed = storage.pack(Steps(scale, torch.cat(zeros) if zeros else None))
-        codes = torch.empty(numbers.shape, dtype=self.spec.format.code_dtype, device=numbers.device)
-        codes[:, self.order] = self.spec.format.encode(numbers)
+        back = torch.argsort(self.order)
+        codes = torch.cat([codes[back].t().contiguous() for codes, _ in parts])
         return QTensor(codes, *packed, self.spec)
 
     def _fit(self, weight: Tensor, importance: Tensor, candidate: int) -> tuple[Tensor, Tensor | None]:
         return fit(weight, self.spec, self.choices[candidate][0], importance, self.choices[candidate][1])
 
     def _rows(self, start: int, stop: int, steps: list[Steps], storage: Storage) -> tuple[Tensor, Steps]:
-        """The best candidate's numbers [rows, in], in the order, and steps, for rows that begin and end with a tile."""
+        """The best candidate's codes [in, rows], in the order, and steps, for rows that begin and end with a tile."""
         spec, count, rows = self.spec, len(self.choices), stop - start
         tile_rows, width = spec.granularity.tile(tuple(self.weight.shape))
         bands = slice(start // tile_rows, -(-stop // tile_rows))
@@ -164,7 +163,9 @@ class _Search:
         lanes = Lanes(spec, steps[0].scale.shape[1], rows * count, self.weight.device)
         for c in range(count):
             lanes.put(steps[c], tile_rows, rows, c * rows)
-        columns = self.weight[start:stop, self.order].t().repeat(1, count)
+        columns = self.weight[start:stop].t().contiguous()[self.order]
+        if count > 1:
+            columns = columns.repeat(1, count)
 
         def fit_tile(k: int, first: int, last: int) -> None:
             """New scales for the tile column k, whose updated weights are columns[first:last]."""
@@ -180,14 +181,14 @@ class _Search:
         tiles: list[int] = (self.order // width).tolist()
         numbers, loss = descend(columns, self.factor, tiles, lanes, self.block, None if self.static else fit_tile)
         if count == 1:
-            return numbers.t(), steps[0]
+            return self.spec.format.encode(numbers), steps[0]
         losses = F.pad(loss.view(count, rows), (0, steps[0].scale.shape[0] * tile_rows - rows))
         best = losses.view(count, -1, tile_rows).sum(dim=-1).argmin(dim=0)
         by_row = best.repeat_interleave(tile_rows)[:rows]
         numbers = numbers.view(-1, count, rows).gather(1, by_row.expand(numbers.shape[0], 1, rows)).squeeze(1)
         zeros = [s.zero for s in steps if s.zero is not None]
         picked = Steps(_pick([s.scale for s in steps], best), _pick(zeros, best) if zeros else None)
-        return numbers.t(), picked
+        return self.spec.format.encode(numbers), picked
 
 
 def _pick(tables: list[Tensor], best: Tensor) -> Tensor:
