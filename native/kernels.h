@@ -6,6 +6,9 @@
 #include "linear/activations.h"
 #include "linear/code_linear.h"
 #include "linear/int_linear.h"
+#include "solver/descend.h"
+#include "solver/gram.h"
+#include "solver/tile_search.h"
 
 namespace bitgrain {
 
@@ -30,6 +33,17 @@ struct Kernels {
   bool (*pack_states)(const StatesJob&, int64_t pair);
   void (*read_states)(const StatesJob&, int64_t pair);
   void (*exp_floats)(const float* x, float* y, int64_t count);
+  // second moments
+  bool has_bf16_dot;
+  void (*gram_pack)(const GramJob&, int64_t first, int64_t last);    // panels
+  void (*gram_blocks)(const GramJob&, int64_t first, int64_t last);  // of the triangle
+  // GPTQ: columns [first, last) of some panels of lanes
+  void (*update_columns)(const DescendJob&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
+  void (*round_columns)(const DescendJob&, int64_t first, int64_t last, int64_t seen, int64_t first_panel,
+                        int64_t last_panel);
+  // range searches: some tiles
+  void (*tile_sums)(const TileJob&, int64_t first, int64_t last);
+  void (*best_candidates)(const TileJob&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

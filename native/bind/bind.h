@@ -6,3 +6,4 @@ void bind_int_linear(nanobind::module_& m);
 void bind_prefill(nanobind::module_& m);
 void bind_code_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_solver(nanobind::module_& m);

@@ -22,4 +22,5 @@ NB_MODULE(_native, m) {
   bind_prefill(m);
   bind_code_linear(m);
   bind_attention(m);
+  bind_solver(m);
 }

@@ -16,6 +16,11 @@
 #include "inl/attention_dense.inl.h"
 #include "inl/attention_packed.inl.h"
 #include "inl/kv_pack.inl.h"
+#include "inl/gram.inl.h"
+#include "inl/grid.inl.h"
+//
+#include "inl/descend.inl.h"
+#include "inl/tile_search.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -34,6 +39,12 @@ const Kernels kKernels = {
     kInputBytes, arrange_inputs, code_panels,
     // decode attention
     load_queries, attend_dense, attend_packed, pack_states, read_states, exp_floats,
+    // second moments
+    BG_HAS_BF16_DOT, gram_pack, gram_blocks,
+    // GPTQ
+    update_columns, round_columns,
+    // range searches
+    tile_sums, best_candidates,
 };
 
 }  // namespace BG_ISA

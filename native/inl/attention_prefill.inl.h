@@ -61,7 +61,7 @@ BG_INLINE void multiply(F32 sum[R][V], const uint8_t* w, const uint8_t* a, int64
       const Bytes x = repeat4(a + 4 * r);
 #if BG_HAS_BF16_DOT
       if constexpr (PAIRS) {
-        BG_UNROLL for (int j = 0; j < V; ++j) dot2_bf16(sum[r][j], column[j], x);
+        BG_UNROLL for (int j = 0; j < V; ++j) dot2(sum[r][j], column[j], x);
         continue;
       }
 #endif

@@ -14,11 +14,15 @@ namespace BG_ISA {
 using I32 = __m512i;
 using F32 = __m512;
 using Bytes = __m512i;
+struct F64 {
+  __m512d low, high;
+};
 
 // Rows of a register tile. 32 registers hold 2 columns of 6 rows twice (integer and float sums), or of 12 rows once.
 constexpr int kGroupedRows = 6, kGroupedVectors = 2;
 constexpr int kSingleRows = 12, kSingleVectors = 2;
 constexpr int kDotSteps = 1;
+constexpr int kFloatRows = 8, kFloatVectors = 3;  // of products of floats
 
 BG_INLINE I32 zero_i() { return _mm512_setzero_si512(); }
 BG_INLINE I32 set_i(int32_t x) { return _mm512_set1_epi32(x); }
@@ -66,6 +70,13 @@ BG_INLINE F32 sums_f(const F32* x) {  // lane i: the sum of the lanes of x[i]
 }
 BG_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
 BG_INLINE I32 round_to_int(F32 x) { return _mm512_cvtps_epi32(x); }
+BG_INLINE F32 round_f(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BG_INLINE F32 exponent_f(F32 x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000)));
+}
+BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {
+  return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), a);
+}
 BG_INLINE F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 BG_INLINE F32 load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -80,6 +91,18 @@ BG_INLINE void store_bf16(void* p, F32 x) {  // to nearest, ties to even; NaN st
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
+}
+
+BG_INLINE F64 zero_d() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+BG_INLINE F64 add_d(F64 a, F32 b) {
+  return {_mm512_add_pd(a.low, _mm512_cvtps_pd(_mm512_castps512_ps256(b))),
+          _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)))};
+}
+BG_INLINE double sum_d(F64 x) {
+  double lanes[16], sum = 0;
+  _mm512_storeu_pd(lanes, x.low), _mm512_storeu_pd(lanes + 8, x.high);
+  for (int i = 0; i < 16; ++i) sum += lanes[i];
+  return sum;
 }
 
 BG_INLINE Bytes load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -101,9 +124,6 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 }
 // asm: gcc 12 copies unrolled accumulators around the intrinsic, which halves the speed
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
-#if BITGRAIN_AVX512_BF16
-BG_INLINE void dot2_bf16(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
-#endif
 template <int STEPS>
 BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
   BG_UNROLL for (int i = 0; i < STEPS; ++i) dot4(sum, u[i], s[i]);
@@ -138,6 +158,7 @@ BG_INLINE Bytes shift_right_w(Bytes x) {
 }
 BG_INLINE void dot2(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 #endif
+
 
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

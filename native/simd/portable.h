@@ -17,6 +17,9 @@ struct I32 {
 struct F32 {
   float v[16];
 };
+struct F64 {  // sums of 16 lanes
+  double v[16];
+};
 struct Bytes {
   uint8_t v[64];
 };
@@ -24,6 +27,7 @@ struct Bytes {
 constexpr int kGroupedRows = 2, kGroupedVectors = 1;
 constexpr int kSingleRows = 2, kSingleVectors = 1;
 constexpr int kDotSteps = 1;  // that dot4_small should get at once
+constexpr int kFloatRows = 2, kFloatVectors = 1;  // of products of floats
 
 #define BG_LANES for (int i = 0; i < 16; ++i)
 
@@ -154,6 +158,18 @@ BG_INLINE I32 round_to_int(F32 x) {  // ties to even; what does not fit becomes 
   }
   return r;
 }
+BG_INLINE F32 round_f(F32 x) {  // ties to even; keeps the sign of 0
+  BG_LANES x.v[i] = std::nearbyint(x.v[i]);
+  return x;
+}
+BG_INLINE F32 exponent_f(F32 x) {  // the power of two at or below |x|, 0 for subnormal numbers
+  BG_LANES x.v[i] = float_of(bits_of(x.v[i]) & 0x7f800000);
+  return x;
+}
+BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {  // a where x > y, else b
+  BG_LANES b.v[i] = x.v[i] > y.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
 BG_INLINE F32 load_f16(const void* p) {
   F32 r;
   BG_LANES {
@@ -183,6 +199,17 @@ BG_INLINE void store_bf16(void* p, F32 x) {
     const uint16_t h = to_bf16(x.v[i]);
     std::memcpy((uint8_t*)p + 2 * i, &h, 2);
   }
+}
+
+BG_INLINE F64 zero_d() { return {}; }
+BG_INLINE F64 add_d(F64 a, F32 b) {  // a + b, lane by lane
+  BG_LANES a.v[i] += (double)b.v[i];
+  return a;
+}
+BG_INLINE double sum_d(F64 x) {  // from the first lane to the last, at every level
+  double sum = 0;
+  BG_LANES sum += x.v[i];
+  return sum;
 }
 
 BG_INLINE Bytes load_b(const uint8_t* p) {
@@ -279,7 +306,7 @@ BG_INLINE F32 look_up(const Table& table, I32 code) {  // the entries that the l
 // Only where BG_HAS_BF16_DOT; registers seen as 32 words of 16 bits:
 //   look_up_words(table, code)  the word of the table that the low 5 bits of each word name
 //   shift_right_w<COUNT>(x)     of each word, zeros come in from above
-//   dot2(sum, a, b)             sum[i] += a[2i] b[2i] + a[2i+1] b[2i+1], words are bfloat16; subnormals count as 0
+//   dot2(sum, a, b)             sum[i] += a[2i+1] b[2i+1], then += a[2i] b[2i], words are bfloat16; subnormals count as 0
 
 BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +37,25 @@ def native() -> Any:
             "a checkout and `pip install .` elsewhere; or ask for kernels='reference'"
         )
     return _module
+
+
+_held_back = False
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether work that torch could do as well goes to the native module, for tensors on the CPU."""
+    return _module is not None and not _held_back and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Inside, in all threads, torch does what it can do as well: to compare both. What only kernels do still runs."""
+    global _held_back
+    before, _held_back = _held_back, True
+    try:
+        yield
+    finally:
+        _held_back = before
 
 
 def check_isa() -> None:
