@@ -11,6 +11,10 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
+  // the machine's own limits
+  void (*read_bytes)(const uint8_t* memory, int64_t bytes);
+  int64_t (*int8_loop)(int64_t rounds);  // both return the products that they made
+  int64_t (*bf16_loop)(int64_t rounds);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

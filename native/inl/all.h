@@ -4,6 +4,7 @@
 //
 #include "inl/activations.inl.h"
 #include "inl/int_linear.inl.h"
+#include "inl/probes.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -14,6 +15,7 @@ namespace BG_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels,
+    read_bytes, int8_loop, bf16_loop,
 };
 
 }  // namespace BG_ISA

@@ -84,6 +84,10 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 // asm: gcc 12 copies unrolled accumulators around the intrinsic, which halves the speed
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
 
+#if BG_HAS_BF16_DOT
+BG_INLINE void dot2(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#endif
+
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 }  // namespace BG_ISA
