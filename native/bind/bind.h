@@ -3,4 +3,5 @@
 #include <nanobind/nanobind.h>
 
 void bind_int_linear(nanobind::module_& m);
+void bind_code_linear(nanobind::module_& m);
 void bind_probes(nanobind::module_& m);

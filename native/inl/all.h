@@ -4,6 +4,11 @@
 //
 #include "inl/activations.inl.h"
 #include "inl/int_linear.inl.h"
+//
+#include "inl/code_inputs.inl.h"
+#include "inl/code_pairs.inl.h"
+//
+#include "inl/code_linear.inl.h"
 #include "inl/probes.inl.h"
 
 #define BG_STRING2(x) #x
@@ -15,6 +20,7 @@ namespace BG_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels,
+    kInputBytes, arrange_inputs, code_panels,
     read_bytes, int8_loop, bf16_loop,
 };
 
