@@ -44,6 +44,10 @@ struct Kernels {
   // range searches: some tiles
   void (*tile_sums)(const TileJob&, int64_t first, int64_t last);
   void (*best_candidates)(const TileJob&, int64_t first, int64_t last);
+  // the machine's own limits
+  void (*read_bytes)(const uint8_t* memory, int64_t bytes);
+  int64_t (*int8_loop)(int64_t rounds);  // both return the products that they made
+  int64_t (*bf16_loop)(int64_t rounds);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -23,4 +23,5 @@ NB_MODULE(_native, m) {
   bind_code_linear(m);
   bind_attention(m);
   bind_solver(m);
+  bind_probes(m);
 }

@@ -21,6 +21,7 @@
 //
 #include "inl/descend.inl.h"
 #include "inl/tile_search.inl.h"
+#include "inl/probes.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -45,6 +46,8 @@ const Kernels kKernels = {
     update_columns, round_columns,
     // range searches
     tile_sums, best_candidates,
+    // probes
+    read_bytes, int8_loop, bf16_loop,
 };
 
 }  // namespace BG_ISA
