@@ -172,14 +172,9 @@ class IntLinears:
     """Several weights that read the same inputs (q, k and v; gate and up), in one call. Up to 8."""
 
     def __init__(self, members: Sequence[IntLinear]) -> None:
-        """Raises KernelError unless they have the same spans, bits' kind, and inputs."""
+        """Raises KernelError unless they have the same bits, spans and inputs."""
         first = members[0]
-        alike = all((one.lengths, one.inputs) == (first.lengths, first.inputs) for one in members)
-        if (
-            not alike
-            or len({one.inputs.shift(one.bits) for one in members}) > 1
-            or len({one.bits for one in members}) > 1
-        ):
+        if len({(one.bits, one.lengths, one.inputs) for one in members}) > 1:
             raise KernelError("weights that run in one call have the same bits, spans and quantized inputs")
         if len(members) > 8:
             raise KernelError(f"up to 8 weights run in one call, not {len(members)}")

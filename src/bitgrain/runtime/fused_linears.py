@@ -1,4 +1,4 @@
-"""Layers that read the same inputs (q, k and v; gate and up), run by one call of a kernel: inputs are quantized once."""
+"""Layers that read the same inputs (q, k and v; gate and up), in one call of a kernel: inputs are quantized once."""
 
 from __future__ import annotations
 
@@ -51,5 +51,6 @@ def why_not(layers: Sequence[object]) -> str | None:
 
 
 def _integer(layer: QuantLinear) -> IntLinear:
-    assert isinstance(layer.kernel, IntKernel) and isinstance(layer.kernel.linear, IntLinear)
+    assert isinstance(layer.kernel, IntKernel)
+    assert isinstance(layer.kernel.linear, IntLinear)
     return layer.kernel.linear

@@ -87,11 +87,13 @@ class IntKernel(PackedKernel):
         return {name: value for name, value in self.__dict__.items() if name != "call"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
         self._settle()
 
     def _with_columns(self, x: Tensor) -> Tensor:
-        assert self._columns is not None and self._beside is not None
+        assert self._columns is not None
+        assert self._beside is not None
         y = self.linear(x.index_fill(-1, self._beside, 0.0))
         return y.add_(F.linear(x.index_select(-1, self._beside), self._columns.values.to(x.dtype)))
 
