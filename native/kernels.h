@@ -1,6 +1,7 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
 #include "linear/activations.h"
+#include "linear/code_linear.h"
 #include "linear/int_linear.h"
 
 namespace bitgrain {
@@ -11,6 +12,10 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
+  // products with codes that are looked up: few rows take tiles of grouped_rows, many those of single_rows
+  int64_t input_bytes;  // 2: inputs are rounded to bfloat16; 4: they stay float32
+  void (*arrange_inputs)(const InputJob&, int64_t first, int64_t last);
+  void (*code_panels)(const CodePanelJob&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

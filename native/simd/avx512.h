@@ -84,6 +84,36 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 // asm: gcc 12 copies unrolled accumulators around the intrinsic, which halves the speed
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
 
+BG_INLINE I32 and_i(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+BG_INLINE I32 or_i(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+template <int COUNT>
+BG_INLINE I32 shift_left_i(I32 x) {
+  return _mm512_slli_epi32(x, COUNT);
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_i(I32 x) {
+  return _mm512_srli_epi32(x, COUNT);
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_signed_i(I32 x) {
+  return _mm512_srai_epi32(x, COUNT);
+}
+BG_INLINE F32 as_float(I32 bits) { return _mm512_castsi512_ps(bits); }
+BG_INLINE I32 as_int(F32 x) { return _mm512_castps_si512(x); }
+
+using Table = __m512;
+BG_INLINE Table load_table(const float* p) { return _mm512_loadu_ps(p); }
+BG_INLINE F32 look_up(Table table, I32 code) { return _mm512_permutexvar_ps(code, table); }
+
+#if BG_HAS_BF16_DOT
+BG_INLINE Bytes look_up_words(Bytes table, Bytes code) { return _mm512_permutexvar_epi16(code, table); }
+template <int COUNT>
+BG_INLINE Bytes shift_right_w(Bytes x) {
+  return _mm512_srli_epi16(x, COUNT);
+}
+BG_INLINE void dot2(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#endif
+
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 }  // namespace BG_ISA

@@ -208,6 +208,59 @@ BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) {
   BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int32_t)u.v[4 * i + j] * (int8_t)s.v[4 * i + j];
 }
 
+BG_INLINE I32 and_i(I32 a, I32 b) {
+  BG_LANES a.v[i] &= b.v[i];
+  return a;
+}
+BG_INLINE I32 or_i(I32 a, I32 b) {
+  BG_LANES a.v[i] |= b.v[i];
+  return a;
+}
+template <int COUNT>
+BG_INLINE I32 shift_left_i(I32 x) {
+  BG_LANES x.v[i] = (int32_t)((uint32_t)x.v[i] << COUNT);
+  return x;
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_i(I32 x) {  // zeros come in from above
+  BG_LANES x.v[i] = (int32_t)((uint32_t)x.v[i] >> COUNT);
+  return x;
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_signed_i(I32 x) {  // copies of the sign come in from above
+  BG_LANES x.v[i] = x.v[i] >> COUNT;
+  return x;
+}
+BG_INLINE F32 as_float(I32 bits) {  // the same bits
+  F32 r;
+  std::memcpy(r.v, bits.v, 64);
+  return r;
+}
+BG_INLINE I32 as_int(F32 x) {
+  I32 r;
+  std::memcpy(r.v, x.v, 64);
+  return r;
+}
+
+struct Table {  // 16 floats
+  float v[16];
+};
+BG_INLINE Table load_table(const float* p) {
+  Table r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+BG_INLINE F32 look_up(const Table& table, I32 code) {  // the entries that the low 4 bits of each lane name
+  F32 r;
+  BG_LANES r.v[i] = table.v[code.v[i] & 15];
+  return r;
+}
+
+// Only where BG_HAS_BF16_DOT; registers seen as 32 words of 16 bits:
+//   look_up_words(table, code)  the word of the table that the low 5 bits of each word name
+//   shift_right_w<COUNT>(x)     of each word, zeros come in from above
+//   dot2(sum, a, b)             sum[i] += a[2i] b[2i] + a[2i+1] b[2i+1], words are bfloat16; subnormals count as 0
+
 BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #undef BG_LANES

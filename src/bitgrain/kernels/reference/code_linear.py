@@ -1,0 +1,54 @@
+"""The twin of `kernels.code_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    table: Sequence[float] | None,
+    *,
+    group: int | None = None,
+    zero: Tensor | None = None,
+    outer: float = 1.0,
+    rounded: bool = False,
+) -> Tensor:
+    """The weight [n, k] in float64; arguments as of `CodeLinear.pack`. rounded: the table is rounded to bfloat16."""
+    k = codes.shape[1]
+    numbers = codes.double()
+    if table is not None:
+        entries = torch.tensor(list(table), dtype=torch.float32)
+        numbers = (entries.bfloat16() if rounded else entries).double()[codes.long()]
+
+    def spread(x: Tensor) -> Tensor:
+        return x.to(torch.float32).double().repeat_interleave(group or k, 1)[:, :k]
+
+    return (numbers if zero is None else numbers - spread(zero)) * spread(scale) * outer
+
+
+def code_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    table: Sequence[float] | None,
+    *,
+    group: int | None = None,
+    zero: Tensor | None = None,
+    outer: float = 1.0,
+    bias: Tensor | None = None,
+    rounded: bool = False,
+) -> Tensor:
+    """Arguments as of `CodeLinear.pack`, x [m, k]; computed in float64 and rounded once to the dtype of x.
+
+    rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does
+    The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| (|table| + |zero|) |scale|, and one
+    rounding to its dtype.
+    """
+    weight = dequantize(codes, scale, table, group=group, zero=zero, outer=outer, rounded=rounded)
+    y = (x.bfloat16() if rounded else x).double() @ weight.T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
