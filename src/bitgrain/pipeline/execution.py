@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
 from bitgrain.kernels.native import native
-from bitgrain.numerics import QTensor
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.runtime.linear_rows import INT8_INPUTS, find_linear
 from bitgrain.runtime.low_bit_linear import put_in_place
@@ -73,7 +73,7 @@ def choose_kernels(
         inputs = None if quantizer is None else quantizer.spec
         row = find_linear(layer.scheme.weight, inputs, device.type, reference=execution == "reference")
         if isinstance(row, str):
-            without.setdefault(f"{layer.scheme.name}: {row}", []).append(layer.module)
+            without.setdefault(row, []).append(layer.module)
         else:
             found[name] = KernelChoice(row, quantizer)
     if without:
@@ -83,10 +83,10 @@ def choose_kernels(
     return found
 
 
-def run_packed_(model: nn.Module, path: str, choice: KernelChoice, q: QTensor, stored: torch.dtype) -> None:
+def run_packed_(model: nn.Module, path: str, choice: KernelChoice, weight: PackedMatrix, stored: torch.dtype) -> None:
     """Put a `QuantLinear` in the place of the linear layer at `path`."""
     old: Any = model.get_submodule(path)
-    kernel = choice.row.kernel(q, choice.quantizer)
+    kernel = choice.row.kernel(weight, choice.quantizer)
     transposed = isinstance(old, Conv1D)
     put_in_place(
         model, path, QuantLinear(kernel, old.bias, dtype=old.weight.dtype, stored=stored, transposed=transposed)

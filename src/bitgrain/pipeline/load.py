@@ -25,6 +25,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.pipeline.cache_plan import stored_cache
 from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
@@ -64,6 +65,11 @@ class QuantizedCheckpoint:
     def quantized(self, tensor: str) -> list[QTensor]:
         """The QTensors of an original tensor, one for each stacked matrix."""
         return self.layout.decode(self.layers[tensor], self.checkpoint.read)
+
+    def packed(self, tensor: str) -> PackedMatrix:
+        """The QTensor of an original tensor that is one matrix, with its codes left packed."""
+        (found,) = self.layout.decode_packed(self.layers[tensor], self.checkpoint.read)
+        return found
 
     def static_inputs(self) -> dict[str, list[StaticInput]]:
         """The static input scales of every layer that has them, by original tensor, one for each stacked matrix."""
@@ -233,12 +239,11 @@ def _load(
     model = load_dense_into(skeleton, config, dense(), "cpu" if packed else where, dtype)
     attach_rotations(model, stored.config.get("online_rotations", {}))
     for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
-        q, dtype_then = stored.quantized(name)[0], stored.layers[name].dtype
         if kernels:
-            run_packed_(model, path, kernels[name], q, dtype_then)
+            run_packed_(model, path, kernels[name], stored.packed(name), stored.layers[name].dtype)
             quantizers.pop(f"{path}.weight", None)
         else:
-            hold_low_bit_(model, {path: q}, {path: dtype_then})
+            hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
     if kernels:
         model.requires_grad_(False)  # kernels compute no gradients
     model.to(where)
