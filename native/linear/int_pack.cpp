@@ -58,6 +58,13 @@ void unfold_span(const uint8_t* lane, int64_t count, uint8_t* codes) {
   }
 }
 
+// One code of a lane; f: counted from the chunk's start.
+uint8_t code_at(int bits, const uint8_t* lane, int64_t f) {
+  const int64_t j = f % 4, i = f / 4;
+  if (bits == 3) return (uint8_t)((lane[64 * (i / 4) + j] >> 2 * (i % 4) & 3) | (lane[128 + j] >> i & 1) << 2);
+  return (uint8_t)(lane[j] >> bits * i & ((1 << bits) - 1));
+}
+
 void store_scale(uint8_t* to, DType type, int64_t column, float value) {
   if (type == DType::f32) {
     std::memcpy(to + 4 * column, &value, 4);
@@ -171,6 +178,31 @@ void unpack_panels(const IntWeights& w, uint8_t* codes, float* scale, float* zer
       case 4: unpack_panel<4>(w, codes, scale, zero, p); break;
       case 3: unpack_panel<3>(w, codes, scale, zero, p); break;
       default: unpack_panel<2>(w, codes, scale, zero, p);
+    }
+  }
+}
+
+void dequantize_features(const IntWeights& w, const int64_t* features, int64_t count, float* to, int64_t first,
+                         int64_t last) {
+  const int64_t in_chunk = chunk_features(w.bits), vectors = chunk_vectors(w.bits);
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t s = 0;
+    while (w.span[s].first + w.span[s].count <= features[i]) ++s;
+    const Span& span = w.span[s];
+    const int64_t f = features[i] - span.first;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const uint8_t *scales = w.panels + panel * w.panel_bytes + span.offset, *zeros = scales + scales_bytes(w.scale_type);
+      const uint8_t* chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
+      const uint8_t* chunk = chunks + f / in_chunk * vectors * 2 * 64;
+      for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
+        const uint8_t* lane = chunk + (c / 16) * vectors * 64 + (c % 16) * 4;
+        const uint8_t code = code_at(w.bits, lane, f % in_chunk);
+        float zero = (float)w.zero;
+        if (w.zeros == Zeros::codes) zero = zeros[c];
+        if (w.zeros == Zeros::real) std::memcpy(&zero, zeros + 4 * c, 4);
+        const float value = w.bits == 8 ? (float)(int8_t)code : (float)code;
+        to[i * w.n + panel * kPanel + c] = (value - zero) * load_scale(scales, w.scale_type, c);
+      }
     }
   }
 }

@@ -24,7 +24,9 @@ def weights(draw):
     bits = draw(st.sampled_from(BITS))
     n, k = draw(st.integers(1, 70)), draw(st.integers(1, 330))
     group = draw(st.sampled_from([16, 32, 64, 128, 7, None]))
-    table = {8: None, 4: draw(st.sampled_from([NF4, E2M1, list(range(-8, 8))])), 3: NF4[4:12], 2: [-1.0, 0.0, 1.0]}[bits]
+    table = {8: None, 4: draw(st.sampled_from([NF4, E2M1, list(range(-8, 8))])), 3: NF4[4:12], 2: [-1.0, 0.0, 1.0]}[
+        bits
+    ]
     codes = torch.randint(-128, 128, (n, k), generator=made).to(torch.int8)
     if table is not None:
         codes = torch.randint(0, len(table), (n, k), generator=made).to(torch.uint8)
@@ -67,9 +69,11 @@ def test_equals_its_twin(isa, weight, m, dtype, seed):
     steps = (how["group"] or codes.shape[1]) + scale.shape[1] + 8
     error = (y.double() - twin.double()).abs()
     largest = torch.finfo(dtype).max
-    assert (error <= steps * 2.0**-24 * bound + torch.finfo(dtype).eps * twin.abs() + 1e-7).logical_or(
-        twin.abs() >= largest
-    ).all()
+    assert (
+        (error <= steps * 2.0**-24 * bound + torch.finfo(dtype).eps * twin.abs() + 1e-7)
+        .logical_or(twin.abs() >= largest)
+        .all()
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -65,8 +65,8 @@ class CodeLinear:
             n, k, self.group, bits, list(table or ()), SCALE_DTYPES[scale_dtype], _ZEROS[zeros], outer
         )
         self.panels = panel_memory(self.handle.nbytes()) if panels is None else panels
-        self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        self.handle.attach(self.panels.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+        self._run = self.handle.run
+        self.set_bias(bias)
 
     @classmethod
     def pack(
@@ -167,10 +167,29 @@ class CodeLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., k] float32, bfloat16 or float16 -> [..., n] in its dtype."""
-        rows = rows_of(x, self.k)
-        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
-        kind = DTYPES[x.dtype]
-        self.handle.run(
-            rows.data_ptr(), kind, rows.shape[0], rows.stride(0), y.data_ptr(), kind, self.n, torch.get_num_threads()
-        )
+        shape, kind = x.shape, DTYPES.get(x.dtype)
+        if kind is None or shape[-1] != self.k or not x.is_cpu:
+            rows_of(x, self.k)  # says what is wrong
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*shape[:-1], self.n))
+        self._run(x.data_ptr(), kind, x.numel() // self.k, self.k, y.data_ptr(), kind, self.n, torch.get_num_threads())
         return y
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
+        self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+        self.handle.attach(self.panels.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = (self.scale_dtype, self.zeros, self.outer, self.bias, self.panels)
+        return _restore, (self.n, self.k, self.bits, self.table, self.group, *settings)
+
+
+def _restore(
+    n: int, k: int, bits: int, table: Sequence[float] | None, group: int, scale_dtype: torch.dtype, zeros: Zeros,
+    outer: float, bias: Tensor | None, panels: Tensor,
+) -> CodeLinear:  # fmt: skip
+    return CodeLinear(
+        n, k, bits, table, group=group, scale_dtype=scale_dtype, zeros=zeros, outer=outer, bias=bias, panels=panels
+    )

@@ -21,3 +21,12 @@ def check_words(words: Tensor, bits: int, k: int) -> int:
     if words.ndim != 2 or words.shape[1] != needed or words.stride(1) != 1:
         raise KernelError(f"{k} codes of {bits} bits take rows of {needed} words, not {tuple(words.shape)}")
     return words.stride(0) * words.element_size()
+
+
+def unpack_words(words: Tensor, bits: int, k: int) -> Tensor:
+    """The unsigned codes, uint8 [n, k], of such rows: the readable way."""
+    check_words(words, bits, k)
+    stream = words.contiguous().view(torch.uint8)
+    each = stream.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1  # the stream's bits, low ones first
+    fields = each.flatten(1)[:, : k * bits].view(len(words), k, bits)
+    return (fields << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)

@@ -11,16 +11,60 @@ column_index, column_values   only with columns in 16 bits, see `numerics.column
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bitgrain.numerics.columns import Columns
-from bitgrain.numerics.formats import Format
-from bitgrain.numerics.outliers import Outliers
-from bitgrain.numerics.packing import pack, unpack
+from bitgrain.numerics.columns import INDEX_DTYPE, Columns
+from bitgrain.numerics.formats import FloatFormat, Format
+from bitgrain.numerics.outliers import VALUE_DTYPE, Outliers, column_dtype
+from bitgrain.numerics.packing import pack, packed_length, unpack
 from bitgrain.numerics.qtensor import QTensor, unsigned
 from bitgrain.numerics.spec import QuantSpec
+
+
+def packed_specs(spec: QuantSpec, shape: tuple[int, int]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of each of these tensors for a matrix of `shape`, in their order."""
+    rows, cols = shape
+    tiles = spec.granularity.tiles(shape)
+    found: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("codes", *_packed(spec.format, (rows, cols)))]
+    if isinstance(spec.scale, QuantSpec):
+        inner = spec.scale.granularity.tiles(tiles)
+        found += [("scale", *_packed(spec.scale.format, tiles)), ("outer_scale", scale_dtype(spec.scale), inner)]
+        if not spec.scale.symmetric:
+            found.append(("outer_zero", *_zeros(spec.scale, inner)))
+    else:
+        found.append(("scale", scale_dtype(spec), tiles))
+    if not spec.symmetric:
+        found.append(("zero", *_zeros(spec, tiles)))
+    if spec.outliers:
+        count = (spec.count_outliers(shape),)
+        found += [
+            ("outlier_starts", torch.int32, (rows + 1,)),
+            ("outlier_columns", column_dtype(cols), count),
+            ("outlier_values", VALUE_DTYPE, count),
+        ]
+    if spec.columns:
+        kept = spec.columns.count(cols)
+        found += [("column_index", INDEX_DTYPE, (kept,)), ("column_values", spec.columns.torch_dtype, (rows, kept))]
+    return found
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """The storage of plainly stored scales."""
+    assert isinstance(spec.scale, FloatFormat)
+    dtype = spec.scale.torch_dtype
+    assert dtype is not None
+    return dtype
+
+
+def zero_dtype(spec: QuantSpec) -> torch.dtype:
+    """The dtype of zero points, before they are packed."""
+    if spec.zero_point == "integer":
+        return spec.format.code_dtype
+    storage = spec.scale_format
+    return storage.torch_dtype or torch.float32 if isinstance(storage, FloatFormat) else torch.float32
 
 
 def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
@@ -45,10 +89,43 @@ def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
     return {suffix: tensor.contiguous() for suffix, tensor in found.items()}
 
 
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A QTensor [out, in] whose codes are packed; everything else is as there.
+
+    words  uint8 or int32 [out, ..]: unsigned codes, packed along the rows by `numerics.packing`; int32 [out, in] for
+           formats of more than 8 bits
+    """
+
+    words: Tensor
+    scale: Tensor | QTensor
+    zero: Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, int]
+    outliers: Outliers | None = None
+    columns: Columns | None = None
+
+    @staticmethod
+    def of(q: QTensor) -> PackedMatrix:
+        """A QTensor of rank 2, packed."""
+        rows, cols = q.shape
+        words = _pack(q.unsigned_codes(), q.spec.format)
+        return PackedMatrix(words, q.scale, q.zero, q.spec, (rows, cols), q.outliers, q.columns)
+
+    def unpack(self) -> QTensor:
+        """The QTensor."""
+        codes = _unpack(self.words, self.spec.format, self.shape[1])
+        return QTensor(codes, self.scale, self.zero, self.spec, self.outliers, self.columns)
+
+
 def unpack_qtensor(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
     """The inverse of `pack_qtensor`, for a matrix of `shape`."""
+    return packed_matrix(stored, spec, shape).unpack()
+
+
+def packed_matrix(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> PackedMatrix:
+    """The same with its codes left packed."""
     across = spec.granularity.tiles(shape)[1]
-    codes = _unpack(stored["codes"], spec.format, shape[1])
     scale: Tensor | QTensor = stored["scale"]
     if isinstance(spec.scale, QuantSpec):
         inner = spec.scale
@@ -60,7 +137,8 @@ def unpack_qtensor(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[i
     if spec.outliers:
         outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
     columns = Columns(stored["column_index"], stored["column_values"]) if spec.columns else None
-    return QTensor(codes, scale, _unpack_zero(stored.get("zero"), spec, across), spec, outliers, columns)
+    zero = _unpack_zero(stored.get("zero"), spec, across)
+    return PackedMatrix(stored["codes"], scale, zero, spec, shape, outliers, columns)
 
 
 def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:
@@ -83,3 +161,14 @@ def _pack_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
 
 def _unpack_zero(stored: Tensor | None, spec: QuantSpec, cols: int) -> Tensor | None:
     return stored if stored is None or spec.zero_point == "real" else _unpack(stored, spec.format, cols)
+
+
+def _packed(format: Format, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
+    """dtype and shape of what `_pack` gives for codes of `shape`."""
+    if format.bits > 8:
+        return torch.int32, shape
+    return torch.uint8, (shape[0], packed_length(shape[1], format.bits, torch.uint8))
+
+
+def _zeros(spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
+    return _packed(spec.format, shape) if spec.zero_point == "integer" else (zero_dtype(spec), shape)

@@ -1,0 +1,179 @@
+"""A packed matrix and a quantizer of inputs in the terms of the kernels, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from bitgrain.kernels.code_linear import SCALE_DTYPES
+from bitgrain.kernels.int_linear import IntInputs
+from bitgrain.kernels.native import DTYPES
+from bitgrain.numerics import QTensor, QuantSpec, per_tensor, per_token
+from bitgrain.numerics.formats import FP8_E4M3, FP32, FloatFormat, Format, IntFormat
+from bitgrain.numerics.packed import PackedMatrix
+from bitgrain.numerics.qtensor import scale_values, unsigned
+from bitgrain.runtime.activations import InputQuantizer
+
+_AS_INTEGERS = {"ternary": 1, "binary": 0.5}
+"""Codebooks that are integers: the code of a 0, which binary does not have."""
+
+
+def refuse_codes(spec: QuantSpec) -> str | None:
+    """Why no kernel looks up weights of such a spec, or None."""
+    return (
+        None
+        if (isinstance(spec.format, IntFormat) and spec.format.bits <= 8) or spec.format.bits <= 4
+        else (f"weights in {spec.format}")
+    )
+
+
+def refuse_integers(spec: QuantSpec) -> str | None:
+    """Why no integer kernel multiplies by weights of such a spec, or None."""
+    if spec.format.name not in _AS_INTEGERS and not (isinstance(spec.format, IntFormat) and spec.format.bits <= 8):
+        return f"weights in {spec.format} and quantized inputs"
+    return f"weights with {100 * spec.outliers:g} % outliers and quantized inputs" if spec.outliers else None
+
+
+def refuse_inputs(spec: QuantSpec) -> str | None:
+    """Why integer kernels do not quantize inputs like this, or None."""
+    if not isinstance(spec.format, IntFormat) or spec.format.bits > 8:
+        return f"inputs in {spec.format}"
+    if not spec.dynamic:
+        fits = spec.granularity == per_tensor() and spec.zero_point != "real" and isinstance(spec.scale, Format)
+        return None if fits else f"static inputs {spec.describe()}"
+    token = spec.granularity == per_token() and spec.symmetric and spec.restricted and spec.scale == FP32
+    return None if token else f"dynamic inputs {spec.describe()}"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Runs of input features with one weight scale and one input scale.
+
+    lengths  of each; groups: which of the weight's tiles across it lies in
+    """
+
+    lengths: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @staticmethod
+    def of(weight: QuantSpec, shape: tuple[int, int], quantizer: InputQuantizer | None) -> Spans:
+        """The union of the weight's groups and the inputs' clusters."""
+        features, group = shape[1], weight.granularity.tile(shape)[1]
+        ends = {*range(group, features, group), features}
+        static = None if quantizer is None else quantizer.static
+        if static is not None and static.scale.shape[-1] > 1:  # by channel: clusters
+            new = static.scale[0, 1:] != static.scale[0, :-1]
+            if static.zero is not None:
+                new |= static.zero[0, 1:] != static.zero[0, :-1]
+            ends |= {int(place) + 1 for place in new.nonzero()}
+        stops = sorted(ends)
+        lengths = tuple(stop - start for start, stop in zip([0, *stops[:-1]], stops, strict=True))
+        return Spans(lengths, tuple((stop - 1) // group for stop in stops))
+
+
+def integer_inputs(quantizer: InputQuantizer, lengths: Sequence[int]) -> IntInputs:
+    """The quantization of inputs that `refuse_inputs` does not refuse, for spans of these lengths."""
+    spec, codes = quantizer.spec, quantizer.all_codes
+    if quantizer.static is None:
+        if quantizer.in_own_dtype:  # compressed-tensors: half the width of the full range
+            return IntInputs(int(codes.low), int(codes.high), (codes.high - codes.low) / 2)
+        return IntInputs(int(spec.low), int(spec.high), spec.high)
+    firsts = [0, *accumulate(lengths)][:-1]
+    scale, zero = quantizer.static.scale.float(), quantizer.static.zero
+    places = firsts if scale.numel() > 1 else [0] * len(firsts)
+    scales = scale.reshape(-1)[places].tolist()
+    zeros = [0] * len(firsts) if zero is None else zero.reshape(-1)[places].tolist()
+    return IntInputs(int(codes.low), int(codes.high), scales=tuple(scales), zeros=tuple(zeros))
+
+
+def integer_scales(weight: PackedMatrix, spans: Spans) -> tuple[Tensor, int | Tensor]:
+    """Scales and zero points of `IntLinear.pack_words`, a row for each output and a column for each span."""
+    spec = weight.spec
+    index = torch.tensor(spans.groups)
+    scale = _rows(_plain(weight.scale, DTYPES), weight).index_select(1, index)
+    if spec.format.name == "binary":  # -1 and 1 are 2 (code - 1/2)
+        return scale * 2, torch.full(scale.shape, 0.5)
+    offset = int(_AS_INTEGERS.get(spec.format.name, spec.format.code_offset))
+    if weight.zero is None:
+        return scale, offset
+    zero = _rows(weight.zero, weight).index_select(1, index)
+    if spec.zero_point == "integer":
+        return scale, unsigned(zero, spec.format)
+    return scale, zero.to(torch.float32) + offset
+
+
+@dataclass(frozen=True)
+class CodeScales:
+    """Arguments of `CodeLinear.pack_words`."""
+
+    scale: Tensor
+    table: list[float] | None
+    zero: Tensor | None
+    outer: float
+
+
+def code_scales(weight: PackedMatrix) -> CodeScales:
+    """For a weight that `refuse_codes` does not refuse."""
+    spec, format = weight.spec, weight.spec.format
+    scale, outer = weight.scale, 1.0
+    if isinstance(scale, QTensor) and _is_nvfp4(spec) and isinstance(scale.scale, Tensor):
+        scale, outer = scale.codes.view(torch.float8_e4m3fn), float(scale.scale.to(torch.float32))
+    rows = _rows(_plain(scale, SCALE_DTYPES), weight)
+    zero = None if weight.zero is None else _rows(weight.zero, weight)
+    if format.bits > 4:  # signed bytes
+        if zero is not None:
+            zero = zero.to(torch.float32)
+        elif not format.signed:
+            zero = torch.zeros(rows.shape)
+        if zero is not None and not format.signed:
+            zero = zero - 2 ** (format.bits - 1)
+        return CodeScales(rows, None, zero, outer)
+    if zero is not None and spec.zero_point == "integer":
+        return CodeScales(rows, [float(code) for code in range(2**format.bits)], unsigned(zero, format), outer)
+    return CodeScales(rows, _table(format), None if zero is None else zero.to(torch.float32), outer)
+
+
+def packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes of a format of `bits` bits out of what `unpack` of the kernels gives."""
+    return codes.view(torch.uint8) + 2 ** (bits - 1) if codes.dtype == torch.int8 else codes
+
+
+def stored_tiles(
+    spans: Tensor, weight: QuantSpec, shape: tuple[int, int], groups: Sequence[int] | None = None
+) -> Tensor:
+    """Scales or zero points as a QTensor has them, out of those that kernels hold for each row and span."""
+    tiles = spans[:: weight.granularity.tile(shape)[0]]
+    if groups is None:
+        return tiles
+    return tiles.index_select(1, torch.tensor([groups.index(i) for i in range(weight.granularity.tiles(shape)[1])]))
+
+
+def plain_scale_dtype(spec: QuantSpec) -> torch.dtype | None:
+    """The dtype of scales that are stored plainly."""
+    return spec.scale.torch_dtype if isinstance(spec.scale, FloatFormat) else None
+
+
+def _plain(scale: Tensor | QTensor, known: dict[torch.dtype, int]) -> Tensor:
+    return scale if isinstance(scale, Tensor) and scale.dtype in known else scale_values(scale)
+
+
+def _rows(tiles: Tensor, weight: PackedMatrix) -> Tensor:
+    """Tiles [down, across] as each row has them."""
+    rows = weight.spec.granularity.tile(weight.shape)[0]
+    return tiles if rows == 1 else tiles.repeat_interleave(rows, 0)[: weight.shape[0]]
+
+
+def _is_nvfp4(spec: QuantSpec) -> bool:
+    return isinstance(spec.scale, QuantSpec) and (spec.scale.format, spec.scale.granularity) == (FP8_E4M3, per_tensor())
+
+
+def _table(format: Format) -> list[float]:
+    """The numbers that unsigned codes of `format` mean."""
+    if isinstance(format, IntFormat):
+        return [float(code - format.code_offset) for code in range(2**format.bits)]
+    count = len(format.grid()) if not isinstance(format, FloatFormat) else 2**format.bits
+    return format.decode(torch.arange(count, dtype=torch.uint8)).tolist()
