@@ -60,7 +60,7 @@ struct Codes<3> {
 
 template <int BITS, int STEPS>
 BG_INLINE void product(I32& sum, const Bytes* w, const Bytes* x) {
-  if constexpr (BITS == 8) dot4(sum, *x, *w);
+  if constexpr (BITS == 8) dot4_shifted(sum, *x, *w);
   else dot4_small<STEPS>(sum, w, x);
 }
 
@@ -93,6 +93,10 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
       }
     }
 
+    constexpr bool kShifted = BITS == 8 && kDotShift != 0;
+    I32 shifted[V];
+    BG_UNROLL for (int v = 0; v < V; ++v) shifted[v] = zero_i();
+
     const uint8_t *p = at + header + half * kHalf, *end = p + (int64_t)span->chunks * kChunk;
     for (; p != end; p += kChunk) {
       BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + ahead + 64 * i);
@@ -100,6 +104,7 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
         Bytes code[V][kAtOnce];
         BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int j = 0; j < kAtOnce; ++j)
             code[v][j] = Codes<BITS>::step(p + v * kHalf, i + j);
+        if constexpr (kShifted) BG_UNROLL for (int v = 0; v < V; ++v) sum4(shifted[v], code[v][0]);
         BG_UNROLL for (int r = 0; r < R; ++r) {
           Bytes x[kAtOnce];
           BG_UNROLL for (int j = 0; j < kAtOnce; ++j) x[j] = repeat4(a + 4 * (j * R + r));
@@ -115,6 +120,7 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
       BG_UNROLL for (int r = 0; r < R; ++r) {
         I32 whole = sum[r][v][0];
         if (kChains == 2) whole = add_i(whole, sum[r][v][kChains - 1]);
+        if constexpr (kShifted) whole = add_i(whole, mul_i(shifted[v], set_i(kDotShift)));
         total[r][v] = SINGLE ? mul_f(to_float(whole), scale) : fma_f(to_float(whole), scale, total[r][v]);
       }
       if (!CONSTANT) {

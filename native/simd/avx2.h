@@ -168,6 +168,9 @@ BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
 }
 #endif
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { dot4_half(sum.lo, u.lo, s.lo), dot4_half(sum.hi, u.hi, s.hi); }
+constexpr int kDotShift = 0;
+BG_INLINE void dot4_shifted(I32& sum, Bytes u, Bytes s) { dot4(sum, u, s); }
+BG_INLINE void sum4(I32& sum, Bytes s) { dot4(sum, set_i(0x01010101), s); }
 
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -124,6 +124,9 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 }
 // asm: gcc 12 copies unrolled accumulators around the intrinsic, which halves the speed
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
+constexpr int kDotShift = 0;
+BG_INLINE void dot4_shifted(I32& sum, Bytes u, Bytes s) { dot4(sum, u, s); }
+BG_INLINE void sum4(I32& sum, Bytes s) { dot4(sum, _mm512_set1_epi8(1), s); }
 template <int STEPS>
 BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
   BG_UNROLL for (int i = 0; i < STEPS; ++i) dot4(sum, u[i], s[i]);

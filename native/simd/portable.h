@@ -249,6 +249,12 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) {
   BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int32_t)u.v[4 * i + j] * (int8_t)s.v[4 * i + j];
 }
+// The same with u - kDotShift for u, where that is cheaper: kDotShift times what sum4 finds is missing.
+constexpr int kDotShift = 0;
+BG_INLINE void dot4_shifted(I32& sum, Bytes u, Bytes s) { dot4(sum, u, s); }
+BG_INLINE void sum4(I32& sum, Bytes s) {  // sum[i] += s[4i] + .. + s[4i+3]
+  BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int8_t)s.v[4 * i + j];
+}
 // STEPS times dot4, with u of less than 16
 template <int STEPS>
 BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
