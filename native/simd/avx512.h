@@ -99,10 +99,10 @@ BG_INLINE F64 add_d(F64 a, F32 b) {
           _mm512_add_pd(a.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)))};
 }
 BG_INLINE double sum_d(F64 x) {
-  double lanes[16], sum = 0;
-  _mm512_storeu_pd(lanes, x.low), _mm512_storeu_pd(lanes + 8, x.high);
-  for (int i = 0; i < 16; ++i) sum += lanes[i];
-  return sum;
+  const __m512d eight = _mm512_add_pd(x.low, x.high);
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
 BG_INLINE Bytes load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }

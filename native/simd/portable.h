@@ -206,10 +206,11 @@ BG_INLINE F64 add_d(F64 a, F32 b) {  // a + b, lane by lane
   BG_LANES a.v[i] += (double)b.v[i];
   return a;
 }
-BG_INLINE double sum_d(F64 x) {  // from the first lane to the last, at every level
-  double sum = 0;
-  BG_LANES sum += x.v[i];
-  return sum;
+BG_INLINE double sum_d(F64 x) {  // halves onto each other, at every level
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
+  }
+  return x.v[0];
 }
 
 BG_INLINE Bytes load_b(const uint8_t* p) {

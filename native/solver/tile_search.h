@@ -1,7 +1,7 @@
 // What a tile of numbers loses under a scale and zero point, for range searches: x ~ s (v - z), v = round(x / s + z).
 //
 // Terms are float32, computed as torch computes them one after the other; they are added in float64, 16 sums side by side
-// and these from the first to the last, the same at every instruction set.
+// whose halves are then added to each other: the same at every instruction set.
 #pragma once
 #include "common.h"
 #include "solver/grid.h"

@@ -1,4 +1,4 @@
-"""GPTQ's loop over the columns of a weight (native/solver/descend.h). The twin is `solvers.descend.descend_in_torch`."""
+"""GPTQ's loop over the columns of a weight (native/solver/descend.h). Its twin: `solvers.descend.descend_in_torch`."""
 
 from __future__ import annotations
 

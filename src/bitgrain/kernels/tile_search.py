@@ -1,7 +1,8 @@
 """What tiles of numbers lose under scales and zero points (native/solver/tile_search.h), for range searches.
 
-x ~ s (v - z) with v = round(x / s + z) on a grid, see `kernels.grid`; x is divided by 1 where s is 0. Terms are float32,
-as torch computes them one after the other, and their sums float64. The twin is `numerics.ranges.search.tile_error`.
+x ~ s (v - z) with v = round(x / s + z) on a grid, see `kernels.grid`; x is divided by 1 where s is 0. Terms are float32
+and computed as torch does it, one operation after the other; their sums are float64. The twin is
+`numerics.ranges.search.tile_error`.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def tile_sums(
 def best_candidates(
     x: Tensor, weights: Tensor | None, scale: Tensor, zero: Tensor | None, grid: Any, error: Tensor
 ) -> Tensor:
-    """For each tile the first candidate with the smallest sum of w (x - s (v - z))^2 below `error`; int64 [t], -1: none.
+    """For each tile the first candidate with the smallest sum of w (x - s (v - z))^2, int64 [t].
 
-    x, weights as of `tile_sums`; scale, zero [candidates, t] float32; error float64 [t]: becomes the smallest.
+    -1 where none is below `error`, float64 [t], which becomes the smallest. x, weights as of `tile_sums`; scale, zero
+    float32 [candidates, t]. Raises KernelError for other shapes.
     """
     x, weights, scale, zero = _checked(x, weights, scale, zero)
     tiles, n = x.shape
@@ -60,7 +62,12 @@ def _checked(
         raise KernelError(f"scales and zero points of tiles {tuple(x.shape)} are [candidates, {x.shape[0]}]")
     if weights is not None and weights.shape != x.shape:
         raise KernelError(f"weights {tuple(weights.shape)} do not fit tiles {tuple(x.shape)}")
-    return _plain(x), None if weights is None else _plain(weights), _plain(scale), None if zero is None else _plain(zero)
+    return (
+        _plain(x),
+        None if weights is None else _plain(weights),
+        _plain(scale),
+        None if zero is None else _plain(zero),
+    )
 
 
 def _plain(tensor: Tensor) -> Tensor:

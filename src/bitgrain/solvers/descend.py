@@ -1,7 +1,7 @@
 """GPTQ's loop over the columns (arXiv 2210.17323, algorithm 1), in torch and by the native kernel.
 
-Both do the same operations on each weight in the same order, but for sums: what the errors of earlier columns come to is
-added in another order, so that their last bits differ, and with them, now and then, a code (docs/decisions/0023).
+Both do the same operations on each weight in the same order, but for sums: what the errors of earlier columns come to
+is added in another order, so that last bits differ, and with them, now and then, a code (docs/decisions/0023).
 """
 
 from __future__ import annotations
