@@ -2,6 +2,7 @@
 #pragma once
 #include "linear/activations.h"
 #include "linear/int_linear.h"
+#include "decoder/rows.h"
 
 namespace bitgrain {
 
@@ -11,6 +12,14 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
+  // rows between products
+  void (*norm_row)(const void* norm_rows, int64_t row, float* to);
+  void (*gated_row)(const void* gated_rows, int64_t row, float* to);
+  // y[y_at ..] = x[x_at ..] + add; `add` may be null
+  void (*add_row)(const void* x, DType x_type, int64_t x_at, const float* add, int64_t width, void* y, DType y_type,
+                  int64_t y_at);
+  void (*rotate_rows)(const RotateRows&, int64_t first, int64_t last);
+  void (*attend)(const PlainAttention&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

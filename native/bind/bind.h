@@ -3,3 +3,4 @@
 #include <nanobind/nanobind.h>
 
 void bind_int_linear(nanobind::module_& m);
+void bind_decoder(nanobind::module_& m);

@@ -85,7 +85,9 @@ void bind_int_linear(nb::module_& m) {
       .def("set_inputs", &IntWeight::set_inputs)
       .def("pack", &IntWeight::pack)
       .def("unpack", &IntWeight::unpack)
-      .def("run", &IntWeight::run);
+      .def("run", &IntWeight::run)
+      .def("weights_at", [](const IntWeight& w) { return reinterpret_cast<uintptr_t>(&w.weights()); })
+      .def("spec_at", [](const IntWeight& w) { return reinterpret_cast<uintptr_t>(&w.spec()); });
   m.def("use_huge_pages", [](uintptr_t memory, size_t bytes) {
     const uintptr_t page = 2 << 20, first = (memory + page - 1) / page * page, last = (memory + bytes) / page * page;
 #ifdef MADV_HUGEPAGE

@@ -19,4 +19,5 @@ NB_MODULE(_native, m) {
   m.def("use_isa", [](const std::string& name) { return bitgrain::use_kernels(name.c_str()); },
         "Run another one from now on; False where it is not here.");
   bind_int_linear(m);
+  bind_decoder(m);
 }

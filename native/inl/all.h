@@ -4,6 +4,9 @@
 //
 #include "inl/activations.inl.h"
 #include "inl/int_linear.inl.h"
+#include "inl/exp.h"
+#include "inl/rows.inl.h"
+#include "inl/attend.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -14,6 +17,7 @@ namespace BG_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels,
+    norm_row, gated_row, add_row, rotate_rows, attend,
 };
 
 }  // namespace BG_ISA

@@ -48,6 +48,7 @@ BG_INLINE F32 fnma_f(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }
 BG_INLINE float max_of_f(F32 x) { return _mm512_reduce_max_ps(x); }
 BG_INLINE float sum_f(F32 x) { return _mm512_reduce_add_ps(x); }
 BG_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
+BG_INLINE F32 as_float(I32 x) { return _mm512_castsi512_ps(x); }
 BG_INLINE I32 round_to_int(F32 x) { return _mm512_cvtps_epi32(x); }
 BG_INLINE F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 BG_INLINE F32 load_bf16(const void* p) {

@@ -136,6 +136,11 @@ BG_INLINE F32 to_float(I32 x) {
   BG_LANES r.v[i] = (float)x.v[i];
   return r;
 }
+BG_INLINE F32 as_float(I32 x) {  // the same bits
+  F32 r;
+  std::memcpy(r.v, x.v, 64);
+  return r;
+}
 BG_INLINE I32 round_to_int(F32 x) {  // ties to even; what does not fit becomes INT32_MIN, as x86 has it
   I32 r;
   BG_LANES {
