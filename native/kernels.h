@@ -1,5 +1,6 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
+#include "attention/attention.h"
 #include "linear/activations.h"
 #include "linear/int_linear.h"
 #include "decoder/rows.h"
@@ -12,6 +13,9 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
+  // decode attention
+  void (*attend_dense)(const AttentionJob&, const DenseTokens&, AttentionPart&);
+  void (*exp_floats)(const float* x, float* y, int64_t count);
   // rows between products
   void (*norm_row)(const void* norm_rows, int64_t row, float* to);
   void (*gated_row)(const void* gated_rows, int64_t row, float* to);
@@ -19,7 +23,6 @@ struct Kernels {
   void (*add_row)(const void* x, DType x_type, int64_t x_at, const float* add, int64_t width, void* y, DType y_type,
                   int64_t y_at);
   void (*rotate_rows)(const RotateRows&, int64_t first, int64_t last);
-  void (*attend)(const PlainAttention&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -4,3 +4,4 @@
 
 void bind_int_linear(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
+void bind_attention(nanobind::module_& m);

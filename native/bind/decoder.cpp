@@ -48,13 +48,15 @@ class DecoderBlock {
     finish_block(attention_, mlp(), at<void>(x), DType(type), m, at<void>(attended), DType(type), at<void>(y), threads);
   }
 
-  void run(uintptr_t x, int type, int64_t batch, uintptr_t cos, uintptr_t sin, int cos_type, int64_t cos_rows,
-           int64_t rotary_dim, uintptr_t keys, uintptr_t values, int64_t batch_stride, int64_t head_stride,
-           int64_t past, uintptr_t y, int threads) const {
+  void run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
+           int64_t cos_rows, int64_t rotary_dim, uintptr_t keys, uintptr_t values, int64_t k_batch,
+           int64_t k_head, int64_t v_batch, int64_t v_head, int64_t past_and_new, int mask_kind, uintptr_t mask, int64_t mask_0, int64_t mask_1,
+           int64_t mask_2, uintptr_t y, int threads) const {
     nb::gil_scoped_release free;
-    run_block(attention_, mlp(), at<void>(x), DType(type), batch,
+    run_block(attention_, mlp(), at<void>(x), DType(type), batch, tokens,
               {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim},
-              {at<void>(keys), at<void>(values), batch_stride, head_stride, past}, at<void>(y), threads);
+              {at<void>(keys), at<void>(values), {k_batch, k_head}, {v_batch, v_head}, past_and_new},
+              {MaskKind(mask_kind), at<void>(mask), {mask_0, mask_1, mask_2}}, at<void>(y), threads);
   }
 
  private:

@@ -89,32 +89,40 @@ void finish_block(const AttentionStage& attention, const MlpStage* mlp, const vo
 }
 
 void run_block(const AttentionStage& attention, const MlpStage* mlp, const void* x, DType type, int64_t batch,
-               const Positions& positions, const KeysValues& cache, void* y, int threads) {
+               int64_t tokens, const Positions& positions, const KeysValues& cache, const Mask& mask, void* y,
+               int threads) {
   static thread_local Scratch qkv_memory, attended_memory;
   const Kernels& kernel = kernels();
-  const int64_t size = attention.head_dim, row_width = attention.qkv_width;
-  float* qkv = qkv_memory.get<float>(batch * row_width);
-  start_attention(attention, x, type, batch, positions, qkv, DType::f32, threads);
-  for (int64_t b = 0; b < batch; ++b) {
+  const int64_t size = attention.head_dim, width = attention.qkv_width, past = cache.tokens - tokens;
+  float* qkv = qkv_memory.get<float>(batch * tokens * width);
+  start_attention(attention, x, type, batch * tokens, positions, qkv, DType::f32, threads);
+  for (int64_t row = 0; row < batch * tokens; ++row) {
     for (int64_t head = 0; head < attention.kv_heads; ++head) {
-      const int64_t to = b * cache.batch_stride + head * cache.head_stride + cache.past * size;
-      const float* from = qkv + b * row_width + head * size;
-      kernel.add_row(from, DType::f32, attention.at[1], nullptr, size, cache.keys, type, to);
-      kernel.add_row(from, DType::f32, attention.at[2], nullptr, size, cache.values, type, to);
+      const float* from = qkv + row * width + head * size;
+      const auto place = [&](const int64_t* stride) {
+        return row / tokens * stride[0] + head * stride[1] + (past + row % tokens) * size;
+      };
+      kernel.add_row(from, DType::f32, attention.at[1], nullptr, size, cache.keys, type, place(cache.k_stride));
+      kernel.add_row(from, DType::f32, attention.at[2], nullptr, size, cache.values, type, place(cache.v_stride));
     }
   }
 
-  float* attended = attended_memory.get<float>(batch * attention.heads * size);
-  const int64_t tokens = cache.past + 1;
-  const PlainAttention job{qkv + attention.at[0], row_width, attention.heads, attention.kv_heads, size, tokens, cache.keys,
-                      cache.values, type, cache.batch_stride, cache.head_stride, attention.scale, nullptr, attended};
-  parallel_for(threads, batch * attention.kv_heads, 1, [&](int64_t first, int64_t last) {
-    static thread_local Scratch scores_memory;
-    PlainAttention own = job;
-    own.scores = scores_memory.get<float>(attention.heads / attention.kv_heads * tokens);
-    kernel.attend(own, first, last);
-  });
-  finish_block(attention, mlp, x, type, batch, attended, DType::f32, y, threads);
+  const int64_t attended_width = attention.heads * size;
+  float* attended = attended_memory.get<float>(batch * tokens * attended_width);
+  AttentionJob job{};
+  job.q = qkv + attention.at[0], job.q_type = DType::f32;
+  job.q_stride[0] = tokens * width, job.q_stride[1] = size, job.q_stride[2] = width;
+  job.batch = batch, job.heads = attention.heads, job.groups = attention.kv_heads, job.queries = tokens;
+  job.k_size = job.v_size = size, job.scaling = attention.scale, job.causal = mask.kind == MaskKind::none;
+  job.mask_kind = mask.kind, job.mask = mask.mask;
+  for (int i = 0; i < 3; ++i) job.mask_stride[i] = mask.stride[i];
+  job.out = attended;
+  job.out_stride[0] = tokens * attended_width, job.out_stride[1] = size, job.out_stride[2] = attended_width;
+  const DenseTokens past_and_new{cache.tokens, type, cache.keys, cache.values,
+                                 {cache.k_stride[0], cache.k_stride[1], size},
+                                 {cache.v_stride[0], cache.v_stride[1], size}};
+  decode_attention(job, past_and_new, threads);
+  finish_block(attention, mlp, x, type, batch * tokens, attended, DType::f32, y, threads);
 }
 
 }  // namespace bitgrain

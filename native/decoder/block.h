@@ -5,6 +5,7 @@
 //
 // Weights of one stage may be joined in memory (one qkv weight): what counts is where their columns lie in a row.
 #pragma once
+#include "attention/attention.h"
 #include "decoder/products.h"
 #include "decoder/rows.h"
 
@@ -39,11 +40,17 @@ struct Positions {  // what the model gives its blocks
   int64_t rows, rotary_dim;
 };
 
-struct KeysValues {  // [batch, kv_heads, .., head_dim], of the type of x
+struct KeysValues {  // [batch, kv_heads, tokens, head_dim], of the type of x; room for the new tokens is at the end
   void* keys;
   void* values;
-  int64_t batch_stride, head_stride;
-  int64_t past;  // tokens that are there
+  int64_t k_stride[2], v_stride[2];  // of batch and head
+  int64_t tokens;
+};
+
+struct Mask {  // as in AttentionJob
+  MaskKind kind;
+  const void* mask;
+  int64_t stride[3];
 };
 
 // q, k and v of m rows of x [m, hidden], normed and rotated, to out [m, qkv_width].
@@ -61,8 +68,10 @@ void run_mlp(const MlpStage& part, const float* h, int64_t m, void* y, DType typ
 void finish_block(const AttentionStage& attention, const MlpStage* mlp, const void* x, DType type, int64_t m,
                   const void* attended, DType attended_type, void* y, int threads);
 
-// One new token of each sequence: its keys and values are added to the cache.
+// A few new tokens of each sequence, x [batch, tokens, hidden]: their keys and values are written to the cache, and
+// without a mask each sees what stands before it.
 void run_block(const AttentionStage& attention, const MlpStage* mlp, const void* x, DType type, int64_t batch,
-               const Positions& positions, const KeysValues& cache, void* y, int threads);
+               int64_t tokens, const Positions& positions, const KeysValues& cache, const Mask& mask, void* y,
+               int threads);
 
 }  // namespace bitgrain

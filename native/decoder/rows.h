@@ -55,19 +55,6 @@ struct RotateRows {
   int64_t cos_rows, rotary_dim;
 };
 
-// One new token of each sequence against all keys and values of its cache.
-struct PlainAttention {
-  const float* q;  // [batch, heads * head_dim], rows q_stride apart
-  int64_t q_stride, heads, kv_heads, head_dim, tokens;
-  const void* keys;  // [batch, kv_heads, .., head_dim]
-  const void* values;
-  DType type;
-  int64_t batch_stride, head_stride;  // of keys and of values, in elements
-  float scale;
-  float* scores;  // [heads / kv_heads, tokens] of this thread
-  float* y;       // [batch, heads * head_dim]
-};
-
 // Rows that nothing quantizes, to y [m, width].
 void make_rows(const RowSource& source, int64_t m, int64_t width, void* y, DType type, int threads);
 

@@ -1,12 +1,13 @@
 // Every kernel, compiled for the instruction set whose simd header came before; BG_ISA is its name.
 #include "inl/loads.h"
+#include "inl/exp.h"
 #include "kernels.h"
 //
 #include "inl/activations.inl.h"
 #include "inl/int_linear.inl.h"
-#include "inl/exp.h"
+#include "inl/attention.inl.h"
+#include "inl/attention_dense.inl.h"
 #include "inl/rows.inl.h"
-#include "inl/attend.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -16,8 +17,8 @@ namespace BG_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels,
-    norm_row, gated_row, add_row, rotate_rows, attend,
+    BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels, attend_dense, exp_floats,
+    norm_row, gated_row, add_row, rotate_rows,
 };
 
 }  // namespace BG_ISA

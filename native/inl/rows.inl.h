@@ -52,6 +52,11 @@ static void norm_row(const void* context, int64_t row, float* to) {
   normalize(job.norm, to, to);
 }
 
+BG_INLINE F32 sigmoid_f(F32 x) {
+  const F32 one = set_f(1.f);
+  return div_f(one, add_f(one, exp_f(sub_f(zero_f(), x))));
+}
+
 // erf after Abramowitz and Stegun 7.1.26: off by at most 1.5e-7
 BG_INLINE F32 erf_f(F32 x) {
   const F32 size = abs_f(x), one = set_f(1.f);

@@ -47,8 +47,23 @@ BG_INLINE F32 fma_f(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 BG_INLINE F32 fnma_f(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }
 BG_INLINE float max_of_f(F32 x) { return _mm512_reduce_max_ps(x); }
 BG_INLINE float sum_f(F32 x) { return _mm512_reduce_add_ps(x); }
+BG_INLINE F32 scale_f(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+BG_INLINE F32 sums_f(const F32* x) {  // lane i: the sum of the lanes of x[i]
+  F32 pairs[8], fours[4], eights[2];
+  BG_UNROLL for (int i = 0; i < 8; ++i) {
+    pairs[i] = add_f(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  }
+  BG_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = add_f(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  BG_UNROLL for (int i = 0; i < 2; ++i) {
+    const F32 a = fours[2 * i], b = fours[2 * i + 1];
+    eights[i] = add_f(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  return add_f(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+}
 BG_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
-BG_INLINE F32 as_float(I32 x) { return _mm512_castsi512_ps(x); }
 BG_INLINE I32 round_to_int(F32 x) { return _mm512_cvtps_epi32(x); }
 BG_INLINE F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 BG_INLINE F32 load_bf16(const void* p) {

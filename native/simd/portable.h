@@ -131,14 +131,18 @@ BG_INLINE float sum_f(F32 x) {
   BG_LANES s += x.v[i];
   return s;
 }
+BG_INLINE F32 scale_f(F32 x, F32 n) {  // x 2^n, n a whole number within -252 .. 254
+  BG_LANES x.v[i] = std::ldexp(x.v[i], (int)n.v[i]);
+  return x;
+}
+BG_INLINE F32 sums_f(const F32* x) {  // lane i: the sum of the lanes of x[i]
+  F32 r;
+  BG_LANES r.v[i] = sum_f(x[i]);
+  return r;
+}
 BG_INLINE F32 to_float(I32 x) {
   F32 r;
   BG_LANES r.v[i] = (float)x.v[i];
-  return r;
-}
-BG_INLINE F32 as_float(I32 x) {  // the same bits
-  F32 r;
-  std::memcpy(r.v, x.v, 64);
   return r;
 }
 BG_INLINE I32 round_to_int(F32 x) {  // ties to even; what does not fit becomes INT32_MIN, as x86 has it

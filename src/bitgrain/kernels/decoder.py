@@ -1,6 +1,6 @@
 """A decoder block in one native call: norm, q k v, rotary positions, cache, attention, o, norm, gate, up, down.
 
-`DecoderBlock.run` is the whole block for one new token of each sequence; `start` and `finish` are what stands before
+`DecoderBlock.run` is the whole block for a few new tokens of each sequence; `start` and `finish` are what stands before
 and after an attention that something else computes. Both keep sums in float32 between the products. What a block is
 made of is said by `AttentionPart` and `MlpPart`; the twin is the module itself.
 """
@@ -102,17 +102,31 @@ class DecoderBlock:
         return y
 
     def run(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, past: int
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """x [batch, 1, hidden] -> the block's output.
+        """x [batch, tokens, hidden], contiguous -> the block's output.
 
-        keys, values  [batch, kv_heads, tokens, head_dim] of the dtype of x, with equal strides and whole rows; those
-                      of the new token are written behind the first `past` ones
+        keys, values  [batch, kv_heads, past and new tokens, head_dim] of the dtype of x, with whole rows side by side;
+                      those of the new tokens are written to the end
+        mask          bool [batch or 1, heads or 1, tokens or 1, past and new], True where a token is seen; without
+                      one each token sees those before it
         """
         y = torch.empty_like(x)
+        kind, address, strides = 0, 0, (0, 0, 0)
+        if mask is not None:
+            kind, address = 1, mask.data_ptr()
+            a, b, c = (0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
+            strides = (a, b, c)
         self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], *self._positions(cos, sin), keys.data_ptr(), values.data_ptr(),
-            keys.stride(0), keys.stride(1), past, y.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *self._positions(cos, sin), keys.data_ptr(),
+            values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), keys.shape[2], kind,
+            address, *strides, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
 

@@ -154,7 +154,8 @@ def _attention(
                         norm=norm, qkv=tuple(one.path for one in readers_of(parts, readers)), o=o[0].path,
                         heads=heads, kv_heads=kv_heads, head_dim=size, rotary=rotary, scale=scale,
                         q_norm=q_norm, k_norm=k_norm, module=_path_of(block, call.module), extras=others,
-                        plain=all(value is None or name == "sliding_window" for name, value in others.items()),
+                        plain=getattr(call.module, "is_causal", True)
+                        and all(value is None or name == "sliding_window" for name, value in others.items()),
                         layer=layer,
                     )  # fmt: skip
     return None
@@ -287,11 +288,10 @@ def _proved(block: nn.Module, plan: BlockPlan, trace: BlockTrace) -> bool:
         y = y + (after[0] if isinstance(after, tuple) else after)
     if not _close(y, trace.y, SAME):
         return False
-    if plan.mlp is not None and plan.attention.plain and x.shape[1] == 1:
+    if plan.mlp is not None and plan.attention.plain:
         keys, values = (one.clone(memory_format=torch.contiguous_format) for one in (call.k, call.v))
-        past = keys.shape[2] - 1
-        keys[:, :, past:] = values[:, :, past:] = torch.nan
-        return _close(native.run(x, cos, sin, keys, values, past), trace.y, SAME)
+        keys[:, :, -x.shape[1] :] = values[:, :, -x.shape[1] :] = torch.nan
+        return _close(native.run(x, cos, sin, keys, values), trace.y, SAME)
     return True
 
 

@@ -15,14 +15,14 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
 from bitgrain.kernels.rows import Act, Rotary, RowNorm
-from bitgrain.runtime.growing import grow
+from bitgrain.runtime.kv_cache.growing import GrowingLayer
 
 MOST_ROWS = 16
 """New tokens of a batch up to which attention is computed by the block's own native call."""
@@ -124,19 +124,18 @@ class FusedForward:
         part = self.block.get_submodule(attention.module) if attention.module else self.block
         implementation = cast(Any, part).config._attn_implementation
         if (
-            x.shape[1] == 1
-            and mask is None
+            x.shape[0] * x.shape[1] <= MOST_ROWS
             and cache is not None
             and attention.plain
             and plan.mlp is not None
-            and x.shape[0] <= MOST_ROWS
             and implementation in _PLAIN_ATTENTION
-            and type(layer := cache.layers[attention.layer]) is DynamicLayer
+            and isinstance(layer := cache.layers[attention.layer], GrowingLayer)
+            and (layer.keys is None or layer.keys.dtype == x.dtype)
+            and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.stride(3) == 1))
         ):
-            shape = (x.shape[0], attention.kv_heads, 1, attention.head_dim)
-            if (room := grow(layer, shape, x.dtype)) is not None:
-                keys, values, past = room
-                return native.run(x, cos, sin, keys, values, past)
+            new = x.new_empty(x.shape[0], attention.kv_heads, x.shape[1], attention.head_dim)
+            keys, values = layer.update(new, new, write=False)
+            return native.run(x, cos, sin, keys, values, mask)
         return self._by_interface(native, part, implementation, x, cos, sin, mask, cache, kwargs)
 
     def _by_interface(

@@ -85,7 +85,7 @@ def past_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def use_cache(model: nn.Module, make: Callable[[], KVCache]) -> None:
+def use_cache(model: nn.Module, make: Callable[[], Cache]) -> None:
     """From now on `model` (of transformers) fills caches as `make` gives them wherever it would fill a plain one.
 
     An empty DynamicCache that is passed to it, as `generate` does, gets our layers.

@@ -1,0 +1,119 @@
+"""Decode attention: every level equals the twin, whatever the shapes, masks and strides; any number of threads."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitgrain.errors import KernelError
+from bitgrain.kernels.attention import attend_dense
+from bitgrain.kernels.native import is_available, native
+from bitgrain.kernels.reference.attention import attend
+
+if not is_available():
+    pytest.skip("the native module is not built", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=native().isas())
+def level(request: pytest.FixtureRequest):
+    before = native().isa()
+    native().use_isa(request.param)
+    yield request.param
+    native().use_isa(before)
+
+
+def options_of(draw: Any, made: torch.Generator, batch: int, heads: int, queries: int, tokens: int) -> dict[str, Any]:
+    """Mask, causal, softcap and sinks."""
+    options: dict[str, Any] = {"causal": draw(st.booleans())}
+    mask = draw(st.sampled_from(["none", "seen", "added", "lowest"]))
+    shape = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), queries, tokens)
+    if mask == "seen":
+        options["mask"] = torch.rand(shape, generator=made) > 0.3
+    elif mask != "none":
+        options["mask"] = torch.randn(shape, generator=made)
+        if mask == "lowest":
+            low = torch.finfo(torch.float32).min
+            options["mask"] = options["mask"].masked_fill(options["mask"] > 0.5, low)
+    if draw(st.booleans()):
+        options["softcap"] = 5.0
+    if draw(st.booleans()):
+        options["sinks"] = torch.randn(heads, generator=made)
+    return options
+
+
+@st.composite
+def cases(draw: Any):
+    made = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, groups, shared = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 7, 8]))
+    queries, tokens = draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([1, 3, 63, 64, 65, 255, 257, 530]))
+    size, v_size = draw(st.sampled_from([(16, 16), (64, 64), (24, 40), (33, 7), (96, 64)]))
+    dtype, past = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    options = options_of(draw, made, batch, groups * shared, queries, tokens)
+    q = torch.randn(batch, queries, groups * shared, size, generator=made).to(dtype).transpose(1, 2)
+    k = torch.randn(batch, groups, tokens + 3, size, generator=made).to(past)[:, :, 2:-1]
+    v = torch.randn(batch, tokens, groups, v_size, generator=made).to(past).transpose(1, 2)
+    return q, k, v, options
+
+
+@pytest.mark.parametrize("isa", native().isas())
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_equals_its_twin(isa: str, case: Any):
+    q, k, v, options = case
+    before = native().isa()
+    native().use_isa(isa)
+    try:
+        found = attend_dense(q, k, v, scaling=0.2, **options)
+    finally:
+        native().use_isa(before)
+    twin = attend(q.double(), k, v, scaling=0.2, **options)
+    assert found.dtype == q.dtype
+    error = (found.double() - twin).abs()
+    assert (error <= 2e-6 + 1.01 * torch.finfo(q.dtype).eps * twin.abs()).all()
+
+
+def test_any_number_of_threads_gives_the_same():
+    q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 3000, 64), torch.randn(1, 2, 3000, 64)
+    before, found = torch.get_num_threads(), list[torch.Tensor]()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(attend_dense(q, k, v, scaling=0.125))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_exp_to_an_ulp(level: str):
+    x = torch.cat(
+        [torch.linspace(-87, 88.7, 100001), torch.tensor([0.0, -200.0, 200.0, torch.inf, -torch.inf, torch.nan])]
+    )
+    y = torch.empty_like(x)
+    native().exp_floats(x.data_ptr(), y.data_ptr(), x.numel())
+    exact = x[:-6].double().exp()
+    assert float(((y[:-6] - exact) / exact).abs().max()) < 2.0**-23
+    assert y[-6:-1].tolist() == [1.0, 0.0, torch.inf, torch.inf, 0.0]
+    assert y[-1].isnan()
+
+
+def test_nan_comes_through(level: str):
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 9, 16), torch.randn(1, 1, 9, 16)
+    k[0, 0, 4, 3] = torch.nan
+    assert attend_dense(q, k, v, scaling=1.0).isnan().all()
+
+
+def test_wrong_shapes_are_told():
+    q, k = torch.randn(1, 3, 1, 16), torch.randn(1, 2, 9, 16)
+    with pytest.raises(KernelError, match="do not fit each other"):
+        attend_dense(q, k, k[:, :, :5], scaling=1.0)
+    with pytest.raises(KernelError, match="cannot read the keys of 1 texts with 2 heads"):
+        attend_dense(q, k, k, scaling=1.0)
+    with pytest.raises(KernelError, match="mask of shape"):
+        attend_dense(q[:, :2], k, k, scaling=1.0, mask=torch.ones(1, 1, 1, 8, dtype=torch.bool))
+    with pytest.raises(KernelError, match="sinks of shape"):
+        attend_dense(q[:, :2], k, k, scaling=1.0, sinks=torch.ones(3))
+    with pytest.raises(KernelError, match="float64"):
+        attend_dense(q[:, :2].double(), k, k, scaling=1.0)
