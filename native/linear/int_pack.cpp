@@ -117,4 +117,32 @@ void unpack_panels(const IntWeights& w, uint8_t* codes, float* scale, float* zer
   }
 }
 
+void dequantize_features(const IntWeights& w, const int64_t* features, int64_t count, float* to, int64_t first,
+                         int64_t last) {
+  const int64_t in_chunk = chunk_features(w.bits), vectors = chunk_vectors(w.bits);
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t s = 0;
+    while (w.span[s].first + w.span[s].count <= features[i]) ++s;
+    const Span& span = w.span[s];
+    const int64_t f = features[i] - span.first;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const uint8_t *scales = w.panels + panel * w.panel_bytes + span.offset, *zeros = scales + scales_bytes(w.scale_type);
+      const uint8_t* chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
+      const uint8_t* chunk = chunks + f / in_chunk * vectors * 2 * 64;
+      for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
+        const uint8_t* lane = chunk + (c / 16) * vectors * 64 + (c % 16) * 4;
+        int code = 0;
+        locate(w.bits, f % in_chunk, [&](int64_t byte, int64_t shift, int low, int bits) {
+          code |= (lane[byte] >> shift & ((1 << bits) - 1)) << low;
+        });
+        float zero = (float)w.zero;
+        if (w.zeros == Zeros::codes) zero = zeros[c];
+        if (w.zeros == Zeros::real) std::memcpy(&zero, zeros + 4 * c, 4);
+        const float value = w.bits == 8 ? (float)(int8_t)code : (float)code;
+        to[i * w.n + panel * kPanel + c] = (value - zero) * load_scale(scales, w.scale_type, c);
+      }
+    }
+  }
+}
+
 }  // namespace bitgrain

@@ -74,4 +74,8 @@ void pack_panels(const IntWeights& w, const uint8_t* codes, const float* scale, 
 // The inverse: codes, and scales and zeros where asked for (not null).
 void unpack_panels(const IntWeights& w, uint8_t* codes, float* scale, float* zero, int64_t first, int64_t last);
 
+// Some input features [count] of the weight, dequantized to [count, n]; panels [first, last).
+void dequantize_features(const IntWeights& w, const int64_t* features, int64_t count, float* to, int64_t first,
+                         int64_t last);
+
 }  // namespace bitgrain

@@ -34,12 +34,9 @@ from torch import Tensor
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.numerics import QTensor, QuantSpec, per_tensor
-from bitgrain.numerics.columns import INDEX_DTYPE
-from bitgrain.numerics.formats import FloatFormat, Format
 from bitgrain.numerics.observers import StaticInput
-from bitgrain.numerics.outliers import VALUE_DTYPE, column_dtype
-from bitgrain.numerics.packed import pack_qtensor, unpack_qtensor
-from bitgrain.numerics.packing import packed_length
+from bitgrain.numerics.outliers import column_dtype
+from bitgrain.numerics.packed import pack_qtensor, packed_specs, scale_dtype, unpack_qtensor, zero_dtype
 from bitgrain.recipes.spec_model import SchemeModel
 
 
@@ -67,40 +64,16 @@ class BitgrainLayout:
         return None
 
     def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
-        spec = layer.scheme.weight
         stack = (layer.experts,) if layer.experts > 1 else ()
-        rows, cols = layer.shape
-        tiles = spec.granularity.tiles(layer.shape)
-        found: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("codes", *_packed(spec.format, (rows, cols)))]
-        if isinstance(spec.scale, QuantSpec):
-            inner = spec.scale.granularity.tiles(tiles)
-            found += [("scale", *_packed(spec.scale.format, tiles)), ("outer_scale", _dtype(spec.scale), inner)]
-            if not spec.scale.symmetric:
-                found.append(("outer_zero", *_zeros(spec.scale, inner)))
-        else:
-            found.append(("scale", _dtype(spec), tiles))
-        if not spec.symmetric:
-            found.append(("zero", *_zeros(spec, tiles)))
-        if spec.outliers:
-            count = (spec.count_outliers(layer.shape),)
-            found += [
-                ("outlier_starts", torch.int32, (rows + 1,)),
-                ("outlier_columns", column_dtype(cols), count),
-                ("outlier_values", VALUE_DTYPE, count),
-            ]
-        if spec.columns:
-            count = spec.columns.count(cols)
-            found += [
-                ("column_index", INDEX_DTYPE, (count,)),
-                ("column_values", spec.columns.torch_dtype, (rows, count)),
-            ]
+        cols = layer.in_features
+        found = packed_specs(layer.scheme.weight, layer.shape)
         specs = [TensorSpec(f"{layer.tensor}.{suffix}", dtype, (*stack, *shape)) for suffix, dtype, shape in found]
         static = layer.static_input
         if static is not None:
             count = static.clusters or layer.experts
-            specs.append(TensorSpec(f"{layer.tensor}.input_scale", _dtype(static), (count,)))
+            specs.append(TensorSpec(f"{layer.tensor}.input_scale", scale_dtype(static), (count,)))
             if not static.symmetric:
-                specs.append(TensorSpec(f"{layer.tensor}.input_zero", _zero_dtype(static), (count,)))
+                specs.append(TensorSpec(f"{layer.tensor}.input_zero", zero_dtype(static), (count,)))
             if static.clusters:
                 specs.append(TensorSpec(f"{layer.tensor}.input_sizes", torch.int32, (count,)))
                 specs.append(TensorSpec(f"{layer.tensor}.input_order", column_dtype(cols), (cols,)))
@@ -202,28 +175,3 @@ def read_layers(config: Mapping[str, Any]) -> list[StoredLayer]:
         )
         for tensor, entry in config["layers"].items()
     ]
-
-
-def _dtype(spec: QuantSpec) -> torch.dtype:
-    assert isinstance(spec.scale, FloatFormat)
-    dtype = spec.scale.torch_dtype
-    assert dtype is not None
-    return dtype
-
-
-def _zero_dtype(spec: QuantSpec) -> torch.dtype:
-    if spec.zero_point == "integer":
-        return spec.format.code_dtype
-    storage = spec.scale_format
-    return storage.torch_dtype or torch.float32 if isinstance(storage, FloatFormat) else torch.float32
-
-
-def _packed(format: Format, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
-    """dtype and shape of codes [rows, cols] on disk."""
-    if format.bits > 8:
-        return torch.int32, shape
-    return torch.uint8, (shape[0], packed_length(shape[1], format.bits, torch.uint8))
-
-
-def _zeros(spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
-    return _packed(spec.format, shape) if spec.zero_point == "integer" else (_zero_dtype(spec), shape)

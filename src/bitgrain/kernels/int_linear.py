@@ -80,8 +80,8 @@ class IntLinear:
             given, inputs.divisor, inputs.low, inputs.high, shift, list(inputs.scales or ()), list(inputs.zeros)
         )
         self.panels = panel_memory(self.handle.nbytes()) if panels is None else panels
-        self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        self.handle.attach(self.panels.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+        self._run = self.handle.run
+        self.set_bias(bias)
 
     @classmethod
     def pack(
@@ -134,10 +134,63 @@ class IntLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., k] float32, bfloat16 or float16 -> [..., n] in its dtype. A row with NaN or Inf gives one of NaN."""
-        rows = rows_of(x, self.k)
-        y = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
-        kind = DTYPES[x.dtype]
-        self.handle.run(
-            rows.data_ptr(), kind, rows.shape[0], rows.stride(0), y.data_ptr(), kind, self.n, torch.get_num_threads()
-        )
+        shape, kind = x.shape, DTYPES.get(x.dtype)
+        if kind is None or shape[-1] != self.k or not x.is_cpu:
+            rows_of(x, self.k)  # says what is wrong
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*shape[:-1], self.n))
+        self._run(x.data_ptr(), kind, x.numel() // self.k, self.k, y.data_ptr(), kind, self.n, torch.get_num_threads())
         return y
+
+    def dequantize_features(self, index: Tensor) -> Tensor:
+        """Columns of the weight, dequantized: float32 [len(index), n]; index int64, each from 0 to k - 1."""
+        found = torch.empty(len(index), self.n)
+        self.handle.dequantize(index.data_ptr(), len(index), found.data_ptr(), torch.get_num_threads())
+        return found
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
+        self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+        self.handle.attach(self.panels.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = (self.scale_dtype, self.zeros, self.zero, self.bias, self.panels)
+        return _restore, (self.n, self.lengths, self.bits, self.inputs, *settings)
+
+
+def _restore(
+    n: int, lengths: Sequence[int], bits: int, inputs: IntInputs, scale_dtype: torch.dtype, zeros: Zeros, zero: int,
+    bias: Tensor | None, panels: Tensor,
+) -> IntLinear:  # fmt: skip
+    return IntLinear(
+        n, lengths, bits, inputs, scale_dtype=scale_dtype, zeros=zeros, zero=zero, bias=bias, panels=panels
+    )
+
+
+class IntLinears:
+    """Several weights that read the same inputs (q, k and v; gate and up), in one call. Up to 8."""
+
+    def __init__(self, members: Sequence[IntLinear]) -> None:
+        """Raises KernelError unless they have the same bits, spans and inputs."""
+        first = members[0]
+        if len({(one.bits, one.lengths, one.inputs) for one in members}) > 1:
+            raise KernelError("weights that run in one call have the same bits, spans and quantized inputs")
+        if len(members) > 8:
+            raise KernelError(f"up to 8 weights run in one call, not {len(members)}")
+        self.members = tuple(members)
+        self.k = first.k
+        self.handle: Any = native().IntGroup([one.handle for one in members])
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x as for `IntLinear`; the outputs of the members in their order."""
+        shape, kind = x.shape, DTYPES.get(x.dtype)
+        if kind is None or shape[-1] != self.k or not x.is_cpu:
+            rows_of(x, self.k)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        ys = tuple([x.new_empty((*shape[:-1], one.n)) for one in self.members])
+        self.handle.run(
+            x.data_ptr(), kind, x.numel() // self.k, self.k, [y.data_ptr() for y in ys], kind, torch.get_num_threads()
+        )
+        return ys

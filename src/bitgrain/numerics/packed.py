@@ -15,12 +15,55 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bitgrain.numerics.columns import Columns
-from bitgrain.numerics.formats import Format
-from bitgrain.numerics.outliers import Outliers
-from bitgrain.numerics.packing import pack, unpack
+from bitgrain.numerics.columns import INDEX_DTYPE, Columns
+from bitgrain.numerics.formats import FloatFormat, Format
+from bitgrain.numerics.outliers import VALUE_DTYPE, Outliers, column_dtype
+from bitgrain.numerics.packing import pack, packed_length, unpack
 from bitgrain.numerics.qtensor import QTensor, unsigned
 from bitgrain.numerics.spec import QuantSpec
+
+
+def packed_specs(spec: QuantSpec, shape: tuple[int, int]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """Name, dtype and shape of each of these tensors for a matrix of `shape`, in their order."""
+    rows, cols = shape
+    tiles = spec.granularity.tiles(shape)
+    found: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("codes", *_packed(spec.format, (rows, cols)))]
+    if isinstance(spec.scale, QuantSpec):
+        inner = spec.scale.granularity.tiles(tiles)
+        found += [("scale", *_packed(spec.scale.format, tiles)), ("outer_scale", scale_dtype(spec.scale), inner)]
+        if not spec.scale.symmetric:
+            found.append(("outer_zero", *_zeros(spec.scale, inner)))
+    else:
+        found.append(("scale", scale_dtype(spec), tiles))
+    if not spec.symmetric:
+        found.append(("zero", *_zeros(spec, tiles)))
+    if spec.outliers:
+        count = (spec.count_outliers(shape),)
+        found += [
+            ("outlier_starts", torch.int32, (rows + 1,)),
+            ("outlier_columns", column_dtype(cols), count),
+            ("outlier_values", VALUE_DTYPE, count),
+        ]
+    if spec.columns:
+        kept = spec.columns.count(cols)
+        found += [("column_index", INDEX_DTYPE, (kept,)), ("column_values", spec.columns.torch_dtype, (rows, kept))]
+    return found
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """The storage of plainly stored scales."""
+    assert isinstance(spec.scale, FloatFormat)
+    dtype = spec.scale.torch_dtype
+    assert dtype is not None
+    return dtype
+
+
+def zero_dtype(spec: QuantSpec) -> torch.dtype:
+    """The dtype of zero points, before they are packed."""
+    if spec.zero_point == "integer":
+        return spec.format.code_dtype
+    storage = spec.scale_format
+    return storage.torch_dtype or torch.float32 if isinstance(storage, FloatFormat) else torch.float32
 
 
 def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
@@ -83,3 +126,14 @@ def _pack_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
 
 def _unpack_zero(stored: Tensor | None, spec: QuantSpec, cols: int) -> Tensor | None:
     return stored if stored is None or spec.zero_point == "real" else _unpack(stored, spec.format, cols)
+
+
+def _packed(format: Format, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
+    """dtype and shape of what `_pack` gives for codes of `shape`."""
+    if format.bits > 8:
+        return torch.int32, shape
+    return torch.uint8, (shape[0], packed_length(shape[1], format.bits, torch.uint8))
+
+
+def _zeros(spec: QuantSpec, shape: tuple[int, int]) -> tuple[torch.dtype, tuple[int, int]]:
+    return _packed(spec.format, shape) if spec.zero_point == "integer" else (zero_dtype(spec), shape)

@@ -1,4 +1,5 @@
-"""Load what `quantize` wrote: a transformers model with dequantized weights, activations quantized by simulation."""
+"""Load what `quantize` wrote: a transformers model whose layers run packed codes, or one with dequantized weights and
+activations quantized by simulation."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.pipeline.cache_plan import stored_cache
+from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
@@ -129,20 +131,28 @@ def load(
     kv_cache: str | CacheScheme | None = None,
     attention: str | AttentionScheme | None = None,
     low_bit: bool = False,
+    execution: Execution | None = None,
+    activations: Literal["int8"] | None = None,
 ) -> nn.Module:
-    """A transformers model in eval mode with the weights of a checkpoint that bitgrain wrote, dequantized.
+    """A transformers model in eval mode that runs a checkpoint which bitgrain wrote.
 
+    execution: "kernels" (the default): packed weights run through native kernels (`runtime.quant_linear`), without
+    gradients; "dequantize": dense weights, quantized activations simulated; "reference": the kernels' readable twins.
+    activations: "int8" lets weight-only layers quantize their inputs to 8 bits for each token, which is faster and no
+    longer what the checkpoint says.
     kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too. None: as the
     checkpoint says, if it was quantized with a KV cache; "none": as they are.
     low_bit: weights of linear layers stay packed in memory (`runtime.low_bit_linear`), and are dequantized for each
-    product: what LoRA is trained on. Stacks of experts, embeddings and tied heads are dequantized as otherwise.
+    product: what LoRA is trained on, in place of an execution. Stacks of experts, embeddings and tied heads are
+    dequantized.
     attention: how Q, K, P and V are multiplied (`runtime.attention.SCHEMES`).
     rounding: whose arithmetic quantized activations follow, vLLM's kernels or transformers with compressed-tensors.
     dtype None: as in the checkpoint. A checkpoint that is not quantized loads as it is.
-    Raises ModelError (no such model), CheckpointError (damaged or not ours), SchemeError (no such cache or
-    attention).
+    Raises ModelError (no such model), CheckpointError (damaged or not ours), SchemeError (no such cache or attention,
+    no kernel for some layers), KernelError (the native module is not here).
     """
-    model = _load(folder, device, dtype, trust_remote_code, rounding, low_bit)
+    chosen = choose_execution(execution, low_bit)
+    model = _load(folder, device, dtype, trust_remote_code, rounding, low_bit, chosen, activations)
     scheme = cache_for(folder, kv_cache, trust_remote_code)
     if scheme is not None:
         config = model.config
@@ -180,6 +190,8 @@ def _load(
     trust_remote_code: bool,
     rounding: Rounding,
     low_bit: bool,
+    execution: Execution,
+    activations: Literal["int8"] | None,
 ) -> nn.Module:
     source = resolve_model(folder)
     config = load_config(source, trust_remote_code, drop_quantization=True)
@@ -198,7 +210,13 @@ def _load(
     if stray:
         raise CheckpointError(f"{folder}: quantized layers that the model does not have: {', '.join(stray[:3])}")
 
-    packed = _packed_layers(skeleton, anatomy, stored) if low_bit else {}
+    static, columns = stored.static_inputs(), stored.columns()
+    schemes = {name: layer.scheme for name, layer in stored.layers.items()}
+    quantizers = input_quantizers(anatomy, schemes, rounding, static=static, columns=columns)
+    packed = _packed_layers(skeleton, anatomy, stored) if low_bit or execution != "dequantize" else {}
+    kernels: dict[str, KernelChoice] = {}
+    if not low_bit and execution != "dequantize":
+        kernels = choose_kernels(stored.layers, packed, quantizers, where, execution, activations)
 
     def dense() -> Iterator[tuple[str, Tensor]]:
         for name in originals:
@@ -213,15 +231,19 @@ def _load(
 
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), "cpu" if packed else where, dtype)
-    if packed:
-        for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
-            hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
-        model.to(where)
     attach_rotations(model, stored.config.get("online_rotations", {}))
-    static, columns = stored.static_inputs(), stored.columns()
+    for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
+        q, dtype_then = stored.quantized(name)[0], stored.layers[name].dtype
+        if kernels:
+            run_packed_(model, path, kernels[name], q, dtype_then)
+            quantizers.pop(f"{path}.weight", None)
+        else:
+            hold_low_bit_(model, {path: q}, {path: dtype_then})
+    if kernels:
+        model.requires_grad_(False)  # kernels compute no gradients
+    model.to(where)
     attach_orders(model, _orders(stored, static))
-    schemes = {name: layer.scheme for name, layer in stored.layers.items()}
-    attach_input_quantizers(model, anatomy, schemes, rounding, static=static, columns=columns)
+    attach_quantizers(model, quantizers)
     return model
 
 
@@ -294,12 +316,40 @@ def attach_input_quantizers(
     static: Mapping[str, Sequence[StaticInput]] | None = None,
     columns: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
-    """Give every layer whose scheme quantizes activations its InputQuantizer; `schemes` by original tensor name.
+    """Give every layer whose scheme quantizes activations its InputQuantizer, see `input_quantizers`.
 
-    `model` may be a part of the whole: the module whose path, with a dot, is `prefix`. static: the scales of static
-    specs, by original tensor name; columns: which ones weights keep, likewise. Raises ModelError where tensors that
-    share one parameter in memory have different input specs or columns, SchemeError for a static spec without its
-    scale.
+    `model` may be a part of the whole: the module whose path, with a dot, is `prefix`.
+    """
+    found = input_quantizers(anatomy, schemes, rounding, prefix, static, columns)
+    attach_quantizers(model, {target.removeprefix(prefix): quantizer for target, quantizer in found.items()})
+
+
+def attach_quantizers(model: nn.Module, quantizers: Mapping[str, InputQuantizer]) -> None:
+    """Give each to the module that owns its parameter; by the parameter's path."""
+    experts: dict[str, dict[str, InputQuantizer]] = defaultdict(dict)
+    for target, quantizer in quantizers.items():
+        path, _, leaf = target.rpartition(".")
+        if leaf == "weight":
+            quantize_layer_inputs(model.get_submodule(path), quantizer)
+        else:
+            experts[path][leaf] = quantizer
+    for path, of_path in experts.items():
+        quantize_expert_inputs(model.get_submodule(path), of_path)
+
+
+def input_quantizers(
+    anatomy: Anatomy,
+    schemes: Mapping[str, Scheme],
+    rounding: Rounding = "vllm",
+    prefix: str = "",
+    static: Mapping[str, Sequence[StaticInput]] | None = None,
+    columns: Mapping[str, Sequence[Tensor]] | None = None,
+) -> dict[str, InputQuantizer]:
+    """The quantizers of inputs by the path of the parameter in memory; `schemes` by original tensor name.
+
+    prefix: only paths that begin so. static: the scales of static specs, by original tensor name; columns: which ones
+    weights keep, likewise. Raises ModelError where tensors that share one parameter in memory have different input
+    specs or columns, SchemeError for a static spec without its scale.
     """
     specs: dict[str, QuantSpec] = {}
     scales: dict[str, list[StaticInput]] = defaultdict(list)
@@ -315,13 +365,7 @@ def attach_input_quantizers(
                     raise ModelError(f"{target}: {parts} have different activation schemes; give them one scheme")
                 scales[target] += (static or {}).get(weight.tensor, ())
                 kept[target] += (columns or {}).get(weight.tensor, (None,))
-    experts: dict[str, dict[str, InputQuantizer]] = defaultdict(dict)
-    for target, spec in specs.items():
-        quantizer = input_quantizer_for(spec, rounding, scales[target], shared_columns(kept[target], target))
-        path, _, leaf = target.removeprefix(prefix).rpartition(".")
-        if leaf == "weight":
-            quantize_layer_inputs(model.get_submodule(path), quantizer)
-        else:
-            experts[path][leaf] = quantizer
-    for path, quantizers in experts.items():
-        quantize_expert_inputs(model.get_submodule(path), quantizers)
+    return {
+        target: input_quantizer_for(spec, rounding, scales[target], shared_columns(kept[target], target))
+        for target, spec in specs.items()
+    }

@@ -69,7 +69,7 @@ class LowBitLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`dequantize`, for code that looks at a weight; what would write to it gets a SchemeError."""
-        return self.dequantize().as_subclass(_ReadOnly)
+        return self.dequantize().as_subclass(ReadOnlyWeight)
 
     @property
     def packed_nbytes(self) -> int:
@@ -123,7 +123,7 @@ class _Product(torch.autograd.Function):
         return x, bias, None
 
 
-class _ReadOnly(Tensor):
+class ReadOnlyWeight(Tensor):
     """A dense copy of a packed weight: assigning to its `data` would be lost, and is refused."""
 
     @classmethod
@@ -152,7 +152,7 @@ def hold_low_bit_(
     Quantizers and rotations of inputs go over to the new layers. Layers whose weight another module shares (tied
     embeddings) stay dense.
     """
-    shared = _shared_parameters(module)
+    shared = shared_parameters(module)
     replaced: list[str] = []
     for path, q in weights.items():
         old = module.get_submodule(path)
@@ -166,14 +166,20 @@ def hold_low_bit_(
             stored=(stored or {}).get(path),
             transposed=isinstance(old, Conv1D),
         )
-        if (quantizer := getattr(old, "input_quantizer", None)) is not None:
-            quantize_inputs(new, quantizer)
-        if (rotation := getattr(old, "input_rotation", None)) is not None:
-            rotate_inputs(new, rotation)
-        owner, _, leaf = path.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, new.train(old.training))
+        put_in_place(module, path, new)
         replaced.append(path)
     return replaced
+
+
+def put_in_place(module: nn.Module, path: str, new: nn.Module) -> None:
+    """Replace the layer at `path` inside `module`; quantizers and rotations of its inputs go over to the new one."""
+    old = module.get_submodule(path)
+    if (rotation := getattr(old, "input_rotation", None)) is not None:
+        rotate_inputs(new, rotation)
+    if (quantizer := getattr(old, "input_quantizer", None)) is not None:
+        quantize_inputs(new, quantizer)
+    owner, _, leaf = path.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, new.train(old.training))
 
 
 def low_bit_layers(module: nn.Module) -> Iterator[tuple[str, LowBitLinear]]:
@@ -189,7 +195,7 @@ def held_nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _shared_parameters(module: nn.Module) -> set[int]:
+def shared_parameters(module: nn.Module) -> set[int]:
     """Ids of parameters that more than one module holds."""
     owners: dict[int, set[int]] = {}
     for part in module.modules():

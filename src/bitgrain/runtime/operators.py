@@ -20,11 +20,14 @@ ANY = "any"
 class Operator:
     """One row.
 
-    operation  "attention": softmax(Q K^T) V
+    operation  "attention": softmax(Q K^T) V; "linear": x W^T + b
     formats    of its operands in their order ("int8 per_channel"), "-" for one that stays as it is
     device     a type of torch.device, or ANY
-    kernel     computes it; the operation says with which arguments
+    kernel     computes it, or makes what does; the operation says with which arguments
     reference  whether it is the readable twin, which saves no time
+    refuse     "linear", whose formats are only a description: why the row does not serve operands (the specs of weight
+               and inputs), None where it does
+    arithmetic how it computes, for the table
     """
 
     operation: str
@@ -32,6 +35,8 @@ class Operator:
     kernel: Callable[..., Any]
     device: str = ANY
     reference: bool = False
+    refuse: Callable[..., str | None] | None = None
+    arithmetic: str = ""
 
 
 _ROWS: dict[tuple[str, tuple[str, ...], str], Operator] = {}
@@ -58,3 +63,15 @@ def find_operator(operation: str, formats: tuple[str, ...], device: str) -> Oper
     ]
     listed = "; ".join(known) or "none"
     raise SchemeError(f"no kernel for {operation} on {' x '.join(formats)} on {device}; there are: {listed}")
+
+
+def find_serving(operation: str, operands: tuple[Any, ...], device: str, *, reference: bool = False) -> Operator | str:
+    """The first row that serves these operands on `device`, or why none does. reference: the twins' rows only."""
+    reasons: list[str] = []
+    for row in operators():
+        if row.operation == operation and row.device in (device, ANY) and row.reference == reference and row.refuse:
+            reason = row.refuse(*operands)
+            if reason is None:
+                return row
+            reasons.append(reason)
+    return "; ".join(dict.fromkeys(reasons)) or f"no kernels for {device} yet"

@@ -1,0 +1,105 @@
+"""How the layers of a loaded model compute: packed weights through kernels, or dense ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.errors import SchemeError
+from bitgrain.kernels.native import native
+from bitgrain.numerics import QTensor
+from bitgrain.runtime.activations import InputQuantizer
+from bitgrain.runtime.linear_rows import INT8_INPUTS, find_linear
+from bitgrain.runtime.low_bit_linear import put_in_place
+from bitgrain.runtime.operators import Operator
+from bitgrain.runtime.quant_linear import QuantLinear
+
+Execution = Literal["kernels", "dequantize", "reference"]
+
+_REMEDY = "load with execution='dequantize' (dense weights, simulated activations)"
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What one layer will run."""
+
+    row: Operator
+    quantizer: InputQuantizer | None
+
+
+def choose_execution(execution: str | None, low_bit: bool) -> Execution:
+    """What was asked for; "kernels" by default. Raises SchemeError for an unknown one, or one beside low_bit."""
+    if low_bit and execution is not None:
+        raise SchemeError("low_bit=True says how the layers compute: give no execution beside it")
+    chosen = execution or "kernels"
+    for one in get_args(Execution):
+        if chosen == one:
+            return one
+    raise SchemeError(f"unknown execution {execution!r}; there are: {', '.join(get_args(Execution))}")
+
+
+def choose_kernels(
+    layers: Mapping[str, StoredLayer],
+    packed: Mapping[str, str],
+    quantizers: Mapping[str, InputQuantizer],
+    device: torch.device,
+    execution: Execution,
+    activations: str | None = None,
+) -> dict[str, KernelChoice]:
+    """The kernel of every quantized layer, by original tensor name.
+
+    packed      original tensor -> module, of layers that can hold a packed weight
+    quantizers  of inputs, by the path of the weight
+    Raises SchemeError that lists all layers without a kernel, KernelError where the native module is not here.
+    """
+    if activations not in (None, "int8"):
+        raise SchemeError(f"weight-only layers may get activations='int8', not {activations!r}")
+    if execution == "kernels":
+        native()
+    int8 = InputQuantizer(INT8_INPUTS) if activations == "int8" else None
+    found: dict[str, KernelChoice] = {}
+    without: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        if name not in packed:
+            without.setdefault(_why_not_packed(layer), []).append(layer.module)
+            continue
+        quantizer = quantizers.get(f"{packed[name]}.weight", int8)
+        inputs = None if quantizer is None else quantizer.spec
+        row = find_linear(layer.scheme.weight, inputs, device.type, reference=execution == "reference")
+        if isinstance(row, str):
+            without.setdefault(f"{layer.scheme.name}: {row}", []).append(layer.module)
+        else:
+            found[name] = KernelChoice(row, quantizer)
+    if without:
+        told = "; ".join(f"{_few(names)} ({reason})" for reason, names in without.items())
+        hint = " or activations='int8' where weights alone are quantized" if "16 bits" in told else ""
+        raise SchemeError(f"no kernel on {device.type} for {told}: {_REMEDY}{hint}")
+    return found
+
+
+def run_packed_(model: nn.Module, path: str, choice: KernelChoice, q: QTensor, stored: torch.dtype) -> None:
+    """Put a `QuantLinear` in the place of the linear layer at `path`."""
+    old: Any = model.get_submodule(path)
+    kernel = choice.row.kernel(q, choice.quantizer)
+    transposed = isinstance(old, Conv1D)
+    put_in_place(
+        model, path, QuantLinear(kernel, old.bias, dtype=old.weight.dtype, stored=stored, transposed=transposed)
+    )
+
+
+def _why_not_packed(layer: StoredLayer) -> str:
+    if layer.experts > 1 or layer.role == "expert":
+        return "experts that are stacked in one tensor"
+    return {"conv": "a convolution", "embedding": "an embedding"}.get(
+        layer.role, f"{layer.class_name}, whose weight is shared with or joined to others"
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
