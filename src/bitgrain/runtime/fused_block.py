@@ -23,6 +23,8 @@ from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
 from bitgrain.kernels.rows import Act, Rotary, RowNorm
 from bitgrain.runtime.kv_cache.growing import GrowingLayer
+from bitgrain.runtime.packed_kernels import IntKernel
+from bitgrain.runtime.quant_linear import QuantLinear
 
 MOST_ROWS = 16
 """New tokens of a batch up to which attention is computed by the block's own native call."""
@@ -236,9 +238,10 @@ def row_norm(block: nn.Module, plan: NormPlan) -> RowNorm:
 
 
 def packed_weight(module: nn.Module) -> IntLinear | None:
-    """The packed weight that a layer multiplies by and does nothing besides, or None."""
-    found = getattr(module, "packed", None)
-    return found if isinstance(found, IntLinear) else None
+    """The packed weight that a layer multiplies by, where it does nothing besides; None for other layers."""
+    kernel = module.kernel if type(module) is QuantLinear else None
+    whole = isinstance(kernel, IntKernel) and type(kernel.linear) is IntLinear and kernel.call is kernel.linear
+    return cast(IntLinear, kernel.linear) if whole else None
 
 
 def attention_interface(part: nn.Module, implementation: str) -> Callable[..., Any]:
@@ -255,7 +258,7 @@ class _Guards:
     """What must not change: the modules of a block, the hooks on them, the parameters of its norms."""
 
     def __init__(self) -> None:
-        self.places: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self.places: list[tuple[dict[str, Any], str, Any]] = []
         self.parameters: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
         self.hooks: list[Mapping[int, Any]] = []
         self.forwards: list[dict[str, Any]] = []
@@ -270,6 +273,8 @@ class _Guards:
                     made.places.append((own, name, child))
                     made.hooks += [child._forward_hooks, child._forward_pre_hooks]
                     made.forwards.append(child.__dict__)
+                    if isinstance(child, QuantLinear):
+                        made.places.append((child.__dict__, "kernel", child.kernel))
         norms = (plan.attention.norm, plan.attention.q_norm, plan.attention.k_norm, plan.mlp and plan.mlp.norm)
         for norm in norms:
             if norm is not None:
