@@ -1,6 +1,7 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
 #include "attention/attention.h"
+#include "attention/packed.h"
 #include "linear/activations.h"
 #include "linear/int_linear.h"
 #include "decoder/rows.h"
@@ -14,7 +15,11 @@ struct Kernels {
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
   // decode attention
+  void (*load_queries)(const AttentionJob&, const AttentionPart&, bool packed);
   void (*attend_dense)(const AttentionJob&, const DenseTokens&, AttentionPart&);
+  void (*attend_packed)(const AttentionJob&, const PackedTokens&, AttentionPart&);
+  bool (*pack_states)(const StatesJob&, int64_t pair);
+  void (*read_states)(const StatesJob&, int64_t pair);
   void (*exp_floats)(const float* x, float* y, int64_t count);
   // rows between products
   void (*norm_row)(const void* norm_rows, int64_t row, float* to);

@@ -46,17 +46,19 @@ struct AttentionPart {
   float *top, *total, *sum;   // [rows], [rows], [rows, padded v_size]
   float *q;                   // [rows, padded k_size]: the queries
   float *scores;              // [rows of a tile, kBlock]
+  int8_t* q_bytes;            // for packed keys: see attention_packed.inl.h
+  float* q_steps;
+  int32_t* q_sums;
 };
 
 constexpr int64_t kMostRows = 8;  // of a tile of rows at any instruction set
 
-constexpr int64_t padded_size(int64_t size) { return round_up(size, 16); }
-constexpr int64_t padded_rows(const AttentionJob& job) {
+static inline constexpr int64_t padded_size(int64_t size) { return round_up(size, 16); }
+static inline constexpr int64_t padded_rows(const AttentionJob& job) {
   return round_up(job.heads / job.groups * job.queries, kMostRows);
 }
-constexpr int64_t part_floats(const AttentionJob& job) { return padded_rows(job) * (2 + padded_size(job.v_size)); }
-
-// All of it: each source is a run of tokens behind the one before it.
-void decode_attention(const AttentionJob& job, const DenseTokens& dense, int threads);
+static inline constexpr int64_t part_floats(const AttentionJob& job) {
+  return padded_rows(job) * (2 + padded_size(job.v_size));
+}
 
 }  // namespace bitgrain

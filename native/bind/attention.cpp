@@ -1,7 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 
-#include "attention/attention.h"
+#include "attention/decode.h"
 #include "bind/bind.h"
 #include "kernels.h"
 
@@ -43,7 +43,31 @@ void bind_attention(nb::module_& m) {
     DenseTokens dense{};
     dense.type = static_cast<DType>(type), dense.tokens = tokens, dense.k = at<void>(k), dense.v = at<void>(v);
     copy(k_stride, dense.k_stride), copy(v_stride, dense.v_stride);
-    decode_attention(job, dense, threads);
+    decode_attention(job, PackedTokens{}, dense, threads);
+  });
+  nb::class_<PackedSide>(m, "PackedSide")
+      .def("__init__", [](PackedSide* side, int64_t size, int bits, bool values, int64_t pairs) {
+        new (side) PackedSide{size, bits, values, pairs, nullptr, nullptr, nullptr};
+      })
+      .def("attach", [](PackedSide& side, uintptr_t codes, uintptr_t scales, uintptr_t zeros) {
+        side.codes = at<uint8_t>(codes), side.scales = at<uint16_t>(scales), side.zeros = at<uint16_t>(zeros);
+      })
+      .def("pack", [](const PackedSide& side, uintptr_t x, int type, int64_t heads, const Three& stride, int64_t first,
+                      int64_t tokens, int threads) {
+        nb::gil_scoped_release free;
+        return pack_states({&side, at<void>(x), static_cast<DType>(type), heads, {stride[0], stride[1], stride[2]},
+                            first, tokens}, threads);
+      })
+      .def("read", [](const PackedSide& side, uintptr_t x, int type, int64_t heads, const Three& stride, int64_t first,
+                      int64_t tokens, int threads) {
+        nb::gil_scoped_release free;
+        read_states({&side, at<void>(x), static_cast<DType>(type), heads, {stride[0], stride[1], stride[2]}, first,
+                     tokens}, threads);
+      });
+  m.def("attend_packed", [](const AttentionJob& job, const PackedSide& k, const PackedSide& v, int64_t first,
+                            int64_t tokens, int threads) {
+    nb::gil_scoped_release free;
+    decode_attention(job, {first, tokens, k, v}, DenseTokens{}, threads);
   });
   m.def("exp_floats", [](uintptr_t x, uintptr_t y, int64_t count) {
     kernels().exp_floats(at<float>(x), at<float>(y), count);

@@ -1,5 +1,6 @@
 #include "decoder/block.h"
 
+#include "attention/decode.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -121,7 +122,7 @@ void run_block(const AttentionStage& attention, const MlpStage* mlp, const void*
   const DenseTokens past_and_new{cache.tokens, type, cache.keys, cache.values,
                                  {cache.k_stride[0], cache.k_stride[1], size},
                                  {cache.v_stride[0], cache.v_stride[1], size}};
-  decode_attention(job, past_and_new, threads);
+  decode_attention(job, PackedTokens{}, past_and_new, threads);
   finish_block(attention, mlp, x, type, batch * tokens, attended, DType::f32, y, threads);
 }
 

@@ -7,6 +7,8 @@
 #include "inl/int_linear.inl.h"
 #include "inl/attention.inl.h"
 #include "inl/attention_dense.inl.h"
+#include "inl/attention_packed.inl.h"
+#include "inl/kv_pack.inl.h"
 #include "inl/rows.inl.h"
 
 #define BG_STRING2(x) #x
@@ -17,7 +19,8 @@ namespace BG_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels, attend_dense, exp_floats,
+    BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels, load_queries, attend_dense,
+    attend_packed, pack_states, read_states, exp_floats,
     norm_row, gated_row, add_row, rotate_rows,
 };
 

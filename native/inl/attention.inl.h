@@ -1,4 +1,4 @@
-// What attention over any kind of keys and values shares: scores to weights, see attention/attention.h.
+// What attention over any kind of keys and values shares: queries, scores to weights; see attention/attention.h.
 namespace bitgrain {
 namespace BG_ISA {
 
@@ -17,42 +17,74 @@ BG_INLINE F32 tanh_f(F32 x) {  // to about 1e-7: caps are added to nothing small
   return sub_f(one, div_f(set_f(2.f), add_f(e, one)));
 }
 
-// Scores of rows [row, row + rows) and of `count` tokens from `token` of the source on become exp(score - largest so
-// far), 0 for tokens that are not seen; largest, sum and weighted values so far are brought to the new largest.
+// The queries of a part as floats, [rows, padded k_size] with zeros behind; packed: as bytes too.
+static void split_queries_of(const AttentionJob& job, const AttentionPart& part);
+
+template <DType T>
+static void load_queries_of(const AttentionJob& job, const AttentionPart& part) {
+  const int64_t shared = job.heads / job.groups, size = padded_size(job.k_size), rows = shared * job.queries;
+  for (int64_t r = 0; r < padded_rows(job); ++r) {
+    const int64_t head = part.group * shared + r / job.queries, query = r % job.queries;
+    const int64_t at = part.row * job.q_stride[0] + head * job.q_stride[1] + query * job.q_stride[2];
+    for (int64_t c = 0; c < size; c += 16) {
+      const int64_t left = job.k_size - c < 16 ? job.k_size - c : 16;
+      store_f(part.q + r * size + c, r < rows ? load_elements<T>(job.q, at + c, left) : zero_f());
+    }
+  }
+}
+
+static void load_queries(const AttentionJob& job, const AttentionPart& part, bool packed) {
+  if (job.q_type == DType::f32) load_queries_of<DType::f32>(job, part);
+  else if (job.q_type == DType::bf16) load_queries_of<DType::bf16>(job, part);
+  else load_queries_of<DType::f16>(job, part);
+  if (packed) split_queries_of(job, part);
+}
+
+// What is added to the scores of the block's tokens [skip, stop) by the mask of one row.
+BG_INLINE void load_mask(const AttentionJob& job, int64_t at, int64_t skip, int64_t stop, float* added) {
+  if (job.mask_kind == MaskKind::added) {
+    std::memcpy(added + skip, (const float*)job.mask + at + skip, (size_t)(stop - skip) * 4);
+    return;
+  }
+  alignas(64) uint8_t seen[kBlock] = {};
+  std::memcpy(seen + skip, (const uint8_t*)job.mask + at + skip, (size_t)(stop - skip));
+  for (int64_t i = 0; i < kBlock; i += 16) {
+    store_f(added + i, mul_f(sub_f(set_f(1.f), to_float(load_u8_i(seen + i))), set_f(kUnseen)));
+  }
+}
+
+// Scores of rows [row, row + rows) and of a block, whose tokens [skip, stop) count and whose first one is number
+// `token` of the source, become exp(score - largest so far), 0 for tokens that are not seen; the largest, the sum and
+// the weighted values so far are brought up to date.
 static void scores_to_weights(const AttentionJob& job, const AttentionPart& part, int64_t row, int64_t rows,
-                              int64_t token, int64_t count) {
+                              int64_t token, int64_t skip, int64_t stop) {
   const int64_t shared = job.heads / job.groups, all = shared * job.queries, size = padded_size(job.v_size);
   for (int64_t r = 0; r < rows && row + r < all; ++r) {
     const int64_t head = part.group * shared + (row + r) / job.queries, query = (row + r) % job.queries;
-    // the last token that is seen, counted from the block's first one
-    int64_t end = count - 1;
+    int64_t end = stop - 1;  // the last token that is seen
     if (job.causal) {
       const int64_t causal = part.tokens - job.queries + query - (part.position + token);
       end = causal < end ? causal : end;
     }
-    const void* mask = nullptr;
+    alignas(64) float added[kBlock] = {};
     if (job.mask_kind != MaskKind::none) {
-      const int64_t at = part.row * job.mask_stride[0] + head * job.mask_stride[1] + query * job.mask_stride[2] +
-                         part.position + token;
-      mask = (const uint8_t*)job.mask + at * (job.mask_kind == MaskKind::seen ? 1 : 4);
+      load_mask(job, part.row * job.mask_stride[0] + head * job.mask_stride[1] + query * job.mask_stride[2] +
+                part.position + token, skip, stop, added);
     }
     float* score = part.scores + r * kBlock;
+    // what nobody wrote may be NaN
+    for (int64_t t = 0; t < skip; ++t) score[t] = 0.f;
+    for (int64_t t = stop; t < kBlock; ++t) score[t] = 0.f;
     F32 most = set_f(kUnseen), x[kBlock / 16];
     BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
       F32 s = mul_f(load_f(score + 16 * i), set_f(job.scaling));
       if (job.softcap != 0.f) s = mul_f(tanh_f(div_f(s, set_f(job.softcap))), set_f(job.softcap));
-      const int64_t left = count - 16 * i < 0 ? 0 : count - 16 * i < 16 ? count - 16 * i : 16;
-      if (mask && job.mask_kind == MaskKind::added) {
-        s = add_f(s, load_elements<DType::f32>(mask, 16 * i, left));
-      } else if (mask) {
-        alignas(16) uint8_t seen[16] = {};
-        std::memcpy(seen, (const uint8_t*)mask + 16 * i, (size_t)left);
-        s = fma_f(sub_f(to_float(load_u8_i(seen)), set_f(1.f)), set_f(-kUnseen), s);
-      }
-      if (16 * i + 15 > end) {
+      if (job.mask_kind != MaskKind::none) s = add_f(s, load_f(added + 16 * i));
+      if (16 * i < skip || 16 * i + 15 > end) {  // min(1, tokens beyond) kUnseen
         static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const F32 past = add_f(load_f(kLanes), set_f((float)(16 * i - end)));
-        s = fma_f(min_f(max_f(past, zero_f()), set_f(1.f)), set_f(kUnseen), s);
+        const F32 at = add_f(load_f(kLanes), set_f((float)(16 * i)));
+        const F32 beyond = max_f(sub_f(at, set_f((float)end)), sub_f(set_f((float)skip), at));
+        s = fma_f(min_f(max_f(beyond, zero_f()), set_f(1.f)), set_f(kUnseen), s);
       }
       x[i] = max_f(set_f(kUnseen), s);  // in this order NaN comes through
       most = max_f(most, x[i]);

@@ -56,7 +56,7 @@ static void dense_tile(const AttentionJob& job, const AttentionPart& part, int64
                        const uint8_t* k, int64_t k_step, const uint8_t* v, int64_t v_step) {
   const int64_t q_size = padded_size(job.k_size), v_size = padded_size(job.v_size);
   dense_scores<T, R>(part.q + row * q_size, q_size, k, k_step, job.k_size, count, part.scores);
-  scores_to_weights(job, part, row, R, token, count);
+  scores_to_weights(job, part, row, R, token, 0, count);
   float* sum = part.sum + row * v_size;
   int64_t c = 0;
   const int64_t size = job.v_size;

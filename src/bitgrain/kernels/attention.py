@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.packed_states import PackedStates
 
 MOST_QUERIES = 16
 """Beyond so many tokens of queries, products of whole matrices are faster."""
@@ -52,6 +53,36 @@ def attend_dense(
         job, _kind(key), tokens, key.data_ptr(), key.stride()[:3], value.data_ptr(), value.stride()[:3],
         torch.get_num_threads(),
     )  # fmt: skip
+    del alive
+    return out
+
+
+def attend_packed(
+    query: Tensor,
+    key: PackedStates,
+    value: PackedStates,
+    *,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The same with packed keys and values, of as many tokens and bits; they are never unpacked in memory.
+
+    Queries, and weights times the scales of values, become whole numbers of 15 bits (queries in float32: of 23), and
+    products with codes are exact. So a score is off by up to 2^-16 (2^-24) scaling max|q| sum_c |k_c|, and the weighted
+    values by up to 2^-16 (2^-24) of the largest weight in a tile of 64 tokens times the sum of |code - middle| there.
+    """
+    if (key.batch, key.heads, key.tokens, key.bits) != (value.batch, value.heads, value.tokens, value.bits):
+        raise KernelError("packed keys and values do not belong together")
+    if key.first != value.first or key.size != query.shape[3]:
+        raise KernelError(f"queries {list(query.shape)} do not fit keys of {key.size} channels")
+    job, out, alive = job_of(
+        query, (key.batch, key.heads, key.tokens), value.size, scaling=scaling, mask=mask, causal=causal,
+        softcap=softcap, sinks=sinks,
+    )  # fmt: skip
+    native().attend_packed(job, key.handle, value.handle, key.first, key.tokens, torch.get_num_threads())
     del alive
     return out
 
