@@ -9,6 +9,7 @@
 #include "solver/descend.h"
 #include "solver/gram.h"
 #include "solver/tile_search.h"
+#include "decoder/rows.h"
 
 namespace bitgrain {
 
@@ -48,6 +49,13 @@ struct Kernels {
   void (*read_bytes)(const uint8_t* memory, int64_t bytes);
   int64_t (*int8_loop)(int64_t rounds);  // both return the products that they made
   int64_t (*bf16_loop)(int64_t rounds);
+  // rows between products
+  void (*norm_row)(const void* norm_rows, int64_t row, float* to);
+  void (*gated_row)(const void* gated_rows, int64_t row, float* to);
+  // y[y_at ..] = x[x_at ..] + add; `add` may be null
+  void (*add_row)(const void* x, DType x_type, int64_t x_at, const float* add, int64_t width, void* y, DType y_type,
+                  int64_t y_at);
+  void (*rotate_rows)(const RotateRows&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

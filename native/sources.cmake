@@ -1,9 +1,8 @@
 # Sources and flags of the kernels, shared by the Python module and by the native tests.
 set(_native_dir "${CMAKE_CURRENT_LIST_DIR}")
 file(GLOB BITGRAIN_BINDINGS CONFIGURE_DEPENDS "${_native_dir}/bind/*.cpp")
-file(GLOB BITGRAIN_SOURCES CONFIGURE_DEPENDS "${_native_dir}/*.cpp" "${_native_dir}/linear/*.cpp"
-     "${_native_dir}/attention/*.cpp"
-     "${_native_dir}/solver/*.cpp"
+file(GLOB BITGRAIN_SOURCES CONFIGURE_DEPENDS "${_native_dir}/*.cpp" "${_native_dir}/attention/*.cpp"
+     "${_native_dir}/decoder/*.cpp" "${_native_dir}/linear/*.cpp" "${_native_dir}/solver/*.cpp"
      "${_native_dir}/isa/portable.cpp")
 
 # One translation unit for each instruction set, each with its own flags; which one runs is decided by cpuid at run

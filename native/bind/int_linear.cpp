@@ -134,7 +134,9 @@ void bind_int_linear(nb::module_& m) {
       .def("pack_words", &IntWeight::pack_words)
       .def("unpack", &IntWeight::unpack)
       .def("dequantize", &IntWeight::dequantize)
-      .def("run", &IntWeight::run);
+      .def("run", &IntWeight::run)
+      .def("weights_at", [](const IntWeight& w) { return reinterpret_cast<uintptr_t>(&w.weights()); })
+      .def("spec_at", [](const IntWeight& w) { return reinterpret_cast<uintptr_t>(&w.spec()); });
   nb::class_<IntGroup>(m, "IntGroup")
       .def(nb::init<const std::vector<const IntWeight*>&>())
       .def("run", &IntGroup::run);

@@ -21,6 +21,7 @@ NB_MODULE(_native, m) {
   bind_int_linear(m);
   bind_prefill(m);
   bind_code_linear(m);
+  bind_decoder(m);
   bind_attention(m);
   bind_solver(m);
   bind_probes(m);

@@ -58,7 +58,10 @@ static void quantize_tiles(const ActivationJob& job, int64_t first, int64_t last
       const void* x = (const uint8_t*)job.x + row * job.stride * (int64_t)size_of(job.type);
       uint8_t* bytes = job.bytes + tile * job.rows * row_bytes;
       int32_t* sums = job.sums + tile * job.rows * job.w->spans;
-      if (job.type == DType::f32) quantize_row<DType::f32>(job, x, bytes, sums, r, rows, job.scales + row);
+      if (job.source) {
+        job.source->make(job.source->context, row, job.row);
+        quantize_row<DType::f32>(job, job.row, bytes, sums, r, rows, job.scales + row);
+      } else if (job.type == DType::f32) quantize_row<DType::f32>(job, x, bytes, sums, r, rows, job.scales + row);
       else if (job.type == DType::bf16) quantize_row<DType::bf16>(job, x, bytes, sums, r, rows, job.scales + row);
       else quantize_row<DType::f16>(job, x, bytes, sums, r, rows, job.scales + row);
     }

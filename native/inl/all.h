@@ -22,6 +22,7 @@
 #include "inl/descend.inl.h"
 #include "inl/tile_search.inl.h"
 #include "inl/probes.inl.h"
+#include "inl/rows.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -48,6 +49,8 @@ const Kernels kKernels = {
     tile_sums, best_candidates,
     // probes
     read_bytes, int8_loop, bf16_loop,
+    // rows between products
+    norm_row, gated_row, add_row, rotate_rows,
 };
 
 }  // namespace BG_ISA

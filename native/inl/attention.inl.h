@@ -72,6 +72,9 @@ static void scores_to_weights(const AttentionJob& job, const AttentionPart& part
                 part.position + token, skip, stop, added);
     }
     float* score = part.scores + r * kBlock;
+    // what nobody wrote may be NaN
+    for (int64_t t = 0; t < skip; ++t) score[t] = 0.f;
+    for (int64_t t = stop; t < kBlock; ++t) score[t] = 0.f;
     F32 most = set_f(kUnseen), x[kBlock / 16];
     BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
       F32 s = mul_f(load_f(score + 16 * i), set_f(job.scaling));

@@ -4,6 +4,7 @@
 // of each row. Spans are padded as those of the weights are, with the byte that means 0.
 #pragma once
 #include "common.h"
+#include "decoder/rows.h"
 #include "linear/int_weights.h"
 
 namespace bitgrain {
@@ -26,6 +27,8 @@ struct ActivationJob {
   int32_t* sums;        // [tiles][rows * spans]: of stored - a_zero, times sum_factor; in a tile [spans][R]
   int32_t sum_factor;   // minus the weights' zero point, if they have one for all; else 1
   float* scales;        // [m]; NaN for a row with a NaN or Inf: its outputs are NaN
+  const RowSource* source = nullptr;  // makes the rows, in place of x
+  float* row = nullptr;               // [k], of the thread: for a source
 };
 
 constexpr int64_t rows_of_tile(int64_t m, int64_t rows, int64_t tile) {

@@ -29,8 +29,16 @@ void int_linear(const IntLinearCall& call, int threads) {
   acts.sum_factor = w.zeros == Zeros::constant ? -w.zero : 1;
   acts.scales = scales_memory.get<float>(tiles * rows);
   // a few rows are quantized sooner than a second thread is there
-  parallel_for(call.m < 8 ? 1 : threads, tiles, 1,
-               [&](int64_t first, int64_t last) { kernel.quantize_tiles(acts, first, last); });
+  parallel_for(call.m < 8 ? 1 : threads, tiles, 1, [&](int64_t first, int64_t last) {
+    if (call.source) {
+      static thread_local Scratch row_memory;
+      ActivationJob own = acts;
+      own.source = call.source, own.row = row_memory.get<float>(w.k);
+      kernel.quantize_tiles(own, first, last);
+    } else {
+      kernel.quantize_tiles(acts, first, last);
+    }
+  });
 
   int64_t panels = 0;
   for (int64_t i = 0; i < call.count; ++i) panels += ceil_div(call.weights[i]->n, kPanel);

@@ -29,6 +29,7 @@ struct IntLinearCall {
   void* const* y;
   const int64_t* y_stride;
   DType y_type;
+  const RowSource* source = nullptr;  // makes the rows of x, each one once
 };
 
 void int_linear(const IntLinearCall& call, int threads);

@@ -19,6 +19,7 @@ from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
 from bitgrain.errors import CheckpointError, ModelError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
+from bitgrain.models.fused_blocks import fuse_blocks
 from bitgrain.models.materialize import load_dense_into
 from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
@@ -35,6 +36,7 @@ from bitgrain.runtime.channel_order import attach_orders
 from bitgrain.runtime.convolutions import quantize_layer_inputs
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
+from bitgrain.runtime.kv_cache.growing import GrowingCache
 from bitgrain.runtime.low_bit_linear import hold_low_bit_
 from bitgrain.runtime.online import attach_rotations
 
@@ -166,6 +168,9 @@ def load(
         use_cache(model, lambda: KVCache(scheme, config))
     if attention is not None:
         set_attention(model, attention)
+    if chosen == "kernels" and fuse_blocks(model) and scheme is None:
+        plain: Any = model.config
+        use_cache(model, lambda: GrowingCache(plain))
     return model
 
 

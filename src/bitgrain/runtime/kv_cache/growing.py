@@ -24,8 +24,11 @@ class _Room:
         self.view: Tensor | None = None
         self.start = self.stop = 0
 
-    def append(self, held: Tensor, x: Tensor) -> Tensor:
-        """held with x behind it. held: what the layer holds; another tensor than `view` where it was changed."""
+    def append(self, held: Tensor, x: Tensor, write: bool) -> Tensor:
+        """held with x behind it. held: what the layer holds; another tensor than `view` where it was changed.
+
+        write False: room of the shape of x, which somebody else fills
+        """
         if torch.is_grad_enabled() and (x.requires_grad or held.requires_grad):
             return torch.cat([held, x], dim=2)
         used, more = (0 if held.numel() == 0 else held.shape[2]), x.shape[2]
@@ -37,7 +40,8 @@ class _Room:
             if used:
                 memory[:, :, :used] = held
             self.memory, self.start, self.stop = memory, 0, used
-        memory[:, :, self.stop : self.stop + more] = x
+        if write:
+            memory[:, :, self.stop : self.stop + more] = x
         self.stop += more
         return self.show()
 
@@ -62,13 +66,14 @@ class GrowingLayer(DynamicLayer):
         self._rooms = (_Room(), _Room())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values [batch, heads, tokens, size]; returns views of all."""
+        """Add keys and values [batch, heads, tokens, size]; returns views of all. write=False: only their room."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self.keys = self._rooms[0].append(self.keys, key_states)
-        self.values = self._rooms[1].append(self.values, value_states)
+        write = bool(kwargs.get("write", True))
+        self.keys = self._rooms[0].append(self.keys, key_states, write)
+        self.values = self._rooms[1].append(self.values, value_states, write)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -107,7 +112,7 @@ class GrowingSlidingLayer(GrowingLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[2]
-        keys, values = super().update(key_states, value_states)
+        keys, values = super().update(key_states, value_states, **kwargs)
         seen = self.sliding_window - 1 + key_states.shape[2]
         if not self.record_past:
             self._shrink()

@@ -1,0 +1,113 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+
+#include "bind/bind.h"
+#include "decoder/block.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace bitgrain;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A decoder block; what it points to is held by its owner in Python.
+class DecoderBlock {
+ public:
+  void set_attention(const Norm& norm, const Products& qkv, int64_t qkv_width, const std::vector<int64_t>& columns,
+                     int64_t joined, int64_t heads, int64_t kv_heads, int64_t head_dim, const Norm* q_norm,
+                     const Norm* k_norm, int rotary, float scale, const Products& o) {
+    attention_ = {norm, &qkv, qkv_width, {columns[0], columns[1], columns[2]}, joined, heads, kv_heads, head_dim,
+                  {q_norm != nullptr, k_norm != nullptr}, {q_norm ? *q_norm : Norm{}, k_norm ? *k_norm : Norm{}},
+                  static_cast<Rotary>(rotary), scale, &o};
+  }
+
+  void set_mlp(const Norm& norm, const Products& gate_up, int64_t width, int64_t gate_at, int64_t up_at,
+               int64_t row_width, int64_t joined, int act, const Products& down) {
+    mlp_ = {norm, &gate_up, width, gate_at, up_at, row_width, joined, static_cast<Act>(act), &down};
+    has_mlp_ = true;
+  }
+
+  void start(uintptr_t x, int type, int64_t m, uintptr_t cos, uintptr_t sin, int cos_type, int64_t cos_rows,
+             int64_t rotary_dim, uintptr_t out, int threads) const {
+    nb::gil_scoped_release free;
+    start_attention(attention_, at<void>(x), DType(type), m,
+                    {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim}, at<void>(out), DType(type),
+                    threads);
+  }
+
+  void finish(uintptr_t x, int type, int64_t m, uintptr_t attended, uintptr_t y, int threads) const {
+    nb::gil_scoped_release free;
+    finish_block(attention_, mlp(), at<void>(x), DType(type), m, at<void>(attended), DType(type), at<void>(y), threads);
+  }
+
+  void run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
+           int64_t cos_rows, int64_t rotary_dim, uintptr_t keys, uintptr_t values, int64_t k_batch,
+           int64_t k_head, int64_t v_batch, int64_t v_head, int64_t past_and_new, int mask_kind, uintptr_t mask, int64_t mask_0, int64_t mask_1,
+           int64_t mask_2, uintptr_t y, int threads) const {
+    nb::gil_scoped_release free;
+    run_block(attention_, mlp(), at<void>(x), DType(type), batch, tokens,
+              {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim},
+              {at<void>(keys), at<void>(values), {k_batch, k_head}, {v_batch, v_head}, past_and_new},
+              {MaskKind(mask_kind), at<void>(mask), {mask_0, mask_1, mask_2}}, at<void>(y), threads);
+  }
+
+ private:
+  const MlpStage* mlp() const { return has_mlp_ ? &mlp_ : nullptr; }
+
+  AttentionStage attention_{};
+  MlpStage mlp_{};
+  bool has_mlp_ = false;
+};
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+  nb::class_<Norm>(m, "Norm")
+      .def("__init__", [](Norm* self, int64_t width, uintptr_t weight, uintptr_t bias, float eps, bool centered) {
+        new (self) Norm{width, at<float>(weight), at<float>(bias), eps, centered};
+      });
+  nb::class_<Products>(m, "Products");
+  nb::class_<IntProducts, Products>(m, "IntProducts")
+      .def("__init__", [](IntProducts* self, const std::vector<uintptr_t>& weights, uintptr_t spec) {
+        std::vector<const IntWeights*> all;
+        for (uintptr_t one : weights) all.push_back(at<IntWeights>(one));
+        new (self) IntProducts(std::move(all), *at<ActivationSpec>(spec));
+      });
+  nb::class_<DecoderBlock>(m, "DecoderBlock")
+      .def(nb::init<>())
+      .def("set_attention", &DecoderBlock::set_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg())
+      .def("set_mlp", &DecoderBlock::set_mlp)
+      .def("start", &DecoderBlock::start)
+      .def("finish", &DecoderBlock::finish)
+      .def("run", &DecoderBlock::run);
+
+  m.def("norm_rows", [](const Norm& norm, uintptr_t x, int type, int64_t count, int64_t stride, uintptr_t y, int threads) {
+    nb::gil_scoped_release free;
+    const NormRows rows{norm, at<void>(x), DType(type), stride};
+    make_rows({kernels().norm_row, &rows}, count, norm.width, at<void>(y), DType(type), threads);
+  });
+  m.def("gated_rows", [](uintptr_t gate, uintptr_t up, int type, int64_t count, int64_t stride, int64_t width, int act,
+                         uintptr_t y, int threads) {
+    nb::gil_scoped_release free;
+    const GatedRows rows{at<void>(gate), at<void>(up), DType(type), stride, width, static_cast<Act>(act)};
+    make_rows({kernels().gated_row, &rows}, count, width, at<void>(y), DType(type), threads);
+  });
+  m.def("rotate_rows", [](uintptr_t x, int type, int64_t count, int64_t stride, int64_t heads, int64_t head_dim,
+                          const Norm* norm, int rotary, uintptr_t cos, uintptr_t sin, int cos_type, int64_t cos_rows,
+                          int64_t rotary_dim, int threads) {
+    nb::gil_scoped_release free;
+    const RotateRows rows{at<void>(x), DType(type), stride, 0, 0, heads, 0, head_dim, norm, nullptr,
+                          static_cast<Rotary>(rotary), at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim};
+    parallel_for(threads, count, 8, [&](int64_t first, int64_t last) { kernels().rotate_rows(rows, first, last); });
+  }, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+     nb::arg(), nb::arg(), nb::arg(), nb::arg());
+}

@@ -1,0 +1,173 @@
+"""A decoder block in one native call: norm, q k v, rotary positions, cache, attention, o, norm, gate, up, down.
+
+`DecoderBlock.run` is the whole block for a few new tokens of each sequence; `start` and `finish` are what stands before
+and after an attention that something else computes. Both keep sums in float32 between the products. What a block is
+made of is said by `AttentionPart` and `MlpPart`; the twin is the module itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitgrain.errors import KernelError
+from bitgrain.kernels.int_linear import IntLinear
+from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.rows import ACTS, MAX_HEAD, ROTARY, Act, Rotary, RowNorm
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """x + o(attention(q, k, v)) with q, k, v read off norm(x).
+
+    qkv               three weights, or one that writes q, k and v side by side
+    q_norm, k_norm    of each head, before it is rotated
+    scale             of the scores
+    """
+
+    norm: RowNorm
+    qkv: tuple[IntLinear, ...]
+    o: IntLinear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: Rotary
+    scale: float
+    q_norm: RowNorm | None = None
+    k_norm: RowNorm | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns of q, k and v together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class MlpPart:
+    """x + down(act(gate) * up) with gate, up read off norm(x); `act(gate)` where there is no up.
+
+    gate_up  (gate, up), or (gate,), or one weight that writes gate and up side by side where `joined`
+    """
+
+    norm: RowNorm
+    gate_up: tuple[IntLinear, ...]
+    down: IntLinear
+    act: Act
+    joined: bool = False
+
+
+class DecoderBlock:
+    """Raises KernelError for parts whose sizes do not fit, or whose weights cannot share their inputs."""
+
+    def __init__(self, attention: AttentionPart, mlp: MlpPart | None) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.hidden = attention.norm.width
+        _check(attention, mlp, self.hidden)
+        self._products: list[Any] = []
+        self.handle: Any = native().DecoderBlock()
+        q, k = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+        self.handle.set_attention(
+            attention.norm.handle, self._product(attention.qkv), attention.width, [0, q, q + k], len(attention.qkv),
+            attention.heads, attention.kv_heads, attention.head_dim, _handle(attention.q_norm),
+            _handle(attention.k_norm), ROTARY[attention.rotary], attention.scale, self._product((attention.o,)),
+        )  # fmt: skip
+        if mlp is not None:
+            width = mlp.down.k
+            has_up = mlp.joined or len(mlp.gate_up) == 2
+            self.handle.set_mlp(
+                mlp.norm.handle, self._product(mlp.gate_up), width, 0, width if has_up else -1,
+                2 * width if has_up else width, len(mlp.gate_up), ACTS[mlp.act], self._product((mlp.down,)),
+            )  # fmt: skip
+
+    def start(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """x [batch, tokens, hidden] -> [batch, tokens, q + k + v], normed and rotated."""
+        m = x.shape[0] * x.shape[1]
+        out = torch.empty(*x.shape[:2], self.attention.width, dtype=x.dtype)
+        self.handle.start(
+            x.data_ptr(), DTYPES[x.dtype], m, *self._positions(cos, sin), out.data_ptr(), torch.get_num_threads()
+        )
+        return out
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's output, of its input x [batch, tokens, hidden] and attention's output before o."""
+        y = torch.empty_like(x)
+        m = x.shape[0] * x.shape[1]
+        self.handle.finish(
+            x.data_ptr(), DTYPES[x.dtype], m, attended.data_ptr(), y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+    def run(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [batch, tokens, hidden], contiguous -> the block's output.
+
+        keys, values  [batch, kv_heads, past and new tokens, head_dim] of the dtype of x, with whole rows side by side;
+                      those of the new tokens are written to the end
+        mask          bool [batch or 1, heads or 1, tokens or 1, past and new], True where a token is seen; without
+                      one each token sees those before it
+        """
+        y = torch.empty_like(x)
+        kind, address, strides = 0, 0, (0, 0, 0)
+        if mask is not None:
+            kind, address = 1, mask.data_ptr()
+            a, b, c = (0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
+            strides = (a, b, c)
+        self.handle.run(
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *self._positions(cos, sin), keys.data_ptr(),
+            values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), keys.shape[2], kind,
+            address, *strides, y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def _positions(self, cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, int, int]:
+        if cos is None or sin is None:
+            return 0, 0, 0, 1, 0
+        width = cos.shape[-1]
+        return cos.data_ptr(), sin.data_ptr(), DTYPES[cos.dtype], cos.numel() // width, width
+
+    def _product(self, weights: Sequence[IntLinear]) -> Any:
+        first = weights[0].handle
+        made = native().IntProducts([one.handle.weights_at() for one in weights], first.spec_at())
+        self._products.append(made)
+        return made
+
+
+def _handle(norm: RowNorm | None) -> Any:
+    return None if norm is None else norm.handle
+
+
+def _check(attention: AttentionPart, mlp: MlpPart | None, hidden: int) -> None:
+    q, k, size = attention.heads, attention.kv_heads, attention.head_dim
+    shapes = [(one.n, one.k) for one in attention.qkv]
+    fits = shapes in ([(q * size, hidden), (k * size, hidden), (k * size, hidden)], [(attention.width, hidden)])
+    if not fits or (attention.o.n, attention.o.k) != (hidden, q * size) or q % k or not 0 < size <= MAX_HEAD:
+        raise KernelError(f"q, k, v {shapes} and o {(attention.o.n, attention.o.k)} do not fit {q}/{k} heads of {size}")
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None and norm.width != size:
+            raise KernelError(f"a norm of {norm.width} features does not fit heads of {size}")
+    _check_shared(attention.qkv)
+    if mlp is None:
+        return
+    width, shapes = mlp.down.k, [(one.n, one.k) for one in mlp.gate_up]
+    wanted = [(2 * width, hidden)] if mlp.joined else [(width, hidden)] * len(mlp.gate_up)
+    if shapes != wanted or len(shapes) > 2 or mlp.down.n != hidden or mlp.norm.width != hidden:
+        raise KernelError(f"gate, up {shapes} and down {(mlp.down.n, mlp.down.k)} do not fit {hidden} features")
+    _check_shared(mlp.gate_up)
+
+
+def _check_shared(weights: Sequence[IntLinear]) -> None:
+    first = weights[0]
+    for other in weights[1:]:
+        if other.inputs != first.inputs or other.lengths != first.lengths or (other.bits == 8) != (first.bits == 8):
+            raise KernelError("weights that read the same rows have different spans, bits or input quantization")
