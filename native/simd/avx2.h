@@ -15,6 +15,9 @@ struct I32 {
 struct F32 {
   __m256 lo, hi;
 };
+struct F64 {  // sums of 16 lanes
+  __m256d v[4];
+};
 using Bytes = I32;
 
 #if BITGRAIN_AVX_VNNI  // 16 registers: the sums of 5 rows of 16 columns, the codes of one step, inputs and a mask
@@ -26,6 +29,7 @@ constexpr int kGroupedRows = 4, kGroupedVectors = 1;
 constexpr int kSingleRows = 4, kSingleVectors = 1;
 constexpr int kDotSteps = 2;
 #endif
+constexpr int kFloatRows = 4, kFloatVectors = 1;  // of products of floats
 
 BG_INLINE __m256i load_half(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 BG_INLINE void store_half(void* p, __m256i x) { _mm256_storeu_si256((__m256i*)p, x); }
@@ -94,6 +98,34 @@ BG_INLINE float sum_f(F32 x) {
 }
 BG_INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
 BG_INLINE I32 round_to_int(F32 x) { return {_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)}; }
+BG_INLINE F32 round_f(F32 x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.lo, kNearest), _mm256_round_ps(x.hi, kNearest)};
+}
+BG_INLINE F32 exponent_f(F32 x) {
+  const __m256 bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+  return {_mm256_and_ps(x.lo, bits), _mm256_and_ps(x.hi, bits)};
+}
+BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, y.lo, _CMP_GT_OQ)),
+          _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, y.hi, _CMP_GT_OQ))};
+}
+BG_INLINE __m256 scale_half(__m256 x, __m256 n) {  // by two powers of two, neither of which overflows
+  const __m256i whole = _mm256_cvtps_epi32(n), first = _mm256_srai_epi32(whole, 1);
+  const __m256i second = _mm256_sub_epi32(whole, first), bias = _mm256_set1_epi32(127);
+  const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(first, bias), 23));
+  const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(second, bias), 23));
+  return _mm256_mul_ps(_mm256_mul_ps(x, a), b);
+}
+BG_INLINE F32 scale_f(F32 x, F32 n) { return {scale_half(x.lo, n.lo), scale_half(x.hi, n.hi)}; }
+BG_INLINE __m256 sums_half(const F32* x) {  // of eight registers
+  __m256 whole[8], pairs[4];
+  BG_UNROLL for (int i = 0; i < 8; ++i) whole[i] = _mm256_add_ps(x[i].lo, x[i].hi);
+  BG_UNROLL for (int i = 0; i < 4; ++i) pairs[i] = _mm256_hadd_ps(whole[2 * i], whole[2 * i + 1]);
+  const __m256 a = _mm256_hadd_ps(pairs[0], pairs[1]), b = _mm256_hadd_ps(pairs[2], pairs[3]);
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+BG_INLINE F32 sums_f(const F32* x) { return {sums_half(x), sums_half(x + 8)}; }
 BG_INLINE F32 load_f16(const void* p) {
   return {_mm256_cvtph_ps(load_16(p)), _mm256_cvtph_ps(load_16((const uint8_t*)p + 16))};
 }
@@ -117,12 +149,30 @@ BG_INLINE void store_bf16(void* p, F32 x) {  // to nearest, ties to even; NaN st
   store_half(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_half(x.lo), bf16_half(x.hi)), 0xd8));
 }
 
+BG_INLINE F64 zero_d() {
+  const __m256d zero = _mm256_setzero_pd();
+  return {{zero, zero, zero, zero}};
+}
+BG_INLINE F64 add_d(F64 a, F32 b) {
+  a.v[0] = _mm256_add_pd(a.v[0], _mm256_cvtps_pd(_mm256_castps256_ps128(b.lo)));
+  a.v[1] = _mm256_add_pd(a.v[1], _mm256_cvtps_pd(_mm256_extractf128_ps(b.lo, 1)));
+  a.v[2] = _mm256_add_pd(a.v[2], _mm256_cvtps_pd(_mm256_castps256_ps128(b.hi)));
+  a.v[3] = _mm256_add_pd(a.v[3], _mm256_cvtps_pd(_mm256_extractf128_ps(b.hi, 1)));
+  return a;
+}
+BG_INLINE double sum_d(F64 x) {  // halves onto each other, at every level
+  const __m256d four = _mm256_add_pd(_mm256_add_pd(x.v[0], x.v[2]), _mm256_add_pd(x.v[1], x.v[3]));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
 BG_INLINE Bytes load_b(const uint8_t* p) { return load_i(p); }
 BG_INLINE Bytes repeat4(const uint8_t* p) {
   int32_t word;
   std::memcpy(&word, p, 4);
   return set_i(word);
 }
+BG_INLINE F32 as_floats(Bytes x) { return {_mm256_castsi256_ps(x.lo), _mm256_castsi256_ps(x.hi)}; }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
   const __m256i bits = _mm256_set1_epi8((char)mask);
   return {_mm256_and_si256(x.lo, bits), _mm256_and_si256(x.hi, bits)};
@@ -171,6 +221,35 @@ BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) { dot4_half(sum.lo, u.lo, s.lo),
 constexpr int kDotShift = 0;
 BG_INLINE void dot4_shifted(I32& sum, Bytes u, Bytes s) { dot4(sum, u, s); }
 BG_INLINE void sum4(I32& sum, Bytes s) { dot4(sum, set_i(0x01010101), s); }
+
+BG_INLINE I32 and_i(I32 a, I32 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+BG_INLINE I32 or_i(I32 a, I32 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+template <int COUNT>
+BG_INLINE I32 shift_left_i(I32 x) {
+  return {_mm256_slli_epi32(x.lo, COUNT), _mm256_slli_epi32(x.hi, COUNT)};
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_i(I32 x) {
+  return {_mm256_srli_epi32(x.lo, COUNT), _mm256_srli_epi32(x.hi, COUNT)};
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_signed_i(I32 x) {
+  return {_mm256_srai_epi32(x.lo, COUNT), _mm256_srai_epi32(x.hi, COUNT)};
+}
+BG_INLINE F32 as_float(I32 bits) { return as_floats(bits); }
+BG_INLINE I32 as_int(F32 x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
+
+struct Table {  // 16 floats
+  __m256 low, high;
+};
+BG_INLINE Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+BG_INLINE __m256 look_up_half(const Table& table, __m256i code) {  // bit 3, moved to the sign, chooses the half
+  const __m256 low = _mm256_permutevar8x32_ps(table.low, code), high = _mm256_permutevar8x32_ps(table.high, code);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+}
+BG_INLINE F32 look_up(const Table& table, I32 code) {
+  return {look_up_half(table, code.lo), look_up_half(table, code.hi)};
+}
 
 BG_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -14,6 +14,9 @@ struct I32 {
 struct F32 {
   float32x4_t v[4];
 };
+struct F64 {  // sums of 16 lanes
+  float64x2_t v[8];
+};
 struct Bytes {
   uint8x16_t v[4];
 };
@@ -22,6 +25,7 @@ struct Bytes {
 constexpr int kGroupedRows = 4, kGroupedVectors = 1;
 constexpr int kSingleRows = 4, kSingleVectors = 1;
 constexpr int kDotSteps = 1;
+constexpr int kFloatRows = 4, kFloatVectors = 1;  // of products of floats
 
 #define BG_QUARTERS BG_UNROLL for (int i = 0; i < 4; ++i)
 
@@ -139,6 +143,36 @@ BG_INLINE I32 round_to_int(F32 x) {  // Arm would saturate, and make NaN 0
   }
   return r;
 }
+BG_INLINE F32 round_f(F32 x) {
+  BG_QUARTERS x.v[i] = vrndnq_f32(x.v[i]);
+  return x;
+}
+BG_INLINE F32 exponent_f(F32 x) {
+  BG_QUARTERS x.v[i] = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x.v[i]), vdupq_n_u32(0x7f800000)));
+  return x;
+}
+BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {
+  BG_QUARTERS b.v[i] = vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), a.v[i], b.v[i]);
+  return b;
+}
+BG_INLINE F32 scale_f(F32 x, F32 n) {  // by two powers of two, neither of which overflows
+  BG_QUARTERS {
+    const int32x4_t whole = vcvtnq_s32_f32(n.v[i]), first = vshrq_n_s32(whole, 1), second = vsubq_s32(whole, first);
+    const int32x4_t bias = vdupq_n_s32(127);
+    x.v[i] = vmulq_f32(x.v[i], vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(first, bias), 23)));
+    x.v[i] = vmulq_f32(x.v[i], vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(second, bias), 23)));
+  }
+  return x;
+}
+BG_INLINE F32 sums_f(const F32* x) {
+  F32 r;
+  float32x4_t whole[16];
+  BG_UNROLL for (int i = 0; i < 16; ++i) {
+    whole[i] = vaddq_f32(vaddq_f32(x[i].v[0], x[i].v[1]), vaddq_f32(x[i].v[2], x[i].v[3]));
+  }
+  BG_QUARTERS r.v[i] = vpaddq_f32(vpaddq_f32(whole[4 * i], whole[4 * i + 1]), vpaddq_f32(whole[4 * i + 2], whole[4 * i + 3]));
+  return r;
+}
 BG_INLINE F32 load_f16(const void* p) {
   F32 r;
   BG_QUARTERS r.v[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t*)p + 8 * i)));
@@ -166,6 +200,23 @@ BG_INLINE void store_bf16(void* p, F32 x) {  // to nearest, ties to even; NaN st
   }
 }
 
+BG_INLINE F64 zero_d() {
+  F64 r;
+  BG_UNROLL for (int i = 0; i < 8; ++i) r.v[i] = vdupq_n_f64(0);
+  return r;
+}
+BG_INLINE F64 add_d(F64 a, F32 b) {
+  BG_QUARTERS {
+    a.v[2 * i] = vaddq_f64(a.v[2 * i], vcvt_f64_f32(vget_low_f32(b.v[i])));
+    a.v[2 * i + 1] = vaddq_f64(a.v[2 * i + 1], vcvt_high_f64_f32(b.v[i]));
+  }
+  return a;
+}
+BG_INLINE double sum_d(F64 x) {  // halves onto each other, at every level
+  BG_QUARTERS x.v[i] = vaddq_f64(x.v[i], x.v[i + 4]);
+  return vaddvq_f64(vaddq_f64(vaddq_f64(x.v[0], x.v[2]), vaddq_f64(x.v[1], x.v[3])));
+}
+
 BG_INLINE Bytes load_b(const uint8_t* p) {
   Bytes r;
   BG_QUARTERS r.v[i] = vld1q_u8(p + 16 * i);
@@ -174,6 +225,11 @@ BG_INLINE Bytes load_b(const uint8_t* p) {
 BG_INLINE Bytes repeat4(const uint8_t* p) {
   const uint8x16_t one = vreinterpretq_u8_u32(vld1q_dup_u32((const uint32_t*)p));
   return {{one, one, one, one}};
+}
+BG_INLINE F32 as_floats(Bytes x) {
+  F32 r;
+  BG_QUARTERS r.v[i] = vreinterpretq_f32_u8(x.v[i]);
+  return r;
 }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
   BG_QUARTERS x.v[i] = vandq_u8(x.v[i], vdupq_n_u8(mask));
@@ -213,6 +269,58 @@ template <int STEPS>
 BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
   BG_UNROLL for (int j = 0; j < STEPS; ++j) BG_QUARTERS
       sum.v[i] = vdotq_s32(sum.v[i], vreinterpretq_s8_u8(u[j].v[i]), vreinterpretq_s8_u8(s[j].v[i]));
+}
+
+BG_INLINE I32 and_i(I32 a, I32 b) {
+  BG_QUARTERS a.v[i] = vandq_s32(a.v[i], b.v[i]);
+  return a;
+}
+BG_INLINE I32 or_i(I32 a, I32 b) {
+  BG_QUARTERS a.v[i] = vorrq_s32(a.v[i], b.v[i]);
+  return a;
+}
+template <int COUNT>
+BG_INLINE I32 shift_left_i(I32 x) {
+  BG_QUARTERS x.v[i] = vshlq_s32(x.v[i], vdupq_n_s32(COUNT));
+  return x;
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_i(I32 x) {
+  BG_QUARTERS x.v[i] = vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.v[i]), vdupq_n_s32(-COUNT)));
+  return x;
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_signed_i(I32 x) {
+  BG_QUARTERS x.v[i] = vshlq_s32(x.v[i], vdupq_n_s32(-COUNT));
+  return x;
+}
+BG_INLINE F32 as_float(I32 bits) {
+  F32 r;
+  BG_QUARTERS r.v[i] = vreinterpretq_f32_s32(bits.v[i]);
+  return r;
+}
+BG_INLINE I32 as_int(F32 x) {
+  I32 r;
+  BG_QUARTERS r.v[i] = vreinterpretq_s32_f32(x.v[i]);
+  return r;
+}
+
+struct Table {  // 16 floats as 64 bytes
+  uint8x16x4_t v;
+};
+BG_INLINE Table load_table(const float* p) {
+  Table r;
+  BG_QUARTERS r.v.val[i] = vld1q_u8((const uint8_t*)p + 16 * i);
+  return r;
+}
+BG_INLINE F32 look_up(const Table& table, I32 code) {
+  F32 r;
+  BG_QUARTERS {  // bytes 4 c .. 4 c + 3
+    const uint32x4_t low = vandq_u32(vreinterpretq_u32_s32(code.v[i]), vdupq_n_u32(15));
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100), low, vdupq_n_u32(0x04040404));
+    r.v[i] = vreinterpretq_f32_u8(vqtbl4q_u8(table.v, vreinterpretq_u8_u32(at)));
+  }
+  return r;
 }
 
 BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
