@@ -41,11 +41,12 @@ ARM := aarch64-linux-gnu
 
 test-native: $(VENV)/.ready
 	@for kind in OFF address thread; do \
-	  echo "sanitizers: $$kind"; \
+	  echo "sanitizers: $$kind"; fork=1; test $$kind = thread && fork=0; \
 	  $(NATIVE_TESTS) -B build/native-tests-$$kind -DBITGRAIN_SANITIZE=$$kind && \
-	  $(BIN)/ninja -C build/native-tests-$$kind --quiet && build/native-tests-$$kind/bitgrain_native_tests $(ARGS) || exit 1; \
+	  $(BIN)/ninja -C build/native-tests-$$kind --quiet && \
+	  build/native-tests-$$kind/bitgrain_native_tests --fork $$fork $(ARGS) || exit 1; \
 	done
-	@if command -v $(ARM)-g++ qemu-aarch64 > /dev/null; then \
+	@if command -v $(ARM)-g++ > /dev/null && command -v qemu-aarch64 > /dev/null; then \
 	  echo "Arm, emulated"; \
 	  $(NATIVE_TESTS) -B build/native-tests-arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	    -DCMAKE_CXX_COMPILER=$(ARM)-g++ && $(BIN)/ninja -C build/native-tests-arm --quiet && \

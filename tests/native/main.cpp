@@ -1,5 +1,5 @@
 // bitgrain_native_tests [--isa NAME] [--seed N] [--seconds S] [--fork 0]: all checks once, then random shapes for S
-// seconds. --fork 0: no forked children, for emulators that do not stand them.
+// seconds. --fork 0: no forked children, which neither qemu nor the thread sanitizer stands.
 #include <chrono>
 #include <cstring>
 
