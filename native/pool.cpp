@@ -1,7 +1,6 @@
 #include "pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <atomic>
 #include <chrono>
@@ -28,7 +27,8 @@ void pause_cpu() {
 // How long a worker looks for more work before it sleeps: longer than the gap between two layers of a decoder, short
 // enough not to take a core from others.
 constexpr auto kSpin = std::chrono::microseconds(100);
-constexpr int kLooks = 64;  // between two looks at the clock, or two yields
+constexpr int kLooks = 64;       // between two looks at the clock
+constexpr int kPatience = 2000;  // of a caller whose work is done, about 30 us, before it sleeps
 
 class Pool {
  public:
@@ -55,9 +55,16 @@ class Pool {
     if (sleepers_.load(std::memory_order_seq_cst) > 0) wake();
     take(epoch, 0);
     for (int look = 0; done_.load(std::memory_order_acquire) < chunks; ++look) {
-      // a worker that lost its core in the middle of a chunk may be waiting for this one
-      if (look < kLooks) pause_cpu();
-      else sched_yield();
+      if (look < kPatience) {
+        pause_cpu();
+        continue;
+      }
+      // a worker lost its core in the middle of a chunk: asleep, this thread leaves it another one, where spinning or
+      // yielding would keep it waiting for a whole time slice
+      std::unique_lock<std::mutex> lock(sleep_);
+      asleep_.store(true, std::memory_order_seq_cst);
+      finished_.wait(lock, [&] { return done_.load(std::memory_order_seq_cst) >= chunks; });
+      asleep_.store(false, std::memory_order_relaxed);
     }
   }
 
@@ -67,7 +74,8 @@ class Pool {
     new (&caller_) std::mutex();
     new (&sleep_) std::mutex();
     new (&call_) std::condition_variable();
-    sleepers_.store(0);
+    new (&finished_) std::condition_variable();
+    sleepers_.store(0), asleep_.store(false);
   }
 
  private:
@@ -94,9 +102,13 @@ class Pool {
       uint64_t seen = lane.ticket.load(std::memory_order_acquire);
       while (seen >> kBits == epoch && (seen & kMostChunks) != 0) {
         if (!lane.ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
+        const int64_t chunks = (count_ + grain_ - 1) / grain_;
         const int64_t first = (lane.last - static_cast<int64_t>(seen & kMostChunks)) * grain_;
         work_(context_, first, first + grain_ < count_ ? first + grain_ : count_);
-        done_.fetch_add(1, std::memory_order_release);
+        if (done_.fetch_add(1, std::memory_order_seq_cst) + 1 == chunks && asleep_.load(std::memory_order_seq_cst)) {
+          { std::lock_guard<std::mutex> lock(sleep_); }
+          finished_.notify_one();
+        }
         seen = lane.ticket.load(std::memory_order_acquire);
       }
     }
@@ -141,7 +153,8 @@ class Pool {
   const void* context_ = nullptr;
   int64_t count_ = 0, grain_ = 1;
   std::mutex caller_, sleep_;
-  std::condition_variable call_;
+  std::condition_variable call_, finished_;
+  std::atomic<bool> asleep_{false};  // the caller
   int workers_ = 0;
 };
 

@@ -28,22 +28,23 @@ int dump_vectors(const VectorInputs& in, VectorResult* out) {
   auto floats = [&](const char* name, F32 x) {
     out[count].name = name, out[count].floats = true, store_f((float*)out[count++].lanes, x);
   };
-  auto bytes = [&](const char* name, Bytes x) {
-    I32 sum = zero_i();
+  auto bytes = [&](const char* name, Bytes x) {  // each byte by its product with 1
     alignas(64) uint8_t one[64], found[64];
-    for (int i = 0; i < 64; ++i) {  // each byte by its product with 1
-      std::memset(one, 0, 64), one[i] = 1;
-      sum = zero_i();
+    alignas(64) int32_t four[16];
+    for (int byte = 0; byte < 4; ++byte) {
+      std::memset(one, 0, 64);
+      for (int lane = 0; lane < 16; ++lane) one[4 * lane + byte] = 1;
+      I32 sum = zero_i();
       dot4(sum, x, load_b(one));
-      alignas(64) int32_t four[16];
       store_i(four, sum);
-      found[i] = (uint8_t)four[i / 4];
+      for (int lane = 0; lane < 16; ++lane) found[4 * lane + byte] = (uint8_t)four[lane];
     }
     ints(name, load_i(found));
   };
   const F32 a = load_f(in.a), b = load_f(in.b);
   const I32 i = load_i(in.i), j = load_i(in.j);
   const F32 x = to_float(load_i(in.small[0])), y = to_float(load_i(in.small[1])), z = to_float(load_i(in.small[2]));
+  const I32 start = load_i(in.small[0]);
   const Bytes p = load_b(in.bytes[0]), q = load_b(in.bytes[1]);
 
   ints("set_i", set_i(in.i[3]));
@@ -51,7 +52,7 @@ int dump_vectors(const VectorInputs& in, VectorResult* out) {
   ints("mul_i", mul_i(i, j));
   ints("min_i", min_i(i, j));
   ints("max_i", max_i(i, j));
-  ints("sum_i", set_i(sum_i(i)));
+  ints("sum_i", set_i(sum_i(start)));
   ints("load_u8_i", load_u8_i(in.bytes[0] + 1));
   ints("load_s8_i", load_s8_i(in.bytes[0] + 1));
   alignas(64) uint8_t low[64] = {};
@@ -86,14 +87,14 @@ int dump_vectors(const VectorInputs& in, VectorResult* out) {
   bytes("or_b", or_b(p, q));
   bytes("shift_right_b", and_b(shift_right_b<3>(p), 31));
   bytes("shift_left_b", and_b(shift_left_b<2>(p), 0xfc));
-  I32 sum = i;
+  I32 sum = start;
   dot4(sum, p, q);
   ints("dot4", sum);
-  sum = i;
+  sum = start;
   I32 all = zero_i();
   dot4_shifted(sum, p, q), sum4(all, q);
   ints("dot4_shifted", add_i(sum, mul_i(all, set_i(kDotShift))));
-  sum = i;
+  sum = start;
   const Bytes codes[2] = {and_b(p, 15), and_b(load_b(in.bytes[2]), 15)}, others[2] = {q, load_b(in.bytes[3])};
   dot4_small<2>(sum, codes, others);
   ints("dot4_small", sum);
