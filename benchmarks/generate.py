@@ -24,6 +24,8 @@ from rounds import HERE, Contestant, PeerError, add_options, busy, median, rest,
 
 CACHE = Path.home() / ".cache" / "bitgrain-benchmarks"
 LEAST_ROUNDS = 2
+BUSY_TOKENS = 16
+"""Generated beside busy processes: some engines become very slow there."""
 
 
 @dataclass(frozen=True)
@@ -103,27 +105,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     versions = {name: number for one in running.values() for name, number in one.versions.items()}
     prefill: dict[str, list[float]] = {name: [] for name in running}
     decode: dict[str, list[float]] = {name: [] for name in running}
+    beside: dict[str, list[float]] = {name: [] for name in running}
     tokens: dict[str, list[int]] = {}
     began = time.monotonic()
-    with busy(arguments.busy):
-        for done in range(arguments.rounds):
-            spent = time.monotonic() - began
-            if done >= LEAST_ROUNDS and spent * (done + 1) / done > 60 * arguments.minutes:
-                break
-            for name, one in running.items():
-                rest()
-                prefill[name].append(arguments.prefill / one.ask("prefill", tokens=arguments.prefill))
-                rest()
-                found = one.ask("decode", prompt=arguments.prompt, tokens=arguments.tokens)
-                decode[name].append(arguments.tokens / found["seconds"])
-                tokens[name] = found["tokens"]
-            say(f"round {done + 1} took {time.monotonic() - began - spent:.0f} s")
+    for done in range(arguments.rounds):
+        spent = time.monotonic() - began
+        if done >= LEAST_ROUNDS and spent * (done + 1) / done > 60 * arguments.minutes:
+            break
+        for name, one in running.items():
+            rest()
+            prefill[name].append(arguments.prefill / one.ask("prefill", tokens=arguments.prefill))
+            rest()
+            found = one.ask("decode", prompt=arguments.prompt, tokens=arguments.tokens)
+            decode[name].append(arguments.tokens / found["seconds"])
+            tokens[name] = found["tokens"]
+        with busy(arguments.busy):
+            for name, one in running.items() if arguments.busy else ():
+                found = one.ask("decode", prompt=arguments.prompt, tokens=BUSY_TOKENS)
+                beside[name].append(BUSY_TOKENS / found["seconds"])
+        say(f"round {done + 1} took {time.monotonic() - began - spent:.0f} s")
     results = {
         name: {
             "prefill": median(prefill[name]),
             "decode": median(decode[name]),
             "all_prefill": prefill[name],
             "all_decode": decode[name],
+            "decode_beside": median(beside[name]) if beside[name] else None,
             **one.ask("memory"),
             "tokens": tokens[name][:16],
         }

@@ -31,18 +31,22 @@ def comparisons(results: dict[str, Any]) -> list[list[str]]:
 def report(data: dict[str, Any], where: str) -> str:
     """The Markdown page."""
     settings, results = data["settings"], data["results"]
-    beside = f", beside {settings['busy']} busy processes" if settings["busy"] else ""
     rows = [
         [name, f"{r['prefill']:.1f}", f"{r['decode']:.2f}", f"{r['peak'] / 1e9:.2f}", f"{r['bare'] / 1e9:.2f}"]
         for name, r in results.items()
     ]
+    header = ["", f"prefill {settings['prefill']}, tok/s", "decode, tok/s", "peak GB", "of it imports, GB"]
+    if settings["busy"]:
+        header += [f"decode beside {settings['busy']} busy", "times slower"]
+        for row, one in zip(rows, results.values(), strict=True):
+            row += [f"{one['decode_beside']:.2f}", f"{one['decode'] / one['decode_beside']:.1f}"]
     compared = comparisons(results)
     rounds = max((len(r["all_decode"]) for r in results.values()), default=0)
     return (
         "# Generation, end to end\n\n"
-        f"{where}; {settings['threads']} threads{beside}. A Llama of 1.1 billion random parameters; medians of "
+        f"{where}; {settings['threads']} threads. A Llama of 1.1 billion random parameters; medians of "
         f"{rounds} interleaved rounds, each contestant in a process of its own.\n\n"
-        + table(["", f"prefill {settings['prefill']}, tok/s", "decode, tok/s", "peak GB", "of it imports, GB"], rows)
+        + table(header, rows)
         + f"\n- decode: {settings['tokens']} tokens after {settings['prompt']}, without the first\n- peak: largest "
         "resident set of the process\n"
         + "".join(f"- left out: {name} ({why.splitlines()[0]})\n" for name, why in data["absent"].items())

@@ -36,6 +36,8 @@ SLOW = (
 )
 """Only with --all; and those of ggml whose layout is not the processor's own."""
 LEAST_ROUNDS = 3
+BUSY_SECONDS = 0.25
+"""Of a turn beside busy processes: many time slices of theirs."""
 
 
 def left_out(name: str, everything: bool) -> bool:
@@ -66,9 +68,9 @@ def start(arguments: argparse.Namespace) -> tuple[dict[str, Contestant], dict[st
 
 
 def measure_cell(
-    cell: tuple[int, int, int], who: dict[str, Contestant], rounds: int, until: float, seconds: float
+    cell: tuple[int, int, int], who: dict[str, Contestant], arguments: argparse.Namespace, until: float
 ) -> dict[str, Any]:
-    """One shape: medians of `rounds` rounds, or of fewer (at least LEAST_ROUNDS) if it is later than `until`."""
+    """One shape: medians of the rounds, or of fewer (at least LEAST_ROUNDS) if it is later than `until`."""
     k, n, m = cell
     failed: dict[str, str] = {}
     made: dict[str, dict[str, float]] = {}
@@ -80,8 +82,9 @@ def measure_cell(
             except PeerError as error:
                 failed[name] = str(error)
     times: dict[str, list[float]] = {name: [] for name in made}
+    beside: dict[str, list[float]] = {name: [] for name in made}
     limits: dict[str, list[float]] = {}
-    for done in range(rounds):
+    for done in range(arguments.rounds):
         if done >= LEAST_ROUNDS and time.monotonic() > until:
             break
         if "probe" in who:
@@ -90,11 +93,17 @@ def measure_cell(
                 limits.setdefault(key, []).append(value)
         for name in made:
             rest()
-            times[name].append(who[name].ask("time", name=name, seconds=seconds))
-    contestants = {
+            times[name].append(who[name].ask("time", name=name, seconds=arguments.seconds))
+        with busy(arguments.busy):
+            for name in made if arguments.busy else ():
+                beside[name].append(who[name].ask("time", name=name, seconds=BUSY_SECONDS))
+    contestants: dict[str, dict[str, Any]] = {
         name: {"ms": 1e3 * median(one), "all_ms": [1e3 * t for t in one], "nbytes": made[name]["nbytes"]}
         for name, one in times.items()
     }
+    for name, one in beside.items():
+        if one:
+            contestants[name]["busy_ms"] = 1e3 * median(one)
     values: tuple[Any, ...] = (k, n, m, {key: median(one) for key, one in limits.items()}, contestants, failed)
     return dict(zip(CELL_KEYS, values, strict=True))
 
@@ -105,15 +114,14 @@ def measure(arguments: argparse.Namespace, shapes: Sequence[tuple[int, int]], ro
     ends = time.monotonic() + 60 * arguments.minutes
     cells: list[dict[str, Any]] = []
     left = len(shapes) * len(rows)
-    with busy(arguments.busy):
-        for k, n in shapes:
-            for m in rows:
-                until = time.monotonic() + (ends - time.monotonic()) / left
-                cells.append(measure_cell((k, n, m), who, arguments.rounds, until, arguments.seconds))
-                left -= 1
-                say(f"K {k}, N {n}, {m} rows: measured, {left} to go")
-            for library in set(who.values()):
-                library.ask("free")
+    for k, n in shapes:
+        for m in rows:
+            until = time.monotonic() + (ends - time.monotonic()) / left
+            cells.append(measure_cell((k, n, m), who, arguments, until))
+            left -= 1
+            say(f"K {k}, N {n}, {m} rows: measured, {left} to go")
+        for library in set(who.values()):
+            library.ask("free")
     for library in set(who.values()):
         library.close()
     settings = {"threads": arguments.threads, "busy": arguments.busy}

@@ -68,7 +68,6 @@ def report(data: dict[str, Any], where: str) -> str:
     header = ["inputs x outputs", "rows", "scheme", "ms", "best peer ms", "best peer", "ratio", "of DRAM", "of peak"]
     rows = [row_of(cell, name) for cell in data["cells"] for name in OURS if name in cell["contestants"]]
     settings = data["settings"]
-    beside = f", beside {settings['busy']} busy processes" if settings["busy"] else ""
     everyone = [
         [f"{cell['k']} x {cell['n']}", str(cell["m"]), name, f"{one['ms']:.3f}"]
         for cell in data["cells"]
@@ -80,7 +79,7 @@ def report(data: dict[str, Any], where: str) -> str:
     ]
     return (
         "# Speed of linear layers\n\n"
-        f"{where}; {settings['threads']} threads{beside}. Medians of interleaved rounds. Ratio: our time / the best "
+        f"{where}; {settings['threads']} threads. Medians of interleaved rounds. Ratio: our time / the best "
         "peer's of as many bits (4 where none has fewer); below 1 we are faster.\n\n"
         + limits_line(data["cells"])
         + table(header, rows)
@@ -89,15 +88,31 @@ def report(data: dict[str, Any], where: str) -> str:
         "something for many rows\n"
         + "".join(f"- {line}\n" for line in notes(data))
         + ("\n## What no machine changes\n\n" + layouts_text(layouts) if layouts else "")
+        + busy_text(data)
         + "\n## Everybody\n\n"
         + table(["inputs x outputs", "rows", "contestant", "ms"], everyone)
     )
+
+
+def busy_text(data: dict[str, Any]) -> str:
+    """How much slower everybody is beside busy processes, if that was asked for."""
+    if not data["settings"]["busy"]:
+        return ""
+    rows: list[list[str]] = []
+    for cell in data["cells"]:
+        ratios = {name: one["busy_ms"] / one["ms"] for name, one in cell["contestants"].items()}
+        for name in sorted(ratios, key=ratios.__getitem__):
+            one = cell["contestants"][name]
+            times = [f"{one['ms']:.3f}", f"{one['busy_ms']:.3f}", f"{ratios[name]:.1f}"]
+            rows.append([f"{cell['k']} x {cell['n']}", str(cell["m"]), name, *times])
+    header = ["inputs x outputs", "rows", "contestant", "alone ms", "beside ms", "times slower"]
+    return f"\n## Beside {data['settings']['busy']} busy processes\n\n" + table(header, rows)
 
 
 def layouts_text(rows: list[list[str]]) -> str:
     """Bytes and instructions of the packed layouts."""
     return (
         table(["scheme", "bits a weight", "instructions, 1 row", "instructions, full tile"], rows)
-        + "\n- bits a weight: packed, with scales and all padding, at 4096 x 4096\n- instructions: of the innermost loop "
-        "as compiled for AVX-512, for each one that makes 64 products; the rest are loads, unpacking and the loop\n"
+        + "\n- bits a weight: packed, with scales and all padding, at 4096 x 4096\n- instructions: of the innermost "
+        "loop as compiled for AVX-512, for each one that makes 64 products; the rest are loads, unpacking and the loop\n"
     )

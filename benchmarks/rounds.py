@@ -105,7 +105,7 @@ def add_options(parser: ArgumentParser, minutes: float) -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=7, help="at most; at least 3 are made")
     parser.add_argument("--minutes", type=float, default=minutes, help="fewer rounds where they would take longer")
-    parser.add_argument("--busy", type=int, default=0, metavar="N", help="beside N processes that need a core each")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="also beside N processes that want a core")
     parser.add_argument("--only", help="contestants whose names contain one of these, with commas between them")
     parser.add_argument(
         "--peers-python",
