@@ -40,9 +40,10 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("bitgrain W4A8", "llm_bitgrain", "llama1b-w4a8"),
-    Entry("bitgrain W4A16", "llm_bitgrain", "llama1b-w4a16"),
-    Entry("bitgrain W8A8", "llm_bitgrain", "llama1b-w8a8"),
+    Entry("bitgrain W4A8", "llm_bitgrain", "llama1b-w4a8-head8"),
+    Entry("bitgrain W4A16", "llm_bitgrain", "llama1b-w4a16-head8"),
+    Entry("bitgrain W8A8", "llm_bitgrain", "llama1b-w8a8-head8"),
+    Entry("bitgrain W4A8, head in bfloat16", "llm_bitgrain", "llama1b-w4a8", on_request=True),
     Entry("llama.cpp Q4_0", "llm_llama_cpp", "peers/q4_0.gguf"),
     Entry("llama.cpp Q4_K_M", "llm_llama_cpp", "peers/q4_k_m.gguf"),
     Entry("llama.cpp Q8_0", "llm_llama_cpp", "peers/q8_0.gguf"),
@@ -53,7 +54,14 @@ ENTRIES = (
     Entry("transformers bfloat16", "llm_transformers", "llama1b", more=":bfloat16"),
     Entry("transformers float32", "llm_transformers", "llama1b", more=":float32", on_request=True),
 )
-SCHEMES = {"llama1b-w4a8": "W4A8", "llama1b-w4a16": "W4A16", "llama1b-w8a8": "W8A8"}
+HEAD = ("--include", "lm_head", "--fallback", "lm_head")  # 8 bits, as the peers have it, or 6
+OURS: dict[str, tuple[str, ...]] = {
+    "llama1b-w4a8-head8": ("--scheme", "W4A8", *HEAD),
+    "llama1b-w4a16-head8": ("--scheme", "W4A16", *HEAD),
+    "llama1b-w8a8-head8": ("--scheme", "W8A8", *HEAD),
+    "llama1b-w4a8": ("--scheme", "W4A8"),
+}
+"""Arguments of `bitgrain quantize` that make our files."""
 
 
 def make_file(entry: Entry, cache: Path, peers_python: Path) -> Path:
@@ -63,8 +71,8 @@ def make_file(entry: Entry, cache: Path, peers_python: Path) -> Path:
         return file
     say(f"{entry.name}: writing its model")
     file.parent.mkdir(parents=True, exist_ok=True)
-    if entry.file in SCHEMES:
-        command = [sys.executable, "-m", "bitgrain", "quantize", source, file, "--scheme", SCHEMES[entry.file]]
+    if entry.file in OURS:
+        command = [sys.executable, "-m", "bitgrain", "quantize", source, "-o", file, "--quiet", *OURS[entry.file]]
     else:
         command = [peers_python, "-m", "contestants.llm_files", file.name, source, file]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)

@@ -8,7 +8,7 @@ from common import table
 
 FOUR = ("llama.cpp Q4_0", "llama.cpp Q4_K_M", "onnxruntime-genai int4", "OpenVINO int4")
 EIGHT = ("llama.cpp Q8_0", "OpenVINO int8")
-PEERS = {"bitgrain W4A8": FOUR, "bitgrain W4A16": FOUR, "bitgrain W8A8": EIGHT}
+PEERS = {"bitgrain W4A8": FOUR, "bitgrain W4A8, head in bfloat16": FOUR, "bitgrain W4A16": FOUR, "bitgrain W8A8": EIGHT}
 
 
 def comparisons(results: dict[str, Any]) -> list[list[str]]:

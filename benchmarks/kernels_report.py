@@ -114,5 +114,5 @@ def layouts_text(rows: list[list[str]]) -> str:
     return (
         table(["scheme", "bits a weight", "instructions, 1 row", "instructions, full tile"], rows)
         + "\n- bits a weight: packed, with scales and all padding, at 4096 x 4096\n- instructions: of the innermost "
-        "loop as compiled for AVX-512, for each one that makes 64 products; the rest are loads, unpacking and the loop\n"
+        "loop as compiled for AVX-512, for each one that makes 64 products; the rest load, unpack and loop\n"
     )
