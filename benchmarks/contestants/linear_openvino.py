@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -49,18 +49,23 @@ class Service(LinearService):
         nbytes = s.n * s.k / 2 + s.n * groups * (2.5 if zeros else 2)
         copies, given = s.copies(nbytes), np.random.default_rng(0)
         weights: list[openvino.Node] = []
+        arrays: list[np.ndarray] = []  # a Tensor does not hold what it is made of
         for i in range(copies):
             packed = given.integers(0, 256, (s.n, s.k // 2), dtype=np.uint8)
+            arrays.append(packed)
             weight = op.convert(op.constant(openvino.Tensor(packed, [s.n, groups, GROUP], kind)), np.float16)
             if zeros:
                 middle = np.full((s.n, (groups + 1) // 2), 0x88, np.uint8)
+                arrays.append(middle)
                 zero = op.constant(openvino.Tensor(middle, [s.n, groups, 1], kind))
                 weight = op.subtract(weight, op.convert(zero, np.float16))
             weight = op.multiply(weight, op.constant(np.full((s.n, groups, 1), 0.01 + i * 1e-5, np.float16)))
             weights.append(op.convert(op.reshape(weight, op.constant([s.n, s.k]), False), np.float32))
-        return self.ready(s, weights, nbytes, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP)})
+        return self.ready(s, weights, nbytes, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP)}, arrays)
 
-    def ready(self, s: Shape, weights: list[openvino.Node], nbytes: float, more: dict[str, str]) -> Ready:
+    def ready(
+        self, s: Shape, weights: list[openvino.Node], nbytes: float, more: dict[str, str], arrays: Sequence[object] = ()
+    ) -> Ready:
         settings = {"INFERENCE_NUM_THREADS": self.threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, **more}
 
         def bind(m: int) -> Callable[[], object]:
@@ -72,7 +77,7 @@ class Service(LinearService):
 
             def run() -> object:
                 request.infer()
-                return inputs  # kept
+                return inputs, arrays  # kept
 
             return run
 
