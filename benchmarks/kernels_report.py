@@ -74,8 +74,9 @@ def report(data: dict[str, Any], where: str) -> str:
         for name, one in sorted(cell["contestants"].items(), key=lambda item: item[1]["ms"])
     ]
     layouts = [
-        [f["scheme"], f"{f['bits_per_weight']:.3f}", f"{f['instructions_few']:.1f}", f"{f['instructions_many']:.1f}"]
-        for f in data["layouts"]
+        [facts["scheme"], f"{facts['bits_per_weight']:.3f}"]
+        + [f"{facts[key]:.1f}" if facts[key] else "-" for key in ("instructions_few", "instructions_many")]
+        for facts in data["layouts"]
     ]
     return (
         "# Speed of linear layers\n\n"

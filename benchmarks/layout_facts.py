@@ -19,9 +19,13 @@ SCHEMES = {"W8A8": (8, SIZE), "W4A8 g128": (4, GROUP), "W3A8 g128": (3, GROUP), 
 
 def layout_facts() -> list[dict[str, Any]]:
     """For each scheme: packed bits of a weight, and instructions for each dot product instruction, of one row and of
-    a full tile of rows; None where there is no object file of the level, or no objdump."""
+    a full tile of rows; None where there is no object file of the level, or no objdump. Without the native module:
+    nothing."""
     from bitgrain.kernels.int_linear import IntInputs, IntLinear
+    from bitgrain.kernels.native import is_available
 
+    if not is_available():
+        return []
     loops = loops_of(object_file())
     facts: list[dict[str, Any]] = []
     for scheme, (bits, group) in SCHEMES.items():
