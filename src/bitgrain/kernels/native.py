@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 
 import torch
@@ -73,8 +74,11 @@ def isa() -> str:
 
 
 def panel_memory(nbytes: int) -> Tensor:
-    """uint8 [nbytes], in large pages where the system has them: fewer misses when weights stream from memory."""
-    memory = torch.empty(nbytes, dtype=torch.uint8)
+    """uint8 [nbytes], in large pages where the system has them: fewer misses when weights stream from memory.
+
+    Mapped apart from the heap, which what is freed while a model loads would otherwise leave full of holes.
+    """
+    memory = torch.frombuffer(mmap(-1, max(nbytes, 1), MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)[:nbytes]
     native().use_huge_pages(memory.data_ptr(), nbytes)
     return memory
 

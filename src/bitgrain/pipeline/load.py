@@ -38,6 +38,7 @@ from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.kv_cache.growing import GrowingCache
 from bitgrain.runtime.low_bit_linear import hold_low_bit_
+from bitgrain.runtime.memory import no_holes
 from bitgrain.runtime.online import attach_rotations
 
 
@@ -243,12 +244,13 @@ def _load(
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), "cpu" if packed else where, dtype)
     attach_rotations(model, stored.config.get("online_rotations", {}))
-    for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
-        if kernels:
-            run_packed_(model, path, kernels[name], stored.packed(name), stored.layers[name].dtype)
-            quantizers.pop(f"{path}.weight", None)
-        else:
-            hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
+    with no_holes():
+        for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
+            if kernels:
+                run_packed_(model, path, kernels[name], stored.packed(name), stored.layers[name].dtype)
+                quantizers.pop(f"{path}.weight", None)
+            else:
+                hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
     if kernels:
         model.requires_grad_(False)  # kernels compute no gradients
     model.to(where)
