@@ -12,8 +12,9 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
-  // products with codes that are looked up: few rows take tiles of grouped_rows, many those of single_rows
+  // products with codes that are looked up
   int64_t input_bytes;  // 2: inputs are rounded to bfloat16; 4: they stay float32
+  int64_t packed_rows;  // more (in tiles of single_rows, not of grouped_rows) are worth looking up a panel once for all
   void (*arrange_inputs)(const InputJob&, int64_t first, int64_t last);
   void (*code_panels)(const CodePanelJob&, int64_t first, int64_t last);
 };

@@ -4,3 +4,4 @@
 
 void bind_int_linear(nanobind::module_& m);
 void bind_code_linear(nanobind::module_& m);
+void bind_embedding(nanobind::module_& m);

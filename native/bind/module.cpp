@@ -20,4 +20,5 @@ NB_MODULE(_native, m) {
         "Run another one from now on; False where it is not here.");
   bind_int_linear(m);
   bind_code_linear(m);
+  bind_embedding(m);
 }

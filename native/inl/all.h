@@ -5,9 +5,9 @@
 #include "inl/activations.inl.h"
 #include "inl/int_linear.inl.h"
 //
-#include "inl/code_inputs.inl.h"
 #include "inl/code_pairs.inl.h"
 //
+#include "inl/code_inputs.inl.h"
 #include "inl/code_linear.inl.h"
 
 #define BG_STRING2(x) #x
@@ -19,7 +19,7 @@ namespace BG_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     BG_STRING(BG_ISA), kGroupedRows, kSingleRows, quantize_tiles, int_panels,
-    kInputBytes, arrange_inputs, code_panels,
+    kInputBytes, kPackedRows, arrange_inputs, code_panels,
 };
 
 }  // namespace BG_ISA
