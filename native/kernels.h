@@ -23,8 +23,9 @@ struct Kernels {
   int64_t (*prefill_steps)(DType, int64_t features);
   void (*pack_past)(const PrefillJob&, int64_t first, int64_t last);
   void (*attend_tiles)(const PrefillJob&, int64_t first, int64_t last);
-  // products with codes that are looked up: few rows take tiles of grouped_rows, many those of single_rows
+  // products with codes that are looked up
   int64_t input_bytes;  // 2: inputs are rounded to bfloat16; 4: they stay float32
+  int64_t packed_rows;  // more (in tiles of single_rows, not of grouped_rows) are worth looking up a panel once for all
   void (*arrange_inputs)(const InputJob&, int64_t first, int64_t last);
   void (*code_panels)(const CodePanelJob&, int64_t first, int64_t last);
   // decode attention

@@ -9,3 +9,4 @@ void bind_decoder(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_solver(nanobind::module_& m);
 void bind_probes(nanobind::module_& m);
+void bind_embedding(nanobind::module_& m);

@@ -25,4 +25,5 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_solver(m);
   bind_probes(m);
+  bind_embedding(m);
 }

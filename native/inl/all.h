@@ -8,9 +8,9 @@
 #include "inl/int_linear.inl.h"
 #include "inl/attention_prefill.inl.h"
 //
-#include "inl/code_inputs.inl.h"
 #include "inl/code_pairs.inl.h"
 //
+#include "inl/code_inputs.inl.h"
 #include "inl/code_linear.inl.h"
 #include "inl/attention.inl.h"
 #include "inl/attention_dense.inl.h"
@@ -38,7 +38,7 @@ const Kernels kKernels = {
     // prefill attention
     prefill_steps, pack_past, attend_tiles,
     // products with codes that are looked up
-    kInputBytes, arrange_inputs, code_panels,
+    kInputBytes, kPackedRows, arrange_inputs, code_panels,
     // decode attention
     load_queries, attend_dense, attend_packed, pack_states, read_states, exp_floats,
     // second moments

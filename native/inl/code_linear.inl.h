@@ -27,14 +27,15 @@ BG_INLINE void store_columns(const CodePanelJob& job, int64_t row, int64_t colum
   store_elements(job.y, job.type, row * job.stride + column, count, fma_f(total, set_f(w.outer), bias));
 }
 
-// Few rows: R rows against V half panels, from half panel `half` on; weights go from memory to registers.
-template <int BITS, int R, int V>
+// R rows against V half panels, from half panel `half` on; weights go from memory to registers. COUNTED: by Counted.
+template <int BITS, int R, int V, bool COUNTED>
 BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const uint8_t* x, const float* sums,
-                         int64_t row) {
+                         const float* offsets, int64_t row) {
   const CodeWeights& w = *job.w;
   constexpr int kSteps = Looked<BITS>::kSteps, kHalf = Looked<BITS>::kVectors * 64, kChunk = 2 * kHalf;
   constexpr int kWanted = R * V <= 2 ? 4 : R * V <= 6 ? 2 : 1;
   constexpr int kChains = kWanted < kSteps ? kWanted : kSteps;  // sums apart, so that few rows do not wait for the last
+  constexpr int kTwice = COUNTED && BITS == 8 ? 2 : 1;
   const uint8_t* at = w.panels + panel * w.panel_bytes;
   const Numbers table = numbers_of(w);
   F32 total[R][V];
@@ -44,16 +45,26 @@ BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const
     F32 sum[R][V][kChains];
     BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int c = 0; c < kChains; ++c)
         sum[r][v][c] = zero_f();
+    if (COUNTED && BITS < 8) {
+      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
+          sum[r][v][0] = set_f(w.table[0] * sums[r] - offsets[r]);
+      offsets += R;
+    }
     const uint8_t *header = at, *p = at + code_header_bytes(w.scale_type, w.zeros) + half * kHalf;
     const int64_t chunks = chunks_of(w, s);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      Pair pair[V][kSteps];
-      BG_UNROLL for (int v = 0; v < V; ++v) Looked<BITS>::unpack(p + v * kHalf, table, pair[v]);
-      BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + 4096 + 64 * i);
+      Pair pair[V][kTwice * kSteps];
+      BG_UNROLL for (int v = 0; v < V; ++v) {
+        if constexpr (COUNTED) Counted<BITS>::unpack(p + v * kHalf, pair[v]);
+        else Looked<BITS>::unpack(p + v * kHalf, table, pair[v]);
+      }
+      if (R <= 2) BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + 4096 + 64 * i);
       p += kChunk;
       BG_UNROLL for (int i = 0; i < kSteps; ++i) {
-        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
-            add_product(sum[r][v][i % kChains], pair[v][i], x + kPairBytes * r);
+        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
+          add_product(sum[r][v][i % kChains], pair[v][i], x + kPairBytes * r);
+          if (kTwice == 2) add_product(sum[r][v][i % kChains], pair[v][kSteps + i], x + kPairBytes * r);
+        }
         x += kPairBytes * R;
       }
     }
@@ -67,20 +78,32 @@ BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const
         if (w.zeros != Zeros::constant) total[r][v] = fnma_f(group.shift, set_f(sums[r]), total[r][v]);
       }
     }
-    if (w.zeros != Zeros::constant) sums += R;
+    if (sums) sums += R;
   }
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
       store_columns(job, row + r, panel * kPanel + 16 * (half + v), total[r][v]);
 }
 
-template <int BITS, int R = kGroupedRows>
-BG_INLINE void code_tile_rows(int64_t rows, const CodePanelJob& job, int64_t panel, const uint8_t* x,
-                              const float* sums) {
-  if (rows == R) {
-    for (int half = 0; half < 2; half += kGroupedVectors) code_tile<BITS, R, kGroupedVectors>(job, panel, half, x, sums, 0);
-  } else if constexpr (R > 1) {
-    code_tile_rows<BITS, R - 1>(rows, job, panel, x, sums);
+template <int BITS, int R>
+static void code_tile_halves(const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
+                             const float* offsets, int64_t row) {
+  constexpr int V = kGroupedVectors;
+  if constexpr (R <= 2 && Counted<BITS>::kThere) {
+    if (BITS == 8 || (offsets && job.w->counts)) {
+      for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, true>(job, panel, half, x, sums, offsets, row);
+      return;
+    }
   }
+  if constexpr (R > 2 || BITS < 8 || !Counted<BITS>::kThere) {
+    for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, false>(job, panel, half, x, sums, offsets, row);
+  }
+}
+
+template <int BITS, int R = kGroupedRows>
+BG_INLINE void code_tile_rows(int64_t rows, const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
+                              const float* offsets, int64_t row) {
+  if (rows == R) code_tile_halves<BITS, R>(job, panel, x, sums, offsets, row);
+  else if constexpr (R > 1) code_tile_rows<BITS, R - 1>(rows, job, panel, x, sums, offsets, row);
 }
 
 // Many rows: weights that were unpacked once, [steps][2] vectors, against R rows; total += scale * sum.
@@ -165,9 +188,17 @@ static void code_panel(const CodePanelJob& job, int64_t panel) {
 
 template <int BITS>
 static void code_panels_of(const CodePanelJob& job, int64_t first, int64_t last) {
+  const int64_t tile_bytes = job.rows * job.w->steps * kPairBytes, tile_sums = job.rows * job.w->spans;
   for (int64_t panel = first; panel < last; ++panel) {
-    if (job.totals) code_panel<BITS>(job, panel);
-    else code_tile_rows<BITS>(job.m, job, panel, job.tiles, job.sums);
+    if (job.totals) {
+      code_panel<BITS>(job, panel);
+      continue;
+    }
+    for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
+      code_tile_rows<BITS>(rows_of_tile(job.m, job.rows, tile), job, panel, job.tiles + tile * tile_bytes,
+                           job.sums ? job.sums + tile * tile_sums : nullptr,
+                           job.offsets ? job.offsets + tile * tile_sums : nullptr, tile * job.rows);
+    }
   }
 }
 

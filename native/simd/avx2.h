@@ -236,6 +236,7 @@ template <int COUNT>
 BG_INLINE I32 shift_right_signed_i(I32 x) {
   return {_mm256_srai_epi32(x.lo, COUNT), _mm256_srai_epi32(x.hi, COUNT)};
 }
+BG_INLINE I32 as_lanes(Bytes x) { return x; }
 BG_INLINE F32 as_float(I32 bits) { return as_floats(bits); }
 BG_INLINE I32 as_int(F32 x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
 

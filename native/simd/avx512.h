@@ -105,7 +105,11 @@ BG_INLINE double sum_d(F64 x) {
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
-BG_INLINE Bytes load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }
+BG_INLINE Bytes load_b(const uint8_t* p) {
+  Bytes x = _mm512_loadu_si512(p);
+  asm("" : "+v"(x));  // gcc 12 would load the line again for each use of it
+  return x;
+}
 BG_INLINE Bytes repeat4(const uint8_t* p) {
   int32_t word;
   std::memcpy(&word, p, 4);
@@ -146,6 +150,7 @@ template <int COUNT>
 BG_INLINE I32 shift_right_signed_i(I32 x) {
   return _mm512_srai_epi32(x, COUNT);
 }
+BG_INLINE I32 as_lanes(Bytes x) { return x; }
 BG_INLINE F32 as_float(I32 bits) { return _mm512_castsi512_ps(bits); }
 BG_INLINE I32 as_int(F32 x) { return _mm512_castps_si512(x); }
 
@@ -159,6 +164,7 @@ template <int COUNT>
 BG_INLINE Bytes shift_right_w(Bytes x) {
   return _mm512_srli_epi16(x, COUNT);
 }
+BG_INLINE Bytes and_or(Bytes x, Bytes mask, Bytes other) { return _mm512_ternarylogic_epi32(x, mask, other, 0xea); }
 BG_INLINE void dot2(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 #endif
 

@@ -294,6 +294,11 @@ BG_INLINE I32 shift_right_signed_i(I32 x) {
   BG_QUARTERS x.v[i] = vshlq_s32(x.v[i], vdupq_n_s32(-COUNT));
   return x;
 }
+BG_INLINE I32 as_lanes(Bytes x) {
+  I32 r;
+  BG_QUARTERS r.v[i] = vreinterpretq_s32_u8(x.v[i]);
+  return r;
+}
 BG_INLINE F32 as_float(I32 bits) {
   F32 r;
   BG_QUARTERS r.v[i] = vreinterpretq_f32_s32(bits.v[i]);

@@ -285,7 +285,12 @@ BG_INLINE I32 shift_right_signed_i(I32 x) {  // copies of the sign come in from 
   BG_LANES x.v[i] = x.v[i] >> COUNT;
   return x;
 }
-BG_INLINE F32 as_float(I32 bits) {  // the same bits
+BG_INLINE I32 as_lanes(Bytes x) {  // the same bits
+  I32 r;
+  std::memcpy(r.v, x.v, 64);
+  return r;
+}
+BG_INLINE F32 as_float(I32 bits) {
   F32 r;
   std::memcpy(r.v, bits.v, 64);
   return r;
@@ -314,6 +319,7 @@ BG_INLINE F32 look_up(const Table& table, I32 code) {  // the entries that the l
 //   look_up_words(table, code)  the word of the table that the low 5 bits of each word name
 //   shift_right_w<COUNT>(x)     of each word, zeros come in from above
 //   dot2(sum, a, b)             sum[i] += a[2i+1] b[2i+1], then += a[2i] b[2i], words are bfloat16; subnormals count as 0
+//   and_or(x, mask, other)      (x & mask) | other
 
 BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 

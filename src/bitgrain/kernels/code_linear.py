@@ -60,9 +60,10 @@ class CodeLinear:
             size = "none" if table is None else len(table)
             raise KernelError(f"codes of {bits} bits and a table of {size}: 2**bits numbers or fewer; 8 bits: none")
         self.n, self.k, self.bits, self.group = n, k, bits, group or k
-        self.table, self.scale_dtype, self.zeros, self.outer = table, scale_dtype, zeros, outer
+        self.table = None if table is None else tuple(float(number) for number in table)
+        self.scale_dtype, self.zeros, self.outer = scale_dtype, zeros, outer
         self.handle: Any = native().CodeWeight(
-            n, k, self.group, bits, list(table or ()), SCALE_DTYPES[scale_dtype], _ZEROS[zeros], outer
+            n, k, self.group, bits, list(self.table or ()), SCALE_DTYPES[scale_dtype], _ZEROS[zeros], outer
         )
         self.panels = panel_memory(self.handle.nbytes()) if panels is None else panels
         self._run = self.handle.run
