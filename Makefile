@@ -7,7 +7,7 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-BENCHMARKS := accuracy digits experts fine-tuning kv-cache memory numerics outlier-channels streaming training
+BENCHMARKS := accuracy attention digits experts fine-tuning kv-cache memory numerics outlier-channels streaming training
 
 .PHONY: setup native demo test lint clean $(addprefix bench-,$(BENCHMARKS))
 

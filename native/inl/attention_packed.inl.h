@@ -77,7 +77,8 @@ static void split_queries(const AttentionJob& job, const AttentionPart& part) {
 constexpr int kDotRows = kRowTile < 4 ? 1 : 4;
 
 // V times 16 tokens of a tile from `token` on against R rows: scores.
-template <int BITS, int PLANES, int R, int V>
+// LINES vectors of codes are fetched ahead, `next` bytes from the first.
+template <int BITS, int PLANES, int R, int V, int LINES>
 BG_INLINE void packed_scores(const AttentionPart& part, int64_t row, float* scores, int64_t chunks, const uint8_t* at,
                              int64_t next, const uint16_t* scales, const uint16_t* zeros) {
   constexpr int kSteps = 8 / BITS, kMiddle = BITS == 8 ? 128 : 1 << (BITS - 1);
@@ -90,10 +91,8 @@ BG_INLINE void packed_scores(const AttentionPart& part, int64_t row, float* scor
   }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     Bytes code[V][kSteps];
-    BG_UNROLL for (int v = 0; v < V; ++v) {
-      unpack_codes<BITS>(at + v * run, code[v]);
-      prefetch(at + v * run + next);
-    }
+    BG_UNROLL for (int v = 0; v < V; ++v) unpack_codes<BITS>(at + v * run, code[v]);
+    BG_UNROLL for (int i = 0; i < LINES; ++i) prefetch(at + i * run + next);
     at += 64;
     BG_UNROLL for (int i = 0; i < kSteps; ++i) {
       BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
@@ -120,9 +119,9 @@ BG_INLINE void packed_scores(const AttentionPart& part, int64_t row, float* scor
   }
 }
 
-// V times 16 channels of a tile, weighted: to[r] += steps[r] (sum_t weights[r][t] code[t] - shifts[r]).
-template <int BITS, int PLANES, int R, int V>
-BG_INLINE void packed_values(const int8_t* weights, const float* steps, const float* shifts, const uint8_t* at,
+// V times 16 channels of a tile, weighted: to[r] += step (sum_t weights[r][t] code[t] - shifts[r]).
+template <int BITS, int PLANES, int R, int V, int LINES>
+BG_INLINE void packed_values(const int8_t* weights, float step, const float* shifts, const uint8_t* at,
                              int64_t next, float* to, int64_t size) {
   constexpr int kSteps = 8 / BITS, kChunks = kBlock / (4 * kSteps);
   I32 sum[R][V][PLANES];
@@ -131,10 +130,8 @@ BG_INLINE void packed_values(const int8_t* weights, const float* steps, const fl
   }
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     Bytes code[V][kSteps];
-    BG_UNROLL for (int v = 0; v < V; ++v) {
-      unpack_codes<BITS>(at + v * kChunks * 64, code[v]);
-      prefetch(at + v * kChunks * 64 + next);
-    }
+    BG_UNROLL for (int v = 0; v < V; ++v) unpack_codes<BITS>(at + v * kChunks * 64, code[v]);
+    BG_UNROLL for (int i = 0; i < LINES; ++i) prefetch(at + i * kChunks * 64 + next);
     at += 64;
     BG_UNROLL for (int i = 0; i < kSteps; ++i) {
       BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
@@ -147,33 +144,34 @@ BG_INLINE void packed_values(const int8_t* weights, const float* steps, const fl
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
     float* y = to + r * size + 16 * v;
     const F32 found = sub_f(join_planes<PLANES>(sum[r][v]), set_f(shifts[r]));
-    store_f(y, fma_f(found, set_f(steps[r]), load_f(y)));
+    store_f(y, fma_f(found, set_f(step), load_f(y)));
   }
 }
 
-// Weights of R rows, times the scales of values, to bytes [R][PLANES][kBlock] in steps; shifts: their products with the
-// zero points.
+// Weights of R rows, at most 1, times the scales of values, to bytes [R][PLANES][kBlock]; shifts: their products with
+// the zero points. Returns the step of all: that of the tile's largest scale.
 template <int PLANES, int R>
-BG_INLINE void split_weights(const float* scores, const uint16_t* scales, const uint16_t* zeros, int8_t* weights,
-                             float* steps, float* shifts) {
+BG_INLINE float split_weights(const float* scores, const uint16_t* scales, const uint16_t* zeros, int8_t* weights,
+                              float* shifts) {
   constexpr int kVectors = kBlock / 16;
-  F32 scale[kVectors], zero[kVectors];
-  BG_UNROLL for (int i = 0; i < kVectors; ++i) scale[i] = load_f16(scales + 16 * i), zero[i] = load_f16(zeros + 16 * i);
+  F32 scale[kVectors], zero[kVectors], largest = zero_f();
+  BG_UNROLL for (int i = 0; i < kVectors; ++i) {
+    scale[i] = load_f16(scales + 16 * i), zero[i] = load_f16(zeros + 16 * i);
+    largest = max_f(largest, scale[i]);
+  }
+  const float most = max_of_f(largest), step = most > 0.f ? most / most_units<PLANES>() : 1.f;
+  BG_UNROLL for (int i = 0; i < kVectors; ++i) scale[i] = mul_f(scale[i], set_f(1.f / step));
   for (int r = 0; r < R; ++r) {
-    F32 x[kVectors], largest = zero_f(), shift = zero_f();
-    BG_UNROLL for (int i = 0; i < kVectors; ++i) {
-      x[i] = mul_f(load_f(scores + r * kBlock + 16 * i), scale[i]);
-      largest = max_f(largest, x[i]);
-    }
-    const float most = max_of_f(largest), step = most > 0.f ? most / most_units<PLANES>() : 1.f;
-    const F32 by = set_f(1.f / step);
+    F32 shift = zero_f();
     BG_UNROLL for (int i = 0; i < kVectors; ++i) {
       I32 digits[PLANES];
-      store_planes<PLANES>(mul_f(x[i], by), weights + r * PLANES * kBlock + 16 * i, kBlock, digits);
+      const F32 x = mul_f(load_f(scores + r * kBlock + 16 * i), scale[i]);
+      store_planes<PLANES>(x, weights + r * PLANES * kBlock + 16 * i, kBlock, digits);
       shift = fma_f(join_planes<PLANES>(digits), zero[i], shift);
     }
-    steps[r] = step, shifts[r] = sum_f(shift);
+    shifts[r] = sum_f(shift);
   }
+  return step;
 }
 
 // One tile of tokens and R rows from `row` on.
@@ -181,22 +179,26 @@ template <int BITS, int PLANES, int R>
 static void packed_tile(const AttentionJob& job, const AttentionPart& part, const PackedTokens& past, int64_t row,
                         int64_t tile, int64_t skip, int64_t stop) {
   constexpr int kRows = R < kDotRows ? R : kDotRows, V = kDotRows == 1 ? 1 : kRows == 4 ? 2 : 4;
+  // the groups of rows share the work of fetching the next tile, so that it is spread evenly
+  constexpr int kGroups = R / kRows, kLines = V > kGroups ? V / kGroups : 1, kPair = 2 > kGroups ? 2 / kGroups : 1;
   const int64_t at = tile * past.k.pairs + part.row * job.groups + part.group;
   const int64_t chunks = past.k.size * BITS / 32, run = kBlock * 16 * BITS / 8;
   const uint8_t *keys = past.k.codes + at * tile_bytes(past.k), *values = past.v.codes + at * tile_bytes(past.v);
   const int64_t k_next = past.k.pairs * tile_bytes(past.k), v_next = past.v.pairs * tile_bytes(past.v);
   for (int64_t token = 0; token < kBlock; token += 16 * V) {
     for (int r = 0; r < R; r += kRows) {
-      packed_scores<BITS, PLANES, kRows, V>(part, row + r, part.scores + r * kBlock + token, chunks,
-                                            keys + token / 16 * chunks * 64, k_next, past.k.scales + at * kBlock + token,
-                                            past.k.zeros + at * kBlock + token);
+      const int64_t ahead = k_next + r / kRows * kLines % V * chunks * 64;
+      packed_scores<BITS, PLANES, kRows, V, kLines>(
+          part, row + r, part.scores + r * kBlock + token, chunks, keys + token / 16 * chunks * 64, ahead,
+          past.k.scales + at * kBlock + token, past.k.zeros + at * kBlock + token);
     }
   }
   scores_to_weights(job, part, row, R, tile * kBlock - past.first, skip, stop);
 
   alignas(64) int8_t weights[R * PLANES * kBlock];
-  float steps[R], shifts[R];
-  split_weights<PLANES, R>(part.scores, past.v.scales + at * kBlock, past.v.zeros + at * kBlock, weights, steps, shifts);
+  float shifts[R];
+  const float step = split_weights<PLANES, R>(part.scores, past.v.scales + at * kBlock, past.v.zeros + at * kBlock,
+                                              weights, shifts);
   const int64_t size = padded_size(job.v_size);
   for (int64_t c = 0; c < past.v.size;) {
     float* sum = part.sum + row * size + c;
@@ -205,9 +207,10 @@ static void packed_tile(const AttentionJob& job, const AttentionPart& part, cons
     for (int r = 0; r < R; r += kRows) {
       const int8_t* own = weights + r * PLANES * kBlock;
       if (two) {
-        packed_values<BITS, PLANES, kRows, 2>(own, steps + r, shifts + r, codes, v_next, sum + r * size, size);
+        const int64_t ahead = v_next + r / kRows * kPair % 2 * run;
+        packed_values<BITS, PLANES, kRows, 2, kPair>(own, step, shifts + r, codes, ahead, sum + r * size, size);
       } else {
-        packed_values<BITS, PLANES, kRows, 1>(own, steps + r, shifts + r, codes, v_next, sum + r * size, size);
+        packed_values<BITS, PLANES, kRows, 1, 1>(own, step, shifts + r, codes, v_next, sum + r * size, size);
       }
     }
     c += two ? 32 : 16;

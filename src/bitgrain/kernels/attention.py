@@ -73,9 +73,9 @@ def attend_packed(
 
     place  (first, count) of the memory's tokens; None: all that are held
 
-    Queries, and weights times the scales of values, become whole numbers of 15 bits (queries in float32: of 23), and
-    products with codes are exact. So a score is off by up to 2^-16 (2^-24) scaling max|q| sum_c |k_c|, and the weighted
-    values by up to 2^-16 (2^-24) of the largest weight in a tile of 64 tokens times the sum of |code - middle| there.
+    Queries, and weights times the scales of values, become whole numbers of 16 bits (24 where queries are float32), and
+    products with codes are exact. With u = 2^-15 (2^-23), a score is off by up to u scaling max|q| sum_c |k_c|, and a
+    weight by up to u times the largest in its run of 256 tokens times the largest scale in its tile of 64.
     """
     first, count = (key.first, key.tokens) if place is None else place
     sides = [(one.batch, one.heads, one.bits, one.first + one.tokens) for one in (key, value)]

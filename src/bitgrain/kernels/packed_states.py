@@ -53,8 +53,8 @@ class PackedStates:
         return sum(one.nbytes for one in self._memory) if self._memory else 0
 
     def append(self, x: Tensor) -> bool:
-        """Round and add tokens [batch, heads, n, size]; False, and nothing is added, where one holds NaN or Inf or has a
-        scale beyond float16."""
+        """Round and add tokens [batch, heads, n, size]; False, and nothing is added, where one holds NaN or Inf or has
+        a scale beyond float16."""
         if x.shape[:2] != (self.batch, self.heads) or x.shape[3] != self.size or x.dtype not in DTYPES:
             raise KernelError(f"states {list(x.shape)} {x.dtype} do not fit {self.batch} texts, {self.heads} heads")
         count, last = x.shape[2], self.first + self.tokens

@@ -57,8 +57,8 @@ class QuantizedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values [batch, heads, tokens, size]; returns all, as `Held.append`; for a few tokens that kernels
-        can read, each as a `Past`.
+        """Add keys and values [batch, heads, tokens, size]; returns all, as `Held.append`, each as a `Past` where they
+        are few and a kernel can read what is held.
 
         Raises ModelError for tokens of another shape than those that are held.
         """
