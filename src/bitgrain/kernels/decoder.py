@@ -96,9 +96,7 @@ class DecoderBlock:
         """The block's output, of its input x [batch, tokens, hidden] and attention's output before o."""
         y = torch.empty_like(x)
         m = x.shape[0] * x.shape[1]
-        self.handle.finish(
-            x.data_ptr(), DTYPES[x.dtype], m, attended.data_ptr(), y.data_ptr(), torch.get_num_threads()
-        )
+        self.handle.finish(x.data_ptr(), DTYPES[x.dtype], m, attended.data_ptr(), y.data_ptr(), torch.get_num_threads())
         return y
 
     def run(

@@ -7,16 +7,16 @@ again by the native kernels and compared. Names say nothing here. Whatever does 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import eager_mask
 
 from bitgrain.errors import KernelError
@@ -33,6 +33,7 @@ from bitgrain.runtime.fused_block import (
     build,
     fuse,
     packed_weight,
+    row_norm,
 )
 from bitgrain.runtime.kv_cache import past_argument
 
@@ -142,7 +143,7 @@ def _attention(
                 if (cos is None) != (rotary == "none"):
                     continue
                 if all(
-                    _close(_rotated(part, size, cos, sin, rotary, one and _row_norm(block, one)), given)
+                    _close(_rotated(part, size, cos, sin, rotary, one and row_norm(block, one)), given)
                     for part, given, one in zip(parts[:2], new[:2], (q_norm, k_norm), strict=True)
                 ):
                     scale = call.extras.get("scaling") or size**-0.5
@@ -248,15 +249,9 @@ def _norm(block: nn.Module, call: Call) -> NormPlan | None:
         for centered in (False, True):
             for offset in (0.0, 1.0):
                 plan = NormPlan(call.path, weight, bias, one, centered, offset)
-                if _close(_row_norm(block, plan)(call.x.contiguous()), call.y):
+                if _close(row_norm(block, plan)(call.x.contiguous()), call.y):
                     return plan
     return None
-
-
-def _row_norm(block: nn.Module, plan: NormPlan) -> RowNorm:
-    from bitgrain.runtime.fused_block import row_norm
-
-    return row_norm(block, plan)
 
 
 def _rotated(
@@ -342,7 +337,7 @@ def _hooks(
     handles: list[Any] = []
     current: list[BlockTrace] = []
 
-    def enter(path: str) -> Callable[..., None]:
+    def enter() -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else kwargs.get("hidden_states")
             current.append(BlockTrace(given.clone() if isinstance(given, Tensor) else torch.empty(0), dict(kwargs)))
@@ -373,7 +368,7 @@ def _hooks(
         for name, part in block.named_modules():
             if name:
                 handles.append(part.register_forward_hook(note(name), with_kwargs=True))
-        handles.append(block.register_forward_pre_hook(enter(path), with_kwargs=True))
+        handles.append(block.register_forward_pre_hook(enter(), with_kwargs=True))
         handles.append(block.register_forward_hook(leave(path), with_kwargs=True))
     try:
         yield
@@ -382,24 +377,31 @@ def _hooks(
             handle.remove()
 
 
+_CALLS: ContextVar[list[AttentionCall] | None] = ContextVar("calls", default=None)
+
+
 @contextmanager
 def _observed(model: PreTrainedModel) -> Generator[list[AttentionCall]]:
     """Attention as the model has it, with every call noted."""
     calls: list[AttentionCall] = []
     config: Any = model.config
     before = config._attn_implementation
-
-    def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        known = ("dropout", "position_ids", "use_cache", "output_attentions")
-        extras = {name: value for name, value in kwargs.items() if name not in known}
-        y, weights = attention_interface(module, "eager")(module, q, k, v, mask, **kwargs)
-        calls.append(AttentionCall(module, q, k, v, extras, y))
-        return y, weights
-
-    AttentionInterface.register(_OBSERVED, observe)
+    AttentionInterface.register(_OBSERVED, _observe)
     AttentionMaskInterface.register(_OBSERVED, eager_mask)
-    model.set_attn_implementation(_OBSERVED)
+    token = _CALLS.set(calls)
     try:
+        model.set_attn_implementation(_OBSERVED)
         yield calls
     finally:
         model.set_attn_implementation(before)
+        _CALLS.reset(token)
+
+
+def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    known = ("dropout", "position_ids", "use_cache", "output_attentions")
+    extras = {name: value for name, value in kwargs.items() if name not in known}
+    y, weights = attention_interface(module, "eager")(module, q, k, v, mask, **kwargs)
+    calls = _CALLS.get()
+    if calls is not None:
+        calls.append(AttentionCall(module, q, k, v, extras, y))
+    return y, weights
