@@ -34,8 +34,11 @@ from bitgrain.runtime.fused_block import (
     fuse,
     packed_weight,
     row_norm,
+    stack,
+    unstack,
 )
 from bitgrain.runtime.kv_cache import past_argument
+from bitgrain.runtime.kv_cache.growing import GrowingCache
 
 CLOSE = 1e-4
 """How far a step may be off, as a fraction of its largest value: float32 sums in another order."""
@@ -62,7 +65,34 @@ def fuse_blocks(model: nn.Module) -> list[str]:
         if plan is not None and _proved(block, plan, trace):
             fuse(block, plan)
             fused.append(path)
+    if fused and fused == list(seen):
+        _stack_proved(model, [model.get_submodule(path) for path in fused])
     return fused
+
+
+def _stack_proved(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    """`stack` the layers if the model then gives the same bits: it does nothing between them."""
+    before = _run_tokens(model, GrowingCache(model.config))
+    stack(blocks)
+    if not _run_tokens(model, GrowingCache(model.config)).equal(before):
+        unstack(blocks)
+
+
+@torch.no_grad()
+def _run_tokens(model: PreTrainedModel, cache: Cache) -> Tensor:
+    """The last hidden states of a few tokens, the last of them behind the others."""
+    embedded = _embedded(model)
+    base = model.base_model
+    arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
+    first = base(inputs_embeds=embedded[:, :_TOKENS], **arguments)
+    last = base(inputs_embeds=embedded[:, _TOKENS:], **arguments)
+    return torch.cat([first.last_hidden_state, last.last_hidden_state], 1)
+
+
+def _embedded(model: PreTrainedModel) -> Tensor:
+    inputs = cast(nn.Embedding, model.get_input_embeddings())
+    ids = torch.arange(1, _TOKENS + 2) * 7919 % inputs.num_embeddings
+    return inputs(ids[None].to(inputs.weight.device)).float()
 
 
 @dataclass
@@ -315,8 +345,7 @@ def _watch(model: PreTrainedModel) -> dict[str, BlockTrace]:
     names = [name for name, _ in model.named_parameters()]
     packed = [f"{path}.weight" for path, one in model.named_modules() if packed_weight(one) is not None]
     paths = find_blocks(model, [*names, *packed])
-    ids = torch.arange(1, _TOKENS + 2) * 7919 % inputs.num_embeddings
-    embedded = inputs(ids[None].to(inputs.weight.device)).float()
+    embedded = _embedded(model)
     cache = DynamicCache(config=model.config)
     arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
     try:
