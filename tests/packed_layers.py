@@ -23,6 +23,8 @@ def pack_linears(model: Any, scheme: str = "W4A8") -> Any:
     assert isinstance(row, Operator)
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and layer is not model.get_output_embeddings():
-            kernel = make_kernel(row, quantize(layer.weight.detach().float(), preset.weight), InputQuantizer(preset.input))
+            kernel = make_kernel(
+                row, quantize(layer.weight.detach().float(), preset.weight), InputQuantizer(preset.input)
+            )
             put_in_place(model, path, QuantLinear(kernel, layer.bias, dtype=layer.weight.dtype))
     return model.requires_grad_(False)

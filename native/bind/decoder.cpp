@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "bind/bind.h"
-#include "decoder/block.h"
+#include "decoder/stack.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -60,11 +60,39 @@ class DecoderBlock {
   }
 
  private:
+  friend class DecoderStack;
+
   const MlpStage* mlp() const { return has_mlp_ ? &mlp_ : nullptr; }
 
   AttentionStage attention_{};
   MlpStage mlp_{};
   bool has_mlp_ = false;
+};
+
+// Several of them; their owner in Python holds them.
+class DecoderStack {
+ public:
+  explicit DecoderStack(const std::vector<const DecoderBlock*>& blocks) {
+    for (const DecoderBlock* one : blocks) blocks_.push_back({&one->attention_, one->mlp()});
+  }
+
+  // caches: for each block the addresses of keys and values, their strides of batch and head, and the tokens
+  void run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
+           int64_t cos_rows, int64_t rotary_dim, const std::vector<int64_t>& caches, int mask_kind, uintptr_t mask,
+           int64_t mask_0, int64_t mask_1, int64_t mask_2, uintptr_t y, int threads) const {
+    nb::gil_scoped_release free;
+    std::vector<KeysValues> all;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const int64_t* one = &caches[7 * i];
+      all.push_back({at<void>((uintptr_t)one[0]), at<void>((uintptr_t)one[1]), {one[2], one[3]}, {one[4], one[5]}, one[6]});
+    }
+    run_stack(blocks_, at<void>(x), DType(type), batch, tokens,
+              {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim}, all,
+              {MaskKind(mask_kind), at<void>(mask), {mask_0, mask_1, mask_2}}, at<void>(y), threads);
+  }
+
+ private:
+  std::vector<StackBlock> blocks_;
 };
 
 }  // namespace
@@ -89,6 +117,9 @@ void bind_decoder(nb::module_& m) {
       .def("start", &DecoderBlock::start)
       .def("finish", &DecoderBlock::finish)
       .def("run", &DecoderBlock::run);
+  nb::class_<DecoderStack>(m, "DecoderStack")
+      .def(nb::init<const std::vector<const DecoderBlock*>&>())
+      .def("run", &DecoderStack::run);
 
   m.def("norm_rows", [](const Norm& norm, uintptr_t x, int type, int64_t count, int64_t stride, uintptr_t y, int threads) {
     nb::gil_scoped_release free;

@@ -52,7 +52,9 @@ def test_norms_equal_their_twin(isa, seed, rows, width, dtype, centered, parts):
     # a centered row is a difference of numbers that may be much larger than it
     size = twin.norm(x, weight, bias, 1e-5, centered).abs() + (0 if bias is None else bias.abs())
     if centered:
-        deviation = (x.double().square().mean(-1, keepdim=True) - x.double().mean(-1, keepdim=True).square() + 1e-5).sqrt()
+        deviation = (
+            x.double().square().mean(-1, keepdim=True) - x.double().mean(-1, keepdim=True).square() + 1e-5
+        ).sqrt()
         size = size + x.double().abs().amax(-1, keepdim=True) / deviation * (1 if weight is None else weight.abs())
     assert ((y.double() - exact).abs() <= (width / 16 + 16) * 2.0**-24 * size + rounding(y, exact)).all()
 
@@ -74,7 +76,9 @@ def test_gated_activations_equal_their_twin(isa, seed, rows, width, dtype, act, 
 
 @pytest.mark.parametrize("isa", LEVELS)
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), seed=SEEDS, rows=ROWS, heads=st.integers(1, 3), dtype=DTYPES, rotary=st.sampled_from(list(ROTARY)))
+@given(
+    data=st.data(), seed=SEEDS, rows=ROWS, heads=st.integers(1, 3), dtype=DTYPES, rotary=st.sampled_from(list(ROTARY))
+)
 def test_rotations_equal_their_twin(isa, data, seed, rows, heads, dtype, rotary):
     made = torch.Generator().manual_seed(seed)
     half = data.draw(st.integers(1, 40))
@@ -84,7 +88,9 @@ def test_rotations_equal_their_twin(isa, data, seed, rows, heads, dtype, rotary)
     cos, sin = (torch.randn(positions, 2 * half, generator=made).to(dtype) for _ in range(2))
     y = at_level(isa, lambda: rotate_(x.clone(), cos, sin, rotary))
     exact = twin.rotate(x, cos, sin, rotary)
-    bound = 2.0**-21 * x.double().abs().amax((-1, -2), keepdim=True).clamp(min=1) * (1 + cos.abs().max() + sin.abs().max())
+    bound = (
+        2.0**-21 * x.double().abs().amax((-1, -2), keepdim=True).clamp(min=1) * (1 + cos.abs().max() + sin.abs().max())
+    )
     assert ((y.double() - exact).abs() <= bound + rounding(y, exact)).all()
 
 

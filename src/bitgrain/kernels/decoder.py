@@ -88,7 +88,7 @@ class DecoderBlock:
         m = x.shape[0] * x.shape[1]
         out = torch.empty(*x.shape[:2], self.attention.width, dtype=x.dtype)
         self.handle.start(
-            x.data_ptr(), DTYPES[x.dtype], m, *self._positions(cos, sin), out.data_ptr(), torch.get_num_threads()
+            x.data_ptr(), DTYPES[x.dtype], m, *_positions(cos, sin), out.data_ptr(), torch.get_num_threads()
         )
         return out
 
@@ -96,9 +96,7 @@ class DecoderBlock:
         """The block's output, of its input x [batch, tokens, hidden] and attention's output before o."""
         y = torch.empty_like(x)
         m = x.shape[0] * x.shape[1]
-        self.handle.finish(
-            x.data_ptr(), DTYPES[x.dtype], m, attended.data_ptr(), y.data_ptr(), torch.get_num_threads()
-        )
+        self.handle.finish(x.data_ptr(), DTYPES[x.dtype], m, attended.data_ptr(), y.data_ptr(), torch.get_num_threads())
         return y
 
     def run(
@@ -124,23 +122,48 @@ class DecoderBlock:
             a, b, c = (0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
             strides = (a, b, c)
         self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *self._positions(cos, sin), keys.data_ptr(),
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), keys.data_ptr(),
             values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), keys.shape[2], kind,
             address, *strides, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
-
-    def _positions(self, cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, int, int]:
-        if cos is None or sin is None:
-            return 0, 0, 0, 1, 0
-        width = cos.shape[-1]
-        return cos.data_ptr(), sin.data_ptr(), DTYPES[cos.dtype], cos.numel() // width, width
 
     def _product(self, weights: Sequence[IntLinear]) -> Any:
         first = weights[0].handle
         made = native().IntProducts([one.handle.weights_at() for one in weights], first.spec_at())
         self._products.append(made)
         return made
+
+
+class DecoderStack:
+    """Blocks one behind the other; each one has an MLP."""
+
+    def __init__(self, blocks: Sequence[DecoderBlock]) -> None:
+        self.blocks = list(blocks)
+        self.handle: Any = native().DecoderStack([one.handle for one in blocks])
+
+    def run(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """As `DecoderBlock.run` of each, bit for bit; caches: keys and values of each."""
+        y = torch.empty_like(x)
+        places: list[int] = []
+        for keys, values in caches:
+            a, b, _, _ = keys.stride()
+            c, d, _, _ = values.stride()
+            places += (keys.data_ptr(), values.data_ptr(), a, b, c, d, keys.shape[2])
+        self.handle.run(
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, 0, 0, 0, 0, 0,
+            y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+def _positions(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, int, int]:
+    if cos is None or sin is None:
+        return 0, 0, 0, 1, 0
+    width = cos.shape[-1]
+    return cos.data_ptr(), sin.data_ptr(), DTYPES[cos.dtype], cos.numel() // width, width
 
 
 def _handle(norm: RowNorm | None) -> Any:
@@ -169,5 +192,5 @@ def _check(attention: AttentionPart, mlp: MlpPart | None, hidden: int) -> None:
 def _check_shared(weights: Sequence[IntLinear]) -> None:
     first = weights[0]
     for other in weights[1:]:
-        if other.inputs != first.inputs or other.lengths != first.lengths or (other.bits == 8) != (first.bits == 8):
+        if other.inputs != first.inputs or other.lengths != first.lengths or other.bits != first.bits:
             raise KernelError("weights that read the same rows have different spans, bits or input quantization")

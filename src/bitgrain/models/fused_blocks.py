@@ -7,16 +7,16 @@ again by the native kernels and compared. Names say nothing here. Whatever does 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import eager_mask
 
 from bitgrain.errors import KernelError
@@ -33,8 +33,12 @@ from bitgrain.runtime.fused_block import (
     build,
     fuse,
     packed_weight,
+    row_norm,
+    stack,
+    unstack,
 )
 from bitgrain.runtime.kv_cache import past_argument
+from bitgrain.runtime.kv_cache.growing import GrowingCache
 
 CLOSE = 1e-4
 """How far a step may be off, as a fraction of its largest value: float32 sums in another order."""
@@ -61,7 +65,34 @@ def fuse_blocks(model: nn.Module) -> list[str]:
         if plan is not None and _proved(block, plan, trace):
             fuse(block, plan)
             fused.append(path)
+    if fused and fused == list(seen):
+        _stack_proved(model, [model.get_submodule(path) for path in fused])
     return fused
+
+
+def _stack_proved(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    """`stack` the layers if the model then gives the same bits: it does nothing between them."""
+    before = _run_tokens(model, GrowingCache(model.config))
+    stack(blocks)
+    if not _run_tokens(model, GrowingCache(model.config)).equal(before):
+        unstack(blocks)
+
+
+@torch.no_grad()
+def _run_tokens(model: PreTrainedModel, cache: Cache) -> Tensor:
+    """The last hidden states of a few tokens, the last of them behind the others."""
+    embedded = _embedded(model)
+    base = model.base_model
+    arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
+    first = base(inputs_embeds=embedded[:, :_TOKENS], **arguments)
+    last = base(inputs_embeds=embedded[:, _TOKENS:], **arguments)
+    return torch.cat([first.last_hidden_state, last.last_hidden_state], 1)
+
+
+def _embedded(model: PreTrainedModel) -> Tensor:
+    inputs = cast(nn.Embedding, model.get_input_embeddings())
+    ids = torch.arange(1, _TOKENS + 2) * 7919 % inputs.num_embeddings
+    return inputs(ids[None].to(inputs.weight.device)).float()
 
 
 @dataclass
@@ -142,7 +173,7 @@ def _attention(
                 if (cos is None) != (rotary == "none"):
                     continue
                 if all(
-                    _close(_rotated(part, size, cos, sin, rotary, one and _row_norm(block, one)), given)
+                    _close(_rotated(part, size, cos, sin, rotary, one and row_norm(block, one)), given)
                     for part, given, one in zip(parts[:2], new[:2], (q_norm, k_norm), strict=True)
                 ):
                     scale = call.extras.get("scaling") or size**-0.5
@@ -248,15 +279,9 @@ def _norm(block: nn.Module, call: Call) -> NormPlan | None:
         for centered in (False, True):
             for offset in (0.0, 1.0):
                 plan = NormPlan(call.path, weight, bias, one, centered, offset)
-                if _close(_row_norm(block, plan)(call.x.contiguous()), call.y):
+                if _close(row_norm(block, plan)(call.x.contiguous()), call.y):
                     return plan
     return None
-
-
-def _row_norm(block: nn.Module, plan: NormPlan) -> RowNorm:
-    from bitgrain.runtime.fused_block import row_norm
-
-    return row_norm(block, plan)
 
 
 def _rotated(
@@ -320,8 +345,7 @@ def _watch(model: PreTrainedModel) -> dict[str, BlockTrace]:
     names = [name for name, _ in model.named_parameters()]
     packed = [f"{path}.weight" for path, one in model.named_modules() if packed_weight(one) is not None]
     paths = find_blocks(model, [*names, *packed])
-    ids = torch.arange(1, _TOKENS + 2) * 7919 % inputs.num_embeddings
-    embedded = inputs(ids[None].to(inputs.weight.device)).float()
+    embedded = _embedded(model)
     cache = DynamicCache(config=model.config)
     arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
     try:
@@ -342,7 +366,7 @@ def _hooks(
     handles: list[Any] = []
     current: list[BlockTrace] = []
 
-    def enter(path: str) -> Callable[..., None]:
+    def enter() -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else kwargs.get("hidden_states")
             current.append(BlockTrace(given.clone() if isinstance(given, Tensor) else torch.empty(0), dict(kwargs)))
@@ -373,7 +397,7 @@ def _hooks(
         for name, part in block.named_modules():
             if name:
                 handles.append(part.register_forward_hook(note(name), with_kwargs=True))
-        handles.append(block.register_forward_pre_hook(enter(path), with_kwargs=True))
+        handles.append(block.register_forward_pre_hook(enter(), with_kwargs=True))
         handles.append(block.register_forward_hook(leave(path), with_kwargs=True))
     try:
         yield
@@ -382,24 +406,31 @@ def _hooks(
             handle.remove()
 
 
+_CALLS: ContextVar[list[AttentionCall] | None] = ContextVar("calls", default=None)
+
+
 @contextmanager
 def _observed(model: PreTrainedModel) -> Generator[list[AttentionCall]]:
     """Attention as the model has it, with every call noted."""
     calls: list[AttentionCall] = []
     config: Any = model.config
     before = config._attn_implementation
-
-    def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        known = ("dropout", "position_ids", "use_cache", "output_attentions")
-        extras = {name: value for name, value in kwargs.items() if name not in known}
-        y, weights = attention_interface(module, "eager")(module, q, k, v, mask, **kwargs)
-        calls.append(AttentionCall(module, q, k, v, extras, y))
-        return y, weights
-
-    AttentionInterface.register(_OBSERVED, observe)
+    AttentionInterface.register(_OBSERVED, _observe)
     AttentionMaskInterface.register(_OBSERVED, eager_mask)
-    model.set_attn_implementation(_OBSERVED)
+    token = _CALLS.set(calls)
     try:
+        model.set_attn_implementation(_OBSERVED)
         yield calls
     finally:
         model.set_attn_implementation(before)
+        _CALLS.reset(token)
+
+
+def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    known = ("dropout", "position_ids", "use_cache", "output_attentions")
+    extras = {name: value for name, value in kwargs.items() if name not in known}
+    y, weights = attention_interface(module, "eager")(module, q, k, v, mask, **kwargs)
+    calls = _CALLS.get()
+    if calls is not None:
+        calls.append(AttentionCall(module, q, k, v, extras, y))
+    return y, weights

@@ -8,7 +8,7 @@ or parameter that was replaced, an unknown argument) runs the layer's own forwar
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import ref
@@ -22,6 +22,7 @@ from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
 from bitgrain.kernels.rows import Act, Rotary, RowNorm
+from bitgrain.runtime.fused_stack import FusedStack
 from bitgrain.runtime.kv_cache.growing import GrowingLayer
 from bitgrain.runtime.packed_kernels import IntKernel
 from bitgrain.runtime.quant_linear import QuantLinear
@@ -94,6 +95,8 @@ class FusedForward:
 
     def __init__(self, block: nn.Module, plan: BlockPlan) -> None:
         self._block, self.plan = ref(block), plan  # weak: the block owns this
+        self.stack: FusedStack | None = None
+        self.place = 0
         self._native: DecoderBlock | None = None
         self._guards: _Guards | None = None
 
@@ -114,7 +117,9 @@ class FusedForward:
         return type(self.block).forward(self.block, *args, **kwargs)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plan = self.plan
+        plan, stack = self.plan, self.stack
+        if stack is not None and self.place and stack.hand_on(self.place, hidden_states):
+            return hidden_states
         if args or torch.compiler.is_compiling() or not self._is_plain(hidden_states, kwargs):
             return self.original(hidden_states, *args, **kwargs)
         native = self.native()
@@ -135,6 +140,10 @@ class FusedForward:
             and (layer.keys is None or layer.keys.dtype == x.dtype)
             and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.stride(3) == 1))
         ):
+            if stack is not None and self.place == 0 and mask is None:
+                y = stack.run(x, cos, sin, cache, part.config)
+                if y is not None:
+                    return y
             new = x.new_empty(x.shape[0], attention.kv_heads, x.shape[1], attention.head_dim)
             keys, values = layer.update(new, new, write=False)
             return native.run(x, cos, sin, keys, values, mask)
@@ -182,10 +191,14 @@ class FusedForward:
                 return False
         if guards is None or not guards.hold():
             self._native = None
-            guards = self._guards = _Guards.of(block, self.plan)
-            if not guards.hold():
-                return False
+            guards = self._guards = _Guards(block, self.plan)
         return guards.no_hooks()
+
+    def is_whole(self, x: Tensor) -> bool:
+        """Whether nobody would notice if this layer ran in one call with those around it."""
+        block = self.block
+        plain = self.plan.attention.plain and self.plan.mlp is not None and self._is_plain(x, {})
+        return plain and not block._forward_hooks and not block._forward_pre_hooks
 
     def native(self) -> DecoderBlock:
         """The native block, made when it is first needed and again when a weight was changed."""
@@ -197,6 +210,17 @@ class FusedForward:
 def fuse(block: nn.Module, plan: BlockPlan) -> None:
     """From now on `block` runs as the plan says wherever it may."""
     cast(Any, block).forward = FusedForward(block, plan)
+
+
+def stack(blocks: Sequence[nn.Module]) -> None:
+    """Let fused layers that follow each other, and are all that their model has, run in one call."""
+    FusedStack([cast(FusedForward, block.__dict__["forward"]) for block in blocks])
+
+
+def unstack(blocks: Sequence[nn.Module]) -> None:
+    """Undo `stack`."""
+    for block in blocks:
+        block.__dict__["forward"].stack = None
 
 
 def is_fused(block: nn.Module) -> bool:
@@ -257,43 +281,41 @@ def _weights(block: nn.Module, paths: tuple[str, ...]) -> tuple[IntLinear, ...]:
 class _Guards:
     """What must not change: the modules of a block, the hooks on them, the parameters of its norms."""
 
-    def __init__(self) -> None:
-        self.places: list[tuple[dict[str, Any], str, Any]] = []
-        self.parameters: list[tuple[dict[str, Any], str, Tensor, int, int]] = []
-        self.hooks: list[Mapping[int, Any]] = []
-        self.forwards: list[dict[str, Any]] = []
-
-    @classmethod
-    def of(cls, block: nn.Module, plan: BlockPlan) -> _Guards:
-        made = cls()
+    def __init__(self, block: nn.Module, plan: BlockPlan) -> None:
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._hooks: list[Mapping[int, Any]] = []
+        self._own: list[dict[str, Any]] = []
         for parent in block.modules():
-            own = cast(dict[str, Any], parent._modules)
-            for name, child in own.items():
+            children = cast(dict[str, Any], parent._modules)
+            for name, child in children.items():
                 if child is not None:
-                    made.places.append((own, name, child))
-                    made.hooks += [child._forward_hooks, child._forward_pre_hooks]
-                    made.forwards.append(child.__dict__)
+                    self._places.append((children, name))
+                    self._hooks += [child._forward_hooks, child._forward_pre_hooks]
+                    self._own.append(child.__dict__)
                     if isinstance(child, QuantLinear):
-                        made.places.append((child.__dict__, "kernel", child.kernel))
+                        self._places.append((child.__dict__, "kernel"))
+        self._parameters: list[Tensor] = []
         norms = (plan.attention.norm, plan.attention.q_norm, plan.attention.k_norm, plan.mlp and plan.mlp.norm)
         for norm in norms:
             if norm is not None:
                 owned = cast(dict[str, Any], block.get_submodule(norm.path)._parameters)
                 for name in filter(None, (norm.weight, norm.bias)):
-                    p = owned[name]
-                    made.parameters.append((owned, name, p, p._version, p.data_ptr()))
-        return made
+                    self._places.append((owned, name))
+                    self._parameters.append(owned[name])
+        self._found = self._look()
+
+    def _look(self) -> tuple[list[Any], list[int], list[int]]:
+        parameters = self._parameters
+        return (
+            [id(own[name]) if name in own else 0 for own, name in self._places],
+            [one._version for one in parameters],
+            [one.data_ptr() for one in parameters],
+        )
 
     def hold(self) -> bool:
-        """Whether modules and parameters are those that were there."""
-        for own, name, child in self.places:
-            if own.get(name) is not child:
-                return False
-        for own, name, p, version, address in self.parameters:
-            if own[name] is not p or p._version != version or p.data_ptr() != address:
-                return False
-        return True
+        """Whether modules, kernels and parameters are those that were there."""
+        return self._look() == self._found
 
     def no_hooks(self) -> bool:
         """Whether nobody looks into the block, and no module's forward is another one than its class has."""
-        return not any(self.hooks) and not any("forward" in own for own in self.forwards)
+        return not any(self._hooks) and not any(["forward" in own for own in self._own])

@@ -47,7 +47,7 @@ class _Room:
 
     def show(self) -> Tensor:
         assert self.memory is not None
-        self.view = self.memory[:, :, self.start : self.stop]
+        self.view = self.memory.narrow(2, self.start, self.stop - self.start)
         return self.view
 
     def cut(self, held: Tensor, first: int, last: int) -> Tensor:

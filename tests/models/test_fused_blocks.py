@@ -1,0 +1,241 @@
+"""Decoder layers found and proved, and run as few native calls: the same numbers as module by module."""
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from bitgrain.models.fused_blocks import fuse_blocks
+from bitgrain.runtime.fused_block import FusedForward, is_fused, unfuse
+from bitgrain.runtime.kv_cache import use_cache
+from bitgrain.runtime.kv_cache.growing import GrowingCache
+from bitgrain.runtime.quant_linear import QuantLinear
+from packed_layers import pack_linears
+from zoo import GROUPED, build, ids_for
+
+CLOSE = 2e-2
+"""Of the largest logit: a float32 sum in another order may round an input of the next product to the next code."""
+
+
+def model_of(name: str, **changes: Any) -> Any:
+    return pack_linears(build(name, **changes))
+
+
+def growing(model: Any) -> Any:
+    config = model.config
+    use_cache(model, lambda: GrowingCache(config))
+    return model
+
+
+def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = CLOSE) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, steps: int = 6, **kwargs: Any) -> torch.Tensor:
+    """Of a text, then of more tokens one by one, then of three at once."""
+    found = model(ids, use_cache=True, **kwargs)
+    all_logits, cache = [found.logits], found.cache
+    mask = kwargs.get("attention_mask")
+    for tokens in [ids[:, i : i + 1] for i in range(steps)] + [ids[:, :3]]:
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(tokens.shape)], 1)
+        all_logits.append(model(tokens, cache=cache, use_cache=True, attention_mask=mask).logits)
+    return torch.cat(all_logits, 1)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = growing(model_of("llama"))
+    assert fuse_blocks(model) == ["model.layers.0", "model.layers.1"]
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma"])
+def test_fused_layers_give_what_their_modules_give(name: str, dtype: torch.dtype):
+    model = growing(model_of(name)).to(dtype)
+    ids = ids_for(model)
+    before = logits(model, ids)
+    assert len(fuse_blocks(model)) == 2
+    calls = count_calls(model)
+    after = logits(model, ids)
+    assert calls == [0]  # no linear layer was called by itself
+    assert same(after.float(), before.float(), CLOSE if dtype == torch.float32 else 3 * CLOSE)
+    unfuse(model)
+    assert logits(model, ids).equal(before)
+
+
+def count_calls(model: Any) -> list[int]:
+    """Calls of packed layers from now on, in a list of one."""
+    calls = [0]
+    for part in model.modules():
+        if isinstance(part, QuantLinear):
+            inner = part._call
+
+            def counted(x: torch.Tensor, inner: Any = inner) -> torch.Tensor:
+                calls[0] += 1
+                return inner(x)
+
+            part._call = counted
+    return calls
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "Qwen2": {},  # biases on q, k and v
+    "Mistral": {"sliding_window": 12},
+    "Gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "head_dim": 32, "sliding_window": 12},
+    "Cohere": {},  # attention and MLP side by side, neighbours turn together
+    "Olmo2": {},  # norms behind attention and MLP
+    "GPTNeoX": {},
+    "StableLm": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_that_the_zoo_does_not_have(name: str):
+    config_class = getattr(transformers, f"{name}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**GROUPED, **OTHERS[name])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = growing(pack_linears(model))
+    ids = ids_for(model)
+    before = logits(model, ids)
+    fused = fuse_blocks(model)
+    assert len(fused) == (2 if name in ("Qwen2", "Mistral", "StableLm") else 0)
+    assert same(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_stay_with_their_modules(name: str):
+    model = growing(model_of(name))
+    ids = ids_for(model)
+    before = logits(model, ids)
+    assert len(fuse_blocks(model)) == 2
+    assert same(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi", "gpt-oss"])
+def test_other_structures_stay_as_they_are(name: str):
+    model = model_of(name)
+    ids = ids_for(model)
+    before = model(ids).logits
+    fuse_blocks(model)
+    assert same(model(ids).logits, before)
+
+
+def test_an_encoder_is_left_alone():
+    assert fuse_blocks(model_of("bert")) == []
+
+
+def test_left_padding(llama: Any):
+    ids = ids_for(llama)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    fused = logits(llama, ids, attention_mask=mask)
+    plain = copy.deepcopy(llama)
+    unfuse(plain)
+    expected = logits(plain, ids, attention_mask=mask)
+    assert same(fused[:, 5:], expected[:, 5:])
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
+def test_generate(llama: Any, settings: dict[str, Any]):
+    plain = copy.deepcopy(llama)
+    unfuse(plain)
+    ids = ids_for(llama, length=9)
+    found: list[torch.Tensor] = []
+    for model in (llama, plain):
+        torch.manual_seed(3)
+        found.append(model.generate(ids, max_new_tokens=12, min_new_tokens=12, pad_token_id=0, **settings))
+    assert found[0].equal(found[1])
+
+
+def test_assisted_generation(llama: Any):
+    plain = copy.deepcopy(llama)
+    unfuse(plain)
+    ids = ids_for(llama, length=9)[:1]
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert llama.generate(ids, assistant_model=plain, **settings).equal(plain.generate(ids, **settings))
+
+
+def test_any_cache_may_be_given(llama: Any):
+    ids = ids_for(llama)
+    plain = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        expected = llama(ids).logits
+        llama(ids[:, :7], cache=plain)
+        assert type(plain.layers[0]).__name__ == "GrowingLayer"  # it was empty
+        given = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in plain.layers])
+        rest = llama(ids[:, 7:], cache=given).logits
+    assert same(rest, expected[:, 7:])
+
+
+def test_hidden_states_and_attentions_are_still_there(llama: Any):
+    ids = ids_for(llama)
+    with torch.no_grad():
+        states = llama(ids, output_hidden_states=True).hidden_states
+        assert len(states) == 3
+        assert not states[1].equal(states[2])
+    eager = copy.deepcopy(llama)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = eager(ids, output_attentions=True).attentions
+        again = eager(ids).logits
+    assert [one.shape for one in attentions] == [(2, 4, 24, 24)] * 2
+    assert same(again, llama(ids).logits)
+
+
+def test_what_is_changed_afterwards_counts(llama: Any):
+    model = copy.deepcopy(llama)
+    assert all(is_fused(layer) for layer in model.model.layers)
+    ids = ids_for(model)
+    with torch.no_grad():
+        logits(model, ids)
+        model.model.layers[0].input_layernorm.weight.mul_(1.5)
+        model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, __, y: 2 * y)
+        found = logits(model, ids)
+        unfuse(model)
+        assert same(found, logits(model, ids))
+
+
+def test_a_replaced_layer_runs(llama: Any):
+    model = copy.deepcopy(llama)
+    ids = ids_for(model)
+    model(ids)
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(128, 256, bias=False)
+    found = logits(model, ids)
+    unfuse(model)
+    assert found.equal(logits(model, ids))
+
+
+def test_survives_pickling_and_casts(llama: Any):
+    ids = ids_for(llama)
+    fresh = model_of("llama")
+    fuse_blocks(fresh)
+    again = pickle.loads(pickle.dumps(fresh.model.layers[0]))
+    assert isinstance(again.forward, FusedForward)
+    assert again.forward.block is again
+    model = copy.deepcopy(llama).to(torch.bfloat16)
+    assert same(logits(model, ids).float(), logits(llama, ids), 0.1)
+
+
+def test_the_model_is_freed(llama: Any):
+    model = copy.deepcopy(llama)
+    model(ids_for(model))
+    layer = weakref.ref(model.model.layers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
