@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 NEEDED = ("cmake", "ninja", "c++")
 
 
+@pytest.mark.slow
 def test_native_checks_pass_under_sanitizers(tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     missing = [tool for tool in NEEDED if shutil.which(tool, path=path) is None]

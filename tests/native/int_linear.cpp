@@ -36,8 +36,10 @@ std::string describe(const Case& c) {
 }
 
 float load(const uint8_t* p, DType type) {
-  if (type == DType::f32) return float_of(uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24);
-  const uint16_t half = uint16_t(p[0] | p[1] << 8);
+  float whole;
+  uint16_t half;
+  if (type == DType::f32) return std::memcpy(&whole, p, 4), whole;
+  std::memcpy(&half, p, 2);
   return type == DType::bf16 ? from_bf16(half) : from_f16(half);
 }
 void store(uint8_t* p, DType type, float value) {
@@ -58,8 +60,7 @@ float rounded(float value, DType type) {
 class Layer {
  public:
   Layer(const Case& c, Random& random)
-      : c_(c), k_(0), spans_(c.lengths.size()),
-        bias_(c.bias ? c.n : 0, c.edge) {
+      : c_(c), k_(0), spans_(c.lengths.size()), bias_(c.bias ? c.n : 0, c.edge) {
     for (const int32_t length : c.lengths) k_ += length;
     const int64_t count = int64_t(spans_.size());
     shift_ = c.bits == 8 ? (c.low < 0 ? 128 : 0) : (c.high > 127 ? -128 : 0);
@@ -77,7 +78,8 @@ class Layer {
     const uint64_t kind = random.next() % 4;
     const int top = (1 << c.bits) - 1;
     for (uint8_t& code : codes_) {
-      code = uint8_t(kind == 0 ? (c.bits == 8 ? 128 : top) : kind == 1 ? (c.bits == 8 ? 127 : top) : random.within(0, top));
+      const int most = c.bits < 8 ? top : kind == 0 ? 128 : 127;
+      code = uint8_t(kind < 2 ? most : random.within(0, top));
     }
     for (float& s : scale_) s = rounded(0.1f + std::fabs(random.real()), c.scale_type);
     for (float& z : zero_) z = c.zeros == Zeros::codes ? float(random.within(0, 15)) : random.real() * 8;
@@ -99,7 +101,10 @@ class Layer {
   float quantize(const float* x, int32_t* stored) const {
     float largest = 0;
     bool finite = true;
-    for (int64_t i = 0; i < k_; ++i) finite &= std::isfinite(x[i]), largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    for (int64_t i = 0; i < k_; ++i) {
+      finite &= std::isfinite(x[i]);
+      if (std::fabs(x[i]) > largest) largest = std::fabs(x[i]);
+    }
     const float row = c_.fixed ? 1.f : largest > 0 ? largest / spec_.divisor : 1.f;
     for (const Span& span : spans_) {
       for (int64_t i = span.first; i < span.first + span.count; ++i) {
@@ -171,7 +176,8 @@ void run_kernels(const Case& c, const Layer& layer, const uint8_t* x, uint8_t* y
       for (int64_t f = 0; f < span.chunks * chunk_features(w.bits); ++f) {
         const int32_t meant = f < span.count ? stored[size_t(row * layer.k() + span.first + f)] : span.a_zero;
         if (at[f / 4 * height * 4 + f % 4] != uint8_t(meant)) {
-          fail(std::string(kernels().name) + ": input " + std::to_string(f) + " of row " + std::to_string(row) + ": " + describe(c));
+          fail(std::string(kernels().name) + ": input " + std::to_string(f) + " of row " + std::to_string(row) + ": " +
+               describe(c));
         }
       }
     }
@@ -215,7 +221,9 @@ void check_case(const Case& c, uint64_t seed, const std::vector<const Kernels*>&
       for (int64_t i = 0; i < y_stride && r * y_stride + i < int64_t(y.size()) / size; ++i) {
         const uint8_t* at = y.data() + (r * y_stride + i) * size;
         if (i >= c.n) {
-          for (int64_t b = 0; b < size; ++b) if (at[b] != 0x77) fail("written between rows: " + describe(c));
+          for (int64_t b = 0; b < size; ++b) {
+            if (at[b] != 0x77) fail("written between rows: " + describe(c));
+          }
           continue;
         }
         const double found = load(at, c.x_type);
@@ -257,7 +265,8 @@ void check_int_linear(const std::vector<const Kernels*>& levels, uint64_t seed, 
   for (int64_t m = 0; m <= 17; ++m) {
     for (const int64_t n : {1, 16, 31, 33, 64, 65}) {
       check_case(draw(random, n, m, {int32_t(random.within(1, 70))}), random.next(), levels);
-      check_case(draw(random, n, m, {int32_t(random.within(1, 40)), int32_t(random.within(1, 70)), 64}), random.next(), levels);
+      const std::vector<int32_t> lengths = {int32_t(random.within(1, 40)), int32_t(random.within(1, 70)), 64};
+      check_case(draw(random, n, m, lengths), random.next(), levels);
     }
   }
   check_case(draw(random, 33, 512, {65}), random.next(), levels);

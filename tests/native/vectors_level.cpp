@@ -24,7 +24,9 @@ namespace BG_ISA {
 
 int dump_vectors(const VectorInputs& in, VectorResult* out) {
   int count = 0;
-  auto ints = [&](const char* name, I32 x) { out[count].name = name, out[count].floats = false, store_i(out[count++].lanes, x); };
+  auto ints = [&](const char* name, I32 x) {
+    out[count].name = name, out[count].floats = false, store_i(out[count++].lanes, x);
+  };
   auto floats = [&](const char* name, F32 x) {
     out[count].name = name, out[count].floats = true, store_f((float*)out[count++].lanes, x);
   };
