@@ -28,7 +28,7 @@ _ABOUT = {
 
 
 class Past(Tensor):
-    """Shape, dtype and device of tokens first..last of `held` (counted from its memory's start)."""
+    """Tokens of `held`: shape, dtype and device of keys or values that are not unpacked yet."""
 
     _held: Tiled
     _from: int  # the first token's number, counted from the first that the cache was ever given
