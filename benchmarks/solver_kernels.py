@@ -37,17 +37,17 @@ from bitgrain.solvers.steps import Lanes, Storage, fit
 Run = dict[str, Any]
 
 
-def medians(ours: Callable[[], Any], torchs: Callable[[], Any], repeat: int) -> tuple[float, float]:
-    """Seconds of both, in turn, after one run of each that is not counted."""
+def medians(ours: Callable[[], Any], torchs: Callable[[], Any], repeat: int, warm: int = 1) -> tuple[float, float]:
+    """Seconds of both, in turn, after `warm` runs of each that are not counted."""
     seconds: list[tuple[float, float]] = []
-    for _ in range(repeat + 1):
+    for _ in range(repeat + warm):
         began = time.perf_counter()
         ours()
         between = time.perf_counter()
         with torch_only():
             torchs()
         seconds.append((between - began, time.perf_counter() - between))
-    first, second = zip(*seconds[1:], strict=True)
+    first, second = zip(*seconds[warm:], strict=True)
     return statistics.median(first), statistics.median(second)
 
 
@@ -102,12 +102,10 @@ def bench_gptq(repeat: int, size: int) -> Iterator[Run]:
         q = GPTQ(order=order).solve(weight, spec, moments).q
         losses.append(float(row_errors(weight, q, moments.hessian).sum()))
 
-    for kind in ("act", "none"):
-        losses.clear()
-        ours, torchs = medians(lambda kind=kind: solve(kind), lambda kind=kind: solve(kind), 1)
-        what = f"GPTQ with its Cholesky factor, order {kind}, {size} x {size}"
-        difference = f"loss x {losses[0] / losses[1]:.7f}"
-        yield {"what": what, "seconds": ours, "torch_seconds": torchs, "difference": difference}
+    ours, torchs = medians(lambda: solve("act"), lambda: solve("act"), 1, warm=0)
+    what = f"GPTQ with its Cholesky factor and loss, {size} x {size}"
+    difference = f"loss x {losses[0] / losses[1]:.7f}"
+    yield {"what": what, "seconds": ours, "torch_seconds": torchs, "difference": difference}
 
 
 def bench_search(repeat: int, size: int) -> Iterator[Run]:
@@ -120,15 +118,15 @@ def bench_search(repeat: int, size: int) -> Iterator[Run]:
     }
     ranges: list[Range] = [MSE(), Weighted()]
     for name, spec in specs.items():
-        rows = size if name == "int4" else size // 4
         for choice in ranges:
+            rows = size // 16 if name == "nf4" else size if (name, choice.name) == ("int4", "mse") else size // 4
             tiles = to_tiles(weight[:rows], spec.granularity)
             found: list[Tensor] = []
 
             def search(choice: Range = choice, tiles: Tensor = tiles, spec: Any = spec, found: Any = found) -> None:
                 found[:] = [*found[-1:], choice.scale(tiles, spec)[0]]
 
-            ours, torchs = medians(search, search, 1 if name == "nf4" else repeat)
+            ours, torchs = medians(search, search, repeat)
             what = f"{choice.name}, {name} g128, {rows} x {size}"
             difference = f"{int((found[0] != found[1]).sum())} of {found[0].numel()} scales differ"
             yield {"what": what, "seconds": ours, "torch_seconds": torchs, "difference": difference}
@@ -139,14 +137,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("gram", "gptq", "search"), help="one of the three parts; not written down")
     parser.add_argument("--threads", default="1,2", help="thread counts, with commas between them")
     parser.add_argument("--size", type=int, default=4096, help="of the matrices of GPTQ and range searches")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=2)
     arguments = parser.parse_args()
     runs: list[Run] = []
     with torch.inference_mode():
         for threads in (int(count) for count in arguments.threads.split(",")):
             torch.set_num_threads(threads)
             parts = {
-                "gram": lambda: bench_gram(3 * arguments.repeat),
+                "gram": lambda: bench_gram(4 * arguments.repeat),
                 "gptq": lambda: bench_gptq(arguments.repeat, arguments.size),
                 "search": lambda: bench_search(arguments.repeat, arguments.size),
             }

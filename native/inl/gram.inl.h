@@ -15,10 +15,13 @@ static void gram_pack_panel(const GramJob& job, int64_t panel) {
         continue;
       }
       for (int64_t i = 0; i < 16; ++i) {  // the even token in the low half
-        uint16_t* word = (uint16_t*)(to + t / 2 * kGramPanel + 16 * v + i) + t % 2;
-        if (i < count) std::memcpy(word, row + 2 * (column + 16 * v + i), 2);
-        else *word = 0;
-        if (t % 2 == 0) word[1] = 0;
+        uint32_t word = 0;
+        uint16_t x = 0;
+        if (i < count) std::memcpy(&x, row + 2 * (column + 16 * v + i), 2);
+        float* at = to + t / 2 * kGramPanel + 16 * v + i;
+        if (t % 2) std::memcpy(&word, at, 4);
+        word |= (uint32_t)x << 16 * (t % 2);
+        std::memcpy(at, &word, 4);
       }
     }
   }

@@ -19,7 +19,7 @@ def rows(tokens: int, k: int, dtype: torch.dtype, seed: int = 0, mean: float = 0
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     tokens=st.sampled_from([0, 1, 2, 3, 127, 129, 511, 513, 700]),
     k=st.integers(1, 120),
@@ -34,7 +34,7 @@ def test_the_upper_triangle_is_the_sum(isa, tokens, k, dtype, gap, seed):
         found = add_gram(before.clone(), x)
     exact = before.double() + x.double().T @ x.double()
     size = before.double().abs() + x.double().abs().T @ x.double().abs()
-    assert ((found - exact).abs() <= 100 * 2.0**-24 * size).triu().all()
+    assert (((found - exact).abs() - 100 * 2.0**-24 * size).triu() <= 0).all()
 
 
 @pytest.mark.parametrize("isa", LEVELS)
