@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ def serves(*tensors: Tensor) -> bool:
 
 
 @contextmanager
-def torch_only() -> Iterator[None]:
+def torch_only() -> Generator[None]:
     """Inside, in all threads, torch does what it can do as well: to compare both. What only kernels do still runs."""
     global _held_back
     before, _held_back = _held_back, True
