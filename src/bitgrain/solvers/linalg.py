@@ -12,7 +12,6 @@ from bitgrain.errors import NumericsError, SchemeError
 _LARGEST_DAMPING = 1.0
 _SMALLEST_DAMPING = 1e-6
 _LEAF = 128
-_STRIP = 256  # of a triangle that is multiplied: what lies beyond its diagonal is left out
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def inverse_factor(
 
 
 def invert_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix [n, n], by halves: a fifth of the work of solving for the identity."""
+    """The inverse of a lower triangular matrix [n, n], by halves: a third of the work of solving for the identity."""
     n = lower.shape[0]
     if n <= _LEAF:
         eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
@@ -113,12 +112,5 @@ def invert_lower(lower: Tensor) -> Tensor:
     inverse = torch.zeros_like(lower)
     inverse[:half, :half] = top
     inverse[half:, half:] = bottom
-    corner, product = lower[half:, :half], lower.new_empty(n - half, half)
-    for start in range(0, half, _STRIP):
-        stop = min(start + _STRIP, half)
-        product[:, start:stop] = corner[:, start:] @ top[start:, start:stop]
-    for start in range(0, n - half, _STRIP):
-        stop = min(start + _STRIP, n - half)
-        inverse[half + start : half + stop, :half] = bottom[start:stop, :stop] @ product[:stop]
-    inverse[half:, :half].neg_()
+    inverse[half:, :half] = -(bottom @ (lower[half:, :half] @ top))
     return inverse
