@@ -1,6 +1,6 @@
 """What tests of kernels share."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ LEVELS: list[str] = native().isas() if is_available() else []
 
 
 @contextmanager
-def level(name: str) -> Iterator[None]:
+def level(name: str) -> Generator[None]:
     """The kernels of one instruction set."""
     before = native().isa()
     native().use_isa(name)
@@ -23,7 +23,7 @@ def level(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Generator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

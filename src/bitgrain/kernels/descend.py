@@ -41,8 +41,11 @@ class Descent:
         for tensor, shape in ((factor, (columns, columns)), *((one, (columns, lanes)) for one in (numbers, *rest))):
             if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cpu":
                 raise KernelError(f"GPTQ's loop needs {shape} in one piece on the CPU, not {tuple(tensor.shape)}")
-        if len(tiles) != columns or any(one.dtype != torch.float32 for one in (numbers, factor)):
-            raise KernelError(f"GPTQ's loop needs float32 and a tile for each of {columns} columns")
+        floats = [numbers, factor] if exact is None else [numbers, factor, exact]
+        if any(one.dtype != torch.float32 for one in floats) or (kept is not None and kept.dtype != torch.bool):
+            raise KernelError("GPTQ's loop needs weights and factor in float32, and what is kept as bool")
+        if len(tiles) != columns:
+            raise KernelError(f"GPTQ's loop needs a tile for each of {columns} columns")
         panels = -(-lanes // _PANEL)
         self.loss = torch.zeros(lanes, dtype=torch.float64)
         self._tiles = torch.tensor(tiles, dtype=torch.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
@@ -49,7 +49,7 @@ def serves(*tensors: Tensor) -> bool:
 
 
 @contextmanager
-def torch_only() -> Iterator[None]:
+def torch_only() -> Generator[None]:
     """Inside, in all threads, torch does what it can do as well: to compare both. What only kernels do still runs."""
     global _held_back
     before, _held_back = _held_back, True

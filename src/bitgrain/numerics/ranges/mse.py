@@ -13,7 +13,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.kernels.tile_search import best_candidates
 from bitgrain.numerics.affine import as_stored
 from bitgrain.numerics.ranges.base import Range, scale_from_limits
-from bitgrain.numerics.ranges.search import NATIVE_PIECE, PIECE, grid_for, real_elements, tile_error, tile_pieces
+from bitgrain.numerics.ranges.search import grid_for, real_elements, tile_error, tile_pieces
 
 if TYPE_CHECKING:
     from bitgrain.numerics.spec import QuantSpec
@@ -49,7 +49,7 @@ class MSE(Range):
         count = None if weights is None else weights.reshape(flat.shape)
         low, high = flat.amin(dim=-1), flat.amax(dim=-1)
         grid = grid_for(spec, flat) if self.norm == 2 else None
-        for part in tile_pieces(*flat.shape, PIECE if grid is None else NATIVE_PIECE):
+        for part in tile_pieces(*flat.shape, native=grid is not None):
             x, weights = flat[part], None if count is None else count[part]
             if grid is None:
                 low[part], high[part] = self._search(x, weights, low[part], high[part], spec)

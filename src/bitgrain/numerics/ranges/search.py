@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 PIECE = 2**18
 """Elements that are worked on at a time: a few temporaries of this size fit in a core's cache."""
-NATIVE_PIECE = 2**22
-"""The same for kernels, which have no temporaries."""
+_NATIVE_PIECE, _NATIVE_TILES = 2**22, 2**14
+"""The same for kernels, whose only temporaries are numbers for each tile and candidate."""
 
 
 def grid_for(spec: QuantSpec, tiles: Tensor) -> Any | None:
@@ -37,9 +37,10 @@ def real_elements(tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Ten
     return tiles.masked_fill(beyond, 0.0), weights.masked_fill(beyond, 0.0)
 
 
-def tile_pieces(count: int, size: int, piece: int = PIECE) -> Iterator[slice]:
+def tile_pieces(count: int, size: int, native: bool = False) -> Iterator[slice]:
     """Slices of `count` tiles of `size` elements: as many tiles as make up one piece, at least one."""
-    step = max(1, piece // max(1, size))
+    step = min(_NATIVE_PIECE // max(1, size), _NATIVE_TILES) if native else PIECE // max(1, size)
+    step = max(1, step)
     for start in range(0, count, step):
         yield slice(start, min(count, start + step))
 

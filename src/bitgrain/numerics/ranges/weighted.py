@@ -19,14 +19,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.kernels.tile_search import tile_sums
 from bitgrain.numerics.affine import as_stored, from_grid, to_grid
 from bitgrain.numerics.ranges.base import Range, scale_from_limits
-from bitgrain.numerics.ranges.search import (
-    NATIVE_PIECE,
-    PIECE,
-    element_pieces,
-    grid_for,
-    real_elements,
-    tile_pieces,
-)
+from bitgrain.numerics.ranges.search import element_pieces, grid_for, real_elements, tile_pieces
 from bitgrain.numerics.sums import row_sums
 
 if TYPE_CHECKING:
@@ -73,7 +66,7 @@ class Weighted(Range):
         x = x.reshape(-1, x.shape[-1])
         weights = None if weights is None else weights.reshape(x.shape)
         scale, zero = scale_from_limits(x.amin(dim=-1), x.amax(dim=-1), spec)
-        for part in tile_pieces(*x.shape, PIECE if grid_for(spec, x) is None else NATIVE_PIECE):
+        for part in tile_pieces(*x.shape, native=grid_for(spec, x) is not None):
             search = _Search(x[part], None if weights is None else weights[part], spec)
             best = self._run(search, scale[part].clone(), None if zero is None else zero[part].clone())
             scale[part] = best[0]
