@@ -93,7 +93,9 @@ def test_calibration_beats_rounding_on_a_trained_model(tmp_path: Path):
     for name in ("rtn", "fast", "balanced"):
         how: dict[str, Any] = {"solver": "rtn"} if name == "rtn" else {"recipe": name, "calibration": calibration}
         bitgrain.quantize(source, tmp_path / name, "W4A16", workers=2, **how)
-        found[name] = divergence(bitgrain.load(tmp_path / name, dtype=torch.float32, execution="dequantize"), model, ids)
+        found[name] = divergence(
+            bitgrain.load(tmp_path / name, dtype=torch.float32, execution="dequantize"), model, ids
+        )
     assert found["balanced"] < 0.8 * found["fast"]
     assert found["fast"] < 0.8 * found["rtn"]
     (tmp_path / "text.txt").write_text(TEXT)
@@ -134,7 +136,11 @@ def test_experts_without_tokens_are_rounded_and_named(readable: Make, text: Path
             assert layer["notes"] == ([UNREACHED] if idle else []), tensor
             assert layer["method"] == ("rtn" if idle else "gptq"), tensor
             assert ("loss" in layer["figures"]) == (not idle)
-        assert bool(bitgrain.load(tmp_path / name, execution="dequantize")(input_ids=torch.arange(9)[None]).logits.isfinite().all())
+        assert bool(
+            bitgrain.load(tmp_path / name, execution="dequantize")(input_ids=torch.arange(9)[None])
+            .logits.isfinite()
+            .all()
+        )
 
 
 def test_of_a_stack_the_experts_without_tokens_are_named(readable: Make, text: Path, tmp_path: Path):

@@ -107,7 +107,9 @@ def test_eight_bits_are_nearly_free_on_a_trained_model(reference: Any, tmp_path:
     lost = {}
     for scheme in ("W8A16", "W4A16", "W3A16", "W2A16"):
         bitgrain.quantize(model.folder, tmp_path / scheme, scheme, workers=1)
-        lost[scheme] = kl(model.logits, zoo.outputs(bitgrain.load(tmp_path / scheme, execution="dequantize"), model.ids))
+        lost[scheme] = kl(
+            model.logits, zoo.outputs(bitgrain.load(tmp_path / scheme, execution="dequantize"), model.ids)
+        )
     assert lost["W8A16"] < 1e-4 < lost["W4A16"] < lost["W3A16"] < lost["W2A16"]
     assert lost["W4A16"] < 0.02
 

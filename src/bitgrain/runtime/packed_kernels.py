@@ -58,7 +58,7 @@ class PackedKernel(ABC):
 
     def _stored_zero(self, zero: Tensor | None, groups: Sequence[int] | None = None) -> Tensor | None:
         """Zero points as a QTensor has them: those that are kept, or `zero` of the panels."""
-        if zero is None or self._zero is not None:
+        if self.spec.symmetric or zero is None or self._zero is not None:
             return self._zero
         return _signed(stored_tiles(zero, self.spec, self.shape, groups), self.spec.format)
 
