@@ -22,7 +22,7 @@ from rounds import Contestant, PeerError, add_options, busy, median, rest, say, 
 SHAPES = "4096x4096,4096x14336,2048x8192,768x3072"
 ROWS = "1,4,16,64,512"
 MODULES = ("linear_bitgrain", "linear_torch", "linear_onnxruntime", "linear_openvino", "linear_ggml")
-MANY_ROWS, FEW_BYTES, MANY_BYTES = 16, 200 << 20, 64 << 20
+MANY_ROWS, FEW_BYTES, MANY_BYTES = 16, 200 << 20, 32 << 20
 """Up to MANY_ROWS rows, weights of FEW_BYTES take turns; above that time is spent on products."""
 SLOW = (
     "torch float32",

@@ -82,3 +82,19 @@ def test_instructions_are_counted_in_the_loop_that_multiplies():
   20:\tjne    0 <x>
   24:\tret"""
     assert innermost(listing) == 3.0
+
+
+def test_pages_tell_what_busy_processes_cost():
+    contestants = {"W8A8": {"ms": 2.0, "busy_ms": 3.0, "nbytes": 8e6}, "ggml Q8_0": {"ms": 1.0, "busy_ms": 9.0}}
+    cell = {"k": 8, "n": 16, "m": 1, "limits": {}, "contestants": contestants, "failed": {"ggml Q4_0": "no"}}
+    data = {"settings": {"threads": 2, "busy": 1}, "versions": {"torch": "2"}, "absent": {"openvino": "no module"}}
+    page = kernels_report.report({**data, "cells": [cell], "layouts": []}, "here")
+    assert "| 8 x 16 | 1 | W8A8 | 2.000 | 1.000 | ggml Q8_0 | 2.00 | - | - |" in page
+    assert "| 8 x 16 | 1 | ggml Q8_0 | 1.000 | 9.000 | 9.0 |" in page
+    assert "- left out: openvino (no module)\n" in page
+    assert "- failed: ggml Q4_0 (no)\n" in page
+
+    one = {"prefill": 100.0, "decode": 10.0, "peak": 2e9, "bare": 1e8, "all_decode": [10.0], "decode_beside": 4.0}
+    settings = {"threads": 2, "busy": 1, "prefill": 512, "prompt": 8, "tokens": 64}
+    page = generate_report.report({**data, "settings": settings, "results": {"bitgrain W4A8": one}}, "here")
+    assert "| bitgrain W4A8 | 100.0 | 10.00 | 2.00 | 0.10 | 4.00 | 2.5 |" in page
