@@ -4,6 +4,7 @@
 #include "attention/packed.h"
 #include "linear/activations.h"
 #include "linear/int_linear.h"
+#include "decoder/dense_rows.h"
 #include "decoder/rows.h"
 
 namespace bitgrain {
@@ -28,6 +29,7 @@ struct Kernels {
   void (*add_row)(const void* x, DType x_type, int64_t x_at, const float* add, int64_t width, void* y, DType y_type,
                   int64_t y_at);
   void (*rotate_rows)(const RotateRows&, int64_t first, int64_t last);
+  void (*dense_rows)(const DenseRowsJob&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.
