@@ -1,15 +1,16 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
-#include "attention/prefill.h"
 #include "attention/attention.h"
 #include "attention/packed.h"
+#include "attention/prefill.h"
+#include "decoder/dense_rows.h"
+#include "decoder/rows.h"
 #include "linear/activations.h"
 #include "linear/code_linear.h"
 #include "linear/int_linear.h"
 #include "solver/descend.h"
 #include "solver/gram.h"
 #include "solver/tile_search.h"
-#include "decoder/rows.h"
 
 namespace bitgrain {
 
@@ -57,6 +58,7 @@ struct Kernels {
   void (*add_row)(const void* x, DType x_type, int64_t x_at, const float* add, int64_t width, void* y, DType y_type,
                   int64_t y_at);
   void (*rotate_rows)(const RotateRows&, int64_t first, int64_t last);
+  void (*dense_rows)(const DenseRowsJob&, int64_t first, int64_t last);
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -132,6 +132,12 @@ void bind_decoder(nb::module_& m) {
     const GatedRows rows{at<void>(gate), at<void>(up), DType(type), stride, width, static_cast<Act>(act)};
     make_rows({kernels().gated_row, &rows}, count, width, at<void>(y), DType(type), threads);
   });
+  m.def("dense_rows", [](uintptr_t w, int type, int64_t n, int64_t k, int64_t stride, uintptr_t x, int x_type, int64_t rows,
+                         int64_t x_stride, uintptr_t bias, uintptr_t y, int threads) {
+    nb::gil_scoped_release free;
+    run_dense_rows({at<void>(w), DType(type), n, k, stride, nullptr, rows, at<float>(bias), at<void>(y), DType(x_type)},
+                   at<void>(x), DType(x_type), x_stride, threads);
+  });
   m.def("rotate_rows", [](uintptr_t x, int type, int64_t count, int64_t stride, int64_t heads, int64_t head_dim,
                           const Norm* norm, int rotary, uintptr_t cos, uintptr_t sin, int cos_type, int64_t cos_rows,
                           int64_t rotary_dim, int threads) {

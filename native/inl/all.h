@@ -23,6 +23,7 @@
 #include "inl/tile_search.inl.h"
 #include "inl/probes.inl.h"
 #include "inl/rows.inl.h"
+#include "inl/dense_rows.inl.h"
 
 #define BG_STRING2(x) #x
 #define BG_STRING(x) BG_STRING2(x)
@@ -50,7 +51,7 @@ const Kernels kKernels = {
     // probes
     read_bytes, int8_loop, bf16_loop,
     // rows between products
-    norm_row, gated_row, add_row, rotate_rows,
+    norm_row, gated_row, add_row, rotate_rows, dense_rows,
 };
 
 }  // namespace BG_ISA

@@ -85,6 +85,7 @@ class DecoderBlock:
 
     def start(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """x [batch, tokens, hidden] -> [batch, tokens, q + k + v], normed and rotated."""
+        self._check(x)
         m = x.shape[0] * x.shape[1]
         out = torch.empty(*x.shape[:2], self.attention.width, dtype=x.dtype)
         self.handle.start(
@@ -94,6 +95,11 @@ class DecoderBlock:
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The block's output, of its input x [batch, tokens, hidden] and attention's output before o."""
+        self._check(x)
+        if attended.dtype != x.dtype or not attended.is_contiguous() or attended.numel() != self._attended(x):
+            raise KernelError(
+                f"attention's output {tuple(attended.shape)} {attended.dtype} does not fit {tuple(x.shape)}"
+            )
         y = torch.empty_like(x)
         m = x.shape[0] * x.shape[1]
         self.handle.finish(x.data_ptr(), DTYPES[x.dtype], m, attended.data_ptr(), y.data_ptr(), torch.get_num_threads())
@@ -115,9 +121,15 @@ class DecoderBlock:
         mask          bool [batch or 1, heads or 1, tokens or 1, past and new], True where a token is seen; without
                       one each token sees those before it
         """
+        self._check(x)
+        self.check_cache(x, keys, values)
         y = torch.empty_like(x)
         kind, address, strides = 0, 0, (0, 0, 0)
         if mask is not None:
+            full = (x.shape[0], self.attention.heads, x.shape[1], keys.shape[2])
+            fits = mask.ndim == 4 and all(a in (1, b) for a, b in zip(mask.shape, full, strict=True))
+            if not fits or mask.shape[3] != full[3] or mask.dtype != torch.bool or mask.stride(3) != 1:
+                raise KernelError(f"a mask {tuple(mask.shape)} {mask.dtype} does not fit {full}")
             kind, address = 1, mask.data_ptr()
             a, b, c = (0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
             strides = (a, b, c)
@@ -127,6 +139,25 @@ class DecoderBlock:
             address, *strides, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+    def check_cache(self, x: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Raises KernelError for keys and values that do not fit x."""
+        part = self.attention
+        shape = (x.shape[0], part.kv_heads, keys.shape[2], part.head_dim)
+        for one in (keys, values):
+            rows = one.shape == shape and one.stride()[2:] == (part.head_dim, 1) and shape[2] >= x.shape[1]
+            if not rows or one.dtype != x.dtype:
+                raise KernelError(
+                    f"a cache {tuple(one.shape)} {one.dtype} does not fit {part.kv_heads} heads of {part.head_dim} for "
+                    f"inputs {tuple(x.shape)} {x.dtype}: make a new one for each batch"
+                )
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[2] != self.hidden or not x.is_contiguous() or x.dtype not in DTYPES:
+            raise KernelError(f"a block of {self.hidden} features cannot read {tuple(x.shape)} {x.dtype}")
+
+    def _attended(self, x: Tensor) -> int:
+        return x.shape[0] * x.shape[1] * self.attention.heads * self.attention.head_dim
 
     def _product(self, weights: Sequence[IntLinear]) -> Any:
         first = weights[0].handle
@@ -142,13 +173,12 @@ class DecoderStack:
         self.blocks = list(blocks)
         self.handle: Any = native().DecoderStack([one.handle for one in blocks])
 
-    def run(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """As `DecoderBlock.run` of each, bit for bit; caches: keys and values of each."""
         y = torch.empty_like(x)
         places: list[int] = []
-        for keys, values in caches:
+        for block, (keys, values) in zip(self.blocks, caches, strict=True):
+            block.check_cache(x, keys, values)
             a, b, _, _ = keys.stride()
             c, d, _, _ = values.stride()
             places += (keys.data_ptr(), values.data_ptr(), a, b, c, d, keys.shape[2])

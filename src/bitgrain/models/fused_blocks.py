@@ -7,29 +7,21 @@ again by the native kernels and compared. Names say nothing here. Whatever does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.native import is_available
-from bitgrain.kernels.rows import ACTS, ROTARY, Act, Rotary, RowNorm, gated, rotate_
-from bitgrain.models.blocks import find_blocks
+from bitgrain.kernels.rows import ACTS, ROTARY, Rotary, RowNorm, gated, rotate_
+from bitgrain.models.block_trace import TOKENS, BlockTrace, Call, embedded_tokens, watch_blocks
 from bitgrain.models.trace import norm_paths
+from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, MlpPlan, NormPlan
 from bitgrain.runtime.fused_block import (
-    AttentionPlan,
-    BlockPlan,
-    MlpPlan,
-    NormPlan,
-    attention_interface,
     build,
     fuse,
     packed_weight,
@@ -45,9 +37,6 @@ CLOSE = 1e-4
 SAME = 0.03
 """The same of a whole block, whose inputs are rounded on the way: a step of float32 may move one to the next code."""
 
-_TOKENS = 7
-_OBSERVED = "bitgrain_observed"
-
 
 def fuse_blocks(model: nn.Module) -> list[str]:
     """`fuse` every decoder layer of a transformers model that can be; returns their paths.
@@ -57,7 +46,7 @@ def fuse_blocks(model: nn.Module) -> list[str]:
     """
     if not is_available() or not isinstance(model, PreTrainedModel) or not model.can_generate() or model.training:
         return []
-    seen = _watch(model)
+    seen = watch_blocks(model)
     fused: list[str] = []
     for path, trace in seen.items():
         block = model.get_submodule(path)
@@ -81,50 +70,12 @@ def _stack_proved(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
 @torch.no_grad()
 def _run_tokens(model: PreTrainedModel, cache: Cache) -> Tensor:
     """The last hidden states of a few tokens, the last of them behind the others."""
-    embedded = _embedded(model)
+    embedded = embedded_tokens(model)
     base = model.base_model
     arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
-    first = base(inputs_embeds=embedded[:, :_TOKENS], **arguments)
-    last = base(inputs_embeds=embedded[:, _TOKENS:], **arguments)
+    first = base(inputs_embeds=embedded[:, :TOKENS], **arguments)
+    last = base(inputs_embeds=embedded[:, TOKENS:], **arguments)
     return torch.cat([first.last_hidden_state, last.last_hidden_state], 1)
-
-
-def _embedded(model: PreTrainedModel) -> Tensor:
-    inputs = cast(nn.Embedding, model.get_input_embeddings())
-    ids = torch.arange(1, _TOKENS + 2) * 7919 % inputs.num_embeddings
-    return inputs(ids[None].to(inputs.weight.device)).float()
-
-
-@dataclass
-class Call:
-    """A module inside a block, as it was called with x."""
-
-    path: str
-    x: Tensor
-    y: Tensor
-
-
-@dataclass
-class AttentionCall:
-    """The call of transformers' attention interface."""
-
-    module: nn.Module
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    extras: dict[str, Any]
-    y: Tensor
-
-
-@dataclass
-class BlockTrace:
-    """One layer in one step: x, arguments, calls inside in their order, what attention was given, y."""
-
-    x: Tensor
-    arguments: dict[str, Any]
-    calls: list[Call] = field(default_factory=list)
-    attention: list[AttentionCall] = field(default_factory=list)
-    y: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def plan_of(block: nn.Module, trace: BlockTrace) -> BlockPlan | None:
@@ -262,7 +213,7 @@ def _mlp(
                 continue
             for act in ACTS:
                 if _close(gated(gate, up, act), down.x):
-                    return MlpPlan(norm, tuple(one.path for one in found), down.path, cast(Act, act), joined)
+                    return MlpPlan(norm, tuple(one.path for one in found), down.path, act, joined)
     return None
 
 
@@ -332,105 +283,3 @@ def _is(a: Tensor, b: Tensor) -> bool:
 
 def _path_of(block: nn.Module, module: nn.Module) -> str:
     return next(path for path, one in block.named_modules() if one is module)
-
-
-@torch.no_grad()
-def _watch(model: PreTrainedModel) -> dict[str, BlockTrace]:
-    """Each decoder layer in a step of one token, behind a few others."""
-    base = model.base_model
-    inputs = model.get_input_embeddings()
-    traces: dict[str, BlockTrace] = {}
-    if not isinstance(inputs, nn.Embedding) or model.config.is_encoder_decoder or base is model:
-        return traces
-    names = [name for name, _ in model.named_parameters()]
-    packed = [f"{path}.weight" for path, one in model.named_modules() if packed_weight(one) is not None]
-    paths = find_blocks(model, [*names, *packed])
-    embedded = _embedded(model)
-    cache = DynamicCache(config=model.config)
-    arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
-    try:
-        with _observed(model) as seen:
-            base(inputs_embeds=embedded[:, :_TOKENS], **arguments)
-            with _hooks(model, paths, traces, seen):
-                base(inputs_embeds=embedded[:, _TOKENS:], **arguments)
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, KeyError, IndexError):
-        return {}  # not a decoder that runs on embeddings in float32
-    return traces
-
-
-@contextmanager
-def _hooks(
-    model: nn.Module, paths: Sequence[str], traces: dict[str, BlockTrace], seen: list[AttentionCall]
-) -> Generator[None]:
-    """Note what happens in the blocks at `paths`."""
-    handles: list[Any] = []
-    current: list[BlockTrace] = []
-
-    def enter() -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else kwargs.get("hidden_states")
-            current.append(BlockTrace(given.clone() if isinstance(given, Tensor) else torch.empty(0), dict(kwargs)))
-            seen.clear()
-
-        return hook
-
-    def leave(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-            trace = current.pop()
-            if isinstance(y, Tensor) and len(args) == 1:
-                trace.y, trace.attention = y.clone(), list(seen)
-                traces[path] = trace
-
-        return hook
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            y = y[0] if isinstance(y, tuple) and y else y
-            if isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point():
-                current[-1].calls.append(Call(path, x.clone(), y))
-
-        return hook
-
-    for path in paths:
-        block = model.get_submodule(path)
-        for name, part in block.named_modules():
-            if name:
-                handles.append(part.register_forward_hook(note(name), with_kwargs=True))
-        handles.append(block.register_forward_pre_hook(enter(), with_kwargs=True))
-        handles.append(block.register_forward_hook(leave(path), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-_CALLS: ContextVar[list[AttentionCall] | None] = ContextVar("calls", default=None)
-
-
-@contextmanager
-def _observed(model: PreTrainedModel) -> Generator[list[AttentionCall]]:
-    """Attention as the model has it, with every call noted."""
-    calls: list[AttentionCall] = []
-    config: Any = model.config
-    before = config._attn_implementation
-    AttentionInterface.register(_OBSERVED, _observe)
-    AttentionMaskInterface.register(_OBSERVED, eager_mask)
-    token = _CALLS.set(calls)
-    try:
-        model.set_attn_implementation(_OBSERVED)
-        yield calls
-    finally:
-        model.set_attn_implementation(before)
-        _CALLS.reset(token)
-
-
-def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    known = ("dropout", "position_ids", "use_cache", "output_attentions")
-    extras = {name: value for name, value in kwargs.items() if name not in known}
-    y, weights = attention_interface(module, "eager")(module, q, k, v, mask, **kwargs)
-    calls = _CALLS.get()
-    if calls is not None:
-        calls.append(AttentionCall(module, q, k, v, extras, y))
-    return y, weights

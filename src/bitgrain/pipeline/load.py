@@ -34,6 +34,7 @@ from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expe
 from bitgrain.runtime.attention import AttentionScheme, set_attention
 from bitgrain.runtime.channel_order import attach_orders
 from bitgrain.runtime.convolutions import quantize_layer_inputs
+from bitgrain.runtime.dense_head import multiply_few_rows_natively
 from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.kv_cache.growing import GrowingCache
@@ -169,9 +170,12 @@ def load(
         use_cache(model, lambda: KVCache(scheme, config))
     if attention is not None:
         set_attention(model, attention)
-    if chosen == "kernels" and fuse_blocks(model) and scheme is None:
-        plain: Any = model.config
-        use_cache(model, lambda: GrowingCache(plain))
+    if chosen == "kernels" and fuse_blocks(model):
+        parts: Any = model
+        multiply_few_rows_natively(parts.get_output_embeddings())
+        plain = parts.config
+        if scheme is None:
+            use_cache(model, lambda: GrowingCache(plain))
     return model
 
 

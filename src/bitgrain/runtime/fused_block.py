@@ -8,8 +8,7 @@ or parameter that was replaced, an unknown argument) runs the layer's own forwar
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 from weakref import ref
 
@@ -18,11 +17,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bitgrain.kernels import prefill_attention
 from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
-from bitgrain.kernels.rows import Act, Rotary, RowNorm
+from bitgrain.kernels.rows import RowNorm
+from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, NormPlan
 from bitgrain.runtime.fused_stack import FusedStack
+from bitgrain.runtime.guards import Guards
 from bitgrain.runtime.kv_cache.growing import GrowingLayer
 from bitgrain.runtime.packed_kernels import IntKernel
 from bitgrain.runtime.quant_linear import QuantLinear
@@ -33,63 +35,6 @@ MOST_ROWS = 16
 _PLAIN_ATTENTION = ("sdpa", "eager")
 
 
-@dataclass(frozen=True)
-class NormPlan:
-    """A norm by its path in the block. offset: the gain is offset + weight."""
-
-    path: str
-    weight: str
-    bias: str
-    eps: float
-    centered: bool
-    offset: float
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """Paths in the block, and what they mean (`kernels.decoder.AttentionPart`).
-
-    module    what is given to the attention interface, with `extras`: what it adds to the layer's own arguments
-    plain     whether softmax(scale q k) v is all that attention does, so that the native one may stand for it
-    layer     its number in the cache
-    """
-
-    norm: NormPlan
-    qkv: tuple[str, ...]
-    o: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rotary: Rotary
-    scale: float
-    q_norm: NormPlan | None
-    k_norm: NormPlan | None
-    module: str
-    extras: Mapping[str, Any]
-    plain: bool
-    layer: int
-
-
-@dataclass(frozen=True)
-class MlpPlan:
-    norm: NormPlan
-    gate_up: tuple[str, ...]
-    down: str
-    act: Act
-    joined: bool
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """mlp None: what comes behind attention stays with the modules `rest`, (norm, mlp)."""
-
-    attention: AttentionPlan
-    mlp: MlpPlan | None
-    rest: tuple[str, str]
-    arguments: frozenset[str]
-    cache: str
-
-
 class FusedForward:
     """The forward of one decoder layer; its own one is `original`."""
 
@@ -98,7 +43,7 @@ class FusedForward:
         self.stack: FusedStack | None = None
         self.place = 0
         self._native: DecoderBlock | None = None
-        self._guards: _Guards | None = None
+        self._guards: Guards | None = None
 
     @property
     def block(self) -> nn.Module:
@@ -124,6 +69,8 @@ class FusedForward:
             return self.original(hidden_states, *args, **kwargs)
         native = self.native()
         cos, sin = kwargs.get("position_embeddings") or (None, None)
+        if not _fit(hidden_states, cos, sin, plan.attention):
+            return self.original(hidden_states, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         cache = kwargs.get(plan.cache)
         x = hidden_states if hidden_states.is_contiguous() else hidden_states.contiguous()
@@ -168,11 +115,23 @@ class FusedForward:
         )
         q, k, v = (one.unflatten(-1, (-1, plan.head_dim)).transpose(1, 2) for one in (q, k, v))
         if cache is not None:
-            k, v = cast(tuple[Tensor, Tensor], cache.update(k, v, plan.layer))
+            k, v = cache.update(k, v, plan.layer)
+        if (
+            plan.plain
+            and implementation in _PLAIN_ATTENTION
+            and mask is None
+            and k.shape[2] == q.shape[2] > 1
+            and prefill_attention.serves(q, k, v)
+        ):
+            attended = prefill_attention.prefill_attention(q, k, v, scaling=plan.scale).flatten(2)
+            return self._finish(native, x, attended)
         interface = attention_interface(part, implementation)
         passed = {name: kwargs[name] for name in ("position_ids", "use_cache") if name in kwargs}
         attended, _ = interface(part, q, k, v, mask, dropout=0.0, scaling=plan.scale, **plan.extras, **passed)
-        attended = attended.reshape(*x.shape[:2], -1).contiguous()
+        return self._finish(native, x, attended.reshape(*x.shape[:2], -1).contiguous())
+
+    def _finish(self, native: DecoderBlock, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention."""
         y = native.finish(x, attended)
         if self.plan.mlp is None:
             norm, mlp = self.plan.rest
@@ -191,14 +150,14 @@ class FusedForward:
                 return False
         if guards is None or not guards.hold():
             self._native = None
-            guards = self._guards = _Guards(block, self.plan)
+            guards = self._guards = Guards(block, self.plan.norms())
         return guards.no_hooks()
 
     def is_whole(self, x: Tensor) -> bool:
         """Whether nobody would notice if this layer ran in one call with those around it."""
         block = self.block
         plain = self.plan.attention.plain and self.plan.mlp is not None and self._is_plain(x, {})
-        return plain and not block._forward_hooks and not block._forward_pre_hooks
+        return plain and self._guards is not None and not self._guards.looked_at(block)
 
     def native(self) -> DecoderBlock:
         """The native block, made when it is first needed and again when a weight was changed."""
@@ -264,13 +223,14 @@ def row_norm(block: nn.Module, plan: NormPlan) -> RowNorm:
 def packed_weight(module: nn.Module) -> IntLinear | None:
     """The packed weight that a layer multiplies by, where it does nothing besides; None for other layers."""
     kernel = module.kernel if type(module) is QuantLinear else None
-    whole = isinstance(kernel, IntKernel) and type(kernel.linear) is IntLinear and kernel.call is kernel.linear
-    return cast(IntLinear, kernel.linear) if whole else None
+    if isinstance(kernel, IntKernel) and isinstance(kernel.linear, IntLinear) and kernel.call is kernel.linear:
+        return kernel.linear
+    return None
 
 
 def attention_interface(part: nn.Module, implementation: str) -> Callable[..., Any]:
     """transformers' function for an attention module; its own file holds the one called eager."""
-    own = getattr(sys.modules[type(part).__module__], "eager_attention_forward", None)
+    own: Any = getattr(sys.modules[type(part).__module__], "eager_attention_forward", None)
     return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own))
 
 
@@ -278,44 +238,19 @@ def _weights(block: nn.Module, paths: tuple[str, ...]) -> tuple[IntLinear, ...]:
     return tuple(cast(IntLinear, packed_weight(block.get_submodule(path))) for path in paths)
 
 
-class _Guards:
-    """What must not change: the modules of a block, the hooks on them, the parameters of its norms."""
-
-    def __init__(self, block: nn.Module, plan: BlockPlan) -> None:
-        self._places: list[tuple[dict[str, Any], str]] = []
-        self._hooks: list[Mapping[int, Any]] = []
-        self._own: list[dict[str, Any]] = []
-        for parent in block.modules():
-            children = cast(dict[str, Any], parent._modules)
-            for name, child in children.items():
-                if child is not None:
-                    self._places.append((children, name))
-                    self._hooks += [child._forward_hooks, child._forward_pre_hooks]
-                    self._own.append(child.__dict__)
-                    if isinstance(child, QuantLinear):
-                        self._places.append((child.__dict__, "kernel"))
-        self._parameters: list[Tensor] = []
-        norms = (plan.attention.norm, plan.attention.q_norm, plan.attention.k_norm, plan.mlp and plan.mlp.norm)
-        for norm in norms:
-            if norm is not None:
-                owned = cast(dict[str, Any], block.get_submodule(norm.path)._parameters)
-                for name in filter(None, (norm.weight, norm.bias)):
-                    self._places.append((owned, name))
-                    self._parameters.append(owned[name])
-        self._found = self._look()
-
-    def _look(self) -> tuple[list[Any], list[int], list[int]]:
-        parameters = self._parameters
-        return (
-            [id(own[name]) if name in own else 0 for own, name in self._places],
-            [one._version for one in parameters],
-            [one.data_ptr() for one in parameters],
-        )
-
-    def hold(self) -> bool:
-        """Whether modules, kernels and parameters are those that were there."""
-        return self._look() == self._found
-
-    def no_hooks(self) -> bool:
-        """Whether nobody looks into the block, and no module's forward is another one than its class has."""
-        return not any(self._hooks) and not any(["forward" in own for own in self._own])
+def _fit(x: Tensor, cos: Tensor | None, sin: Tensor | None, plan: AttentionPlan) -> bool:
+    """Whether there is a position for each token, as the kernels read them."""
+    if cos is None or sin is None:
+        return plan.rotary == "none"
+    return (
+        plan.rotary != "none"
+        and cos.ndim == 3
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, x.shape[0])
+        and cos.shape[1] == x.shape[1]
+        and cos.shape[2] <= plan.head_dim
+        and cos.dtype == sin.dtype
+        and cos.dtype in DTYPES
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )

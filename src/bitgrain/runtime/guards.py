@@ -1,0 +1,57 @@
+"""What a copy of a module's inner workings rests on: as long as it holds, the copy may run in the module's place."""
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from bitgrain.runtime.quant_linear import QuantLinear
+
+
+class Guards:
+    """What must not change: the modules of a block, the hooks on them, the parameters of its norms."""
+
+    def __init__(self, block: nn.Module, norms: Mapping[str, Sequence[str]]) -> None:
+        """norms: path of a norm -> names of its parameters that count."""
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._hooks: list[Mapping[int, Any]] = []
+        self._own: list[dict[str, Any]] = []
+        for parent in block.modules():
+            children = cast(dict[str, Any], parent._modules)
+            for name, child in children.items():
+                if child is not None:
+                    self._places.append((children, name))
+                    self._hooks += [child._forward_hooks, child._forward_pre_hooks]
+                    self._own.append(child.__dict__)
+                    if isinstance(child, QuantLinear):
+                        self._places.append((child.__dict__, "kernel"))
+        self._parameters: list[Tensor] = []
+        for path, names in norms.items():
+            owned = cast(dict[str, Any], block.get_submodule(path)._parameters)
+            for name in names:
+                self._places.append((owned, name))
+                self._parameters.append(owned[name])
+        self._found = self._look()
+
+    def _look(self) -> tuple[list[Any], list[int], list[int]]:
+        parameters = self._parameters
+        return (
+            [id(own[name]) if name in own else 0 for own, name in self._places],
+            [one._version for one in parameters],
+            [one.data_ptr() for one in parameters],
+        )
+
+    def hold(self) -> bool:
+        """Whether modules, kernels and parameters are those that were there."""
+        return self._look() == self._found
+
+    def no_hooks(self) -> bool:
+        """Whether nobody looks into the block, and no module's forward is another one than its class has."""
+        return not any(self._hooks) and not any("forward" in own for own in self._own)
+
+    def looked_at(self, block: nn.Module) -> bool:
+        """Whether somebody looks at the block itself."""
+        return bool(block._forward_hooks or block._forward_pre_hooks)
