@@ -35,7 +35,7 @@ void unfold(const uint32_t* lane, uint8_t* code) {
   }
 }
 
-// Calls f(column of the panel, index of its scale, scales, zeros, its lane of the first chunk) for all columns and groups.
+// Calls f(column of the panel, group, the group's scales and zeros, the column's lane of its first chunk) for all.
 template <typename P, typename F>
 void visit(const CodeWeights& w, P* at, int64_t panel, const F& f) {
   const int64_t vectors = code_vectors(w.bits);

@@ -71,9 +71,11 @@ def test_equals_its_twin(isa, weight, m, dtype, seed):
     steps = (how["group"] or codes.shape[1]) + scale.shape[1] + 8
     error = (y.double() - twin.double()).abs()
     largest = torch.finfo(dtype).max
-    assert (error <= steps * 2.0**-24 * bound + torch.finfo(dtype).eps * twin.abs() + 1e-7).logical_or(
-        twin.abs() >= largest
-    ).all()
+    assert (
+        (error <= steps * 2.0**-24 * bound + torch.finfo(dtype).eps * twin.abs() + 1e-7)
+        .logical_or(twin.abs() >= largest)
+        .all()
+    )
 
 
 @settings(max_examples=60, deadline=None)

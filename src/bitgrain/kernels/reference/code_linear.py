@@ -47,8 +47,8 @@ def code_linear(
 
     rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does
     The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| (|table| + |zero| + offset) |scale|, and
-    one rounding to its dtype. offset: 0; of integers at avx512bf16 with 1 or 2 rows, which are counted instead of looked
-    up, 144 (8 bits: 512): far below what rounding the inputs to 8 bits does.
+    one rounding to its dtype. offset: 0; of integers at avx512bf16 with 1 or 2 rows, which are counted instead of
+    looked up, 144 (8 bits: 512): far below what rounding the inputs to 8 bits does.
     """
     weight = dequantize(codes, scale, table, group=group, zero=zero, outer=outer, rounded=rounded)
     y = (x.bfloat16() if rounded else x).double() @ weight.T
