@@ -40,28 +40,30 @@ BG_INLINE void load_codes(const uint8_t* p, I32 (&codes)[V][Looked<BITS>::kVecto
 }
 
 // A chunk of V half panels against R rows, from step I on.
-template <int BITS, bool COUNTED, int R, int V, int C, int I = 0>
+template <int BITS, bool SPLIT, int R, int V, int C, int I = 0>
 BG_INLINE void add_chunk(F32 (&sum)[R][V][C], const I32 (&codes)[V][Looked<BITS>::kVectors], const Numbers& table,
                          const uint8_t* x) {
   Pair pair[V];
-  if constexpr (COUNTED) BG_UNROLL for (int v = 0; v < V; ++v) pair[v] = Counted<BITS>::template step<I>(codes[v]);
-  else BG_UNROLL for (int v = 0; v < V; ++v) pair[v] = Looked<BITS>::template step<I>(codes[v], table);
+  BG_UNROLL for (int v = 0; v < V; ++v) {
+    if constexpr (SPLIT) pair[v] = Split<I>::low(codes[v]);
+    else pair[v] = Looked<BITS>::template step<I>(codes[v], table);
+  }
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
       add_product(sum[r][v][I % C], pair[v], x + kPairBytes * r);
-  if constexpr (COUNTED && BITS == 8) {
-    BG_UNROLL for (int v = 0; v < V; ++v) pair[v] = Counted<BITS>::template sign<I>(codes[v]);
+  if constexpr (SPLIT) {
+    BG_UNROLL for (int v = 0; v < V; ++v) pair[v] = Split<I>::sign(codes[v]);
     BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
         add_product(sum[r][v][(I + C / 2) % C], pair[v], x + kPairBytes * r);
   }
   if constexpr (I + 1 < Looked<BITS>::kSteps) {
-    add_chunk<BITS, COUNTED, R, V, C, I + 1>(sum, codes, table, x + kPairBytes * R);
+    add_chunk<BITS, SPLIT, R, V, C, I + 1>(sum, codes, table, x + kPairBytes * R);
   }
 }
 
-// R rows against V half panels, from half panel `half` on; weights go from memory to registers. COUNTED: by Counted.
-template <int BITS, int R, int V, bool COUNTED>
+// R rows against V half panels, from half panel `half` on; weights go from memory to registers.
+template <int BITS, int R, int V>
 BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const uint8_t* x, const float* sums,
-                         const float* offsets, int64_t row) {
+                         int64_t row) {
   const CodeWeights& w = *job.w;
   constexpr int kSteps = Looked<BITS>::kSteps, kHalf = Looked<BITS>::kVectors * 64, kChunk = 2 * kHalf;
   constexpr int kChains = R * V <= 2 ? 4 : R * V <= 6 ? 2 : 1;  // sums apart: few rows do not wait for the last product
@@ -74,18 +76,13 @@ BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const
     F32 sum[R][V][kChains];
     BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
         BG_UNROLL for (int c = 0; c < kChains; ++c) sum[r][v][c] = zero_f();
-    if (COUNTED && BITS < 8) {
-      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
-          sum[r][v][0] = set_f(w.table[0] * sums[r] - offsets[r]);
-      offsets += R;
-    }
     const uint8_t *header = at, *p = at + code_header_bytes(w.scale_type, w.zeros) + half * kHalf;
     const int64_t chunks = chunks_in<BITS>(w, s);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       I32 codes[V][Looked<BITS>::kVectors];
       load_codes<BITS, V>(p, codes);
       if (R <= 2) BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + 4096 + 64 * i);
-      add_chunk<BITS, COUNTED>(sum, codes, table, x);
+      add_chunk<BITS, BITS == 8 && kSplits && R <= 2>(sum, codes, table, x);
       p += kChunk;
       x += kPairBytes * R * kSteps;
     }
@@ -106,25 +103,16 @@ BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const
 }
 
 template <int BITS, int R>
-static void code_tile_halves(const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
-                             const float* offsets, int64_t row) {
+static void code_tile_halves(const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums, int64_t row) {
   constexpr int V = kGroupedVectors;
-  if constexpr (R <= 2 && kCounts) {
-    if (BITS == 8 || (offsets && job.w->counts)) {
-      for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, true>(job, panel, half, x, sums, offsets, row);
-      return;
-    }
-  }
-  if constexpr (R > 2 || BITS < 8 || !kCounts) {
-    for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, false>(job, panel, half, x, sums, offsets, row);
-  }
+  for (int half = 0; half < 2; half += V) code_tile<BITS, R, V>(job, panel, half, x, sums, row);
 }
 
 template <int BITS, int R = kGroupedRows>
 BG_INLINE void code_tile_rows(int64_t rows, const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
-                              const float* offsets, int64_t row) {
-  if (rows == R) code_tile_halves<BITS, R>(job, panel, x, sums, offsets, row);
-  else if constexpr (R > 1) code_tile_rows<BITS, R - 1>(rows, job, panel, x, sums, offsets, row);
+                              int64_t row) {
+  if (rows == R) code_tile_halves<BITS, R>(job, panel, x, sums, row);
+  else if constexpr (R > 1) code_tile_rows<BITS, R - 1>(rows, job, panel, x, sums, row);
 }
 
 // Many rows: weights that were unpacked once, [steps][2] vectors, against R rows; total += scale * sum.
@@ -223,8 +211,7 @@ static void code_panels_of(const CodePanelJob& job, int64_t first, int64_t last)
     }
     for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
       code_tile_rows<BITS>(rows_of_tile(job.m, job.rows, tile), job, panel, job.tiles + tile * tile_bytes,
-                           job.sums ? job.sums + tile * tile_sums : nullptr,
-                           job.offsets ? job.offsets + tile * tile_sums : nullptr, tile * job.rows);
+                           job.sums ? job.sums + tile * tile_sums : nullptr, tile * job.rows);
     }
   }
 }

@@ -85,78 +85,21 @@ struct Looked<8> {
   }
 };
 
-// Integers without a look-up, for few rows: the bits of a code become the last ones of a bfloat16 number's 7 bits of
-// mantissa (or some before those), so that the number is the code and an offset. The offsets' share of a sum is taken
-// off again; it costs a few bits of 24, where inputs have 8.
-template <int BITS>
-struct Counted;
-
-constexpr float kOffsets[3][32] = {
-#define BG_REPEAT4(...) __VA_ARGS__, __VA_ARGS__, __VA_ARGS__, __VA_ARGS__
-    {BG_REPEAT4(128, 128, 16, 16, 16, 16, 16, 16)},
-    {128, 128, 16, 16, 128, 128, 16, 16, 128, 128, 128, 128, 16, 16, 128, 128,
-     16, 16, 128, 128, 128, 128, 16, 16, 128, 128, 16, 16, 128, 128, 128, 128},
-    {128, 128, 32, 32, 8, 8, 128, 128, 32, 32, 8, 8, 32, 32, 8, 8,
-     128, 128, 32, 32, 8, 8, 128, 128, 32, 32, 8, 8, 32, 32, 8, 8},
-#undef BG_REPEAT4
-};
-BG_INLINE const float* offsets_of(int bits) { return kOffsets[4 - (bits < 2 || bits > 4 ? 4 : bits)]; }
+// 8-bit integers for few rows, where converting would take longer than a second product: with the low 7 bits as the
+// mantissa 128 + low, with the sign -128 or -256; together they are the code.
+template <int I>
+struct Split;
 
 #if BG_HAS_BF16_DOT
-
-constexpr bool kCounts = true;
-
-// The `BITS` bits of each word from bit AT on, moved to bit TO: 2**(7 - TO) + code.
-template <int BITS, int AT, int TO>
-BG_INLINE Pair counted(I32 x) {
-  if constexpr (AT > TO) x = shift_right_w<AT - TO>(x);
-  return and_or(x, set_i((((1 << BITS) - 1) << TO) * 0x00010001), set_i(((127 + 7 - TO) << 7) * 0x00010001));
-}
-
-template <>
-struct Counted<4> {
-  template <int I>
-  BG_INLINE Pair step(const I32* x) {
-    return counted<4, 4 * I, I ? 3 : 0>(x[0]);
-  }
+constexpr bool kSplits = true;
+template <int I>
+struct Split {
+  BG_INLINE I32 bytes(const I32* x) { return I ? shift_right_w<8>(x[0]) : x[0]; }
+  BG_INLINE Pair low(const I32* x) { return and_or(bytes(x), set_i(0x007f007f), set_i(0x43004300)); }
+  BG_INLINE Pair sign(const I32* x) { return and_or(bytes(x), set_i(0x00800080), set_i((int32_t)0xc300c300)); }
 };
-
-template <>
-struct Counted<2> {
-  template <int I>
-  BG_INLINE Pair step(const I32* x) {  // shifts by 0, 6 and 10
-    return counted<2, 2 * I, I < 3 ? 2 * I : I < 6 ? 2 * I - 6 : 2 * I - 10>(x[0]);
-  }
-};
-
-template <>
-struct Counted<3> {
-  template <int I>
-  BG_INLINE Pair step(const I32* x) {  // shifts by 0, 6 and 12
-    if constexpr (I < 15) return counted<3, 3 * (I % 5), I % 5 % 2 * 3>(x[I / 5]);
-    const I32 last = and_or(shift_right_w<15>(x[0]), set_i(0x00010001), set_i(0x43004300));
-    return and_or(shift_right_w<13>(x[2]), set_i(0x00040004), and_or(shift_right_w<14>(x[1]), set_i(0x00020002), last));
-  }
-};
-
-// Signed: 128 + the low 7 bits, and -128 or -256, whose products are added apart.
-template <>
-struct Counted<8> {
-  template <int I>
-  BG_INLINE Pair step(const I32* x) {
-    return counted<7, 8 * I, 0>(x[0]);
-  }
-  template <int I>
-  BG_INLINE Pair sign(const I32* x) {
-    if constexpr (I) return and_or(shift_right_w<8>(x[0]), set_i(0x00800080), set_i((int32_t)0xc300c300));
-    return and_or(x[0], set_i(0x00800080), set_i((int32_t)0xc300c300));
-  }
-};
-
 #else
-
-constexpr bool kCounts = false;
-
+constexpr bool kSplits = false;
 #endif
 
 // 16 scales as floats.

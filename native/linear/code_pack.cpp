@@ -120,8 +120,6 @@ void set_table(CodeWeights& w, const float* numbers, int64_t count) {
     const float number = i % period < count ? numbers[i % period] : 0.f;
     w.table[i % 16] = number, w.words[i] = to_bf16(number);
   }
-  w.counts = count > 0;
-  for (int64_t i = 1; i < count; ++i) w.counts = w.counts && numbers[i] == numbers[0] + (float)i;
 }
 
 void pack_panels(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,
