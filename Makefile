@@ -7,9 +7,10 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-BENCHMARKS := accuracy digits experts fine-tuning kv-cache memory numerics outlier-channels streaming training
+BENCHMARKS := accuracy attention digits experts fine-tuning generate kernels kv-cache memory numerics outlier-channels \
+  solver-kernels streaming training
 
-.PHONY: setup native demo test lint clean $(addprefix bench-,$(BENCHMARKS))
+.PHONY: setup native demo test test-native lint clean $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/.ready native
 
@@ -32,6 +33,26 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+# Every kernel and level in guarded memory, without Python: as shipped, under the sanitizers, and for Arm where there are
+# a cross compiler and qemu. ARGS goes to the program: make test-native ARGS="--seconds 60 --seed 7"
+NATIVE_TESTS = $(BIN)/cmake -S . -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+  -DBITGRAIN_NATIVE_TESTS=ON $(CMAKE_ARGS)
+ARM := aarch64-linux-gnu
+
+test-native: $(VENV)/.ready
+	@for kind in OFF address thread; do \
+	  echo "sanitizers: $$kind"; fork=1; test $$kind = thread && fork=0; \
+	  $(NATIVE_TESTS) -B build/native-tests-$$kind -DBITGRAIN_SANITIZE=$$kind && \
+	  $(BIN)/ninja -C build/native-tests-$$kind --quiet && \
+	  build/native-tests-$$kind/bitgrain_native_tests --fork $$fork $(ARGS) || exit 1; \
+	done
+	@if command -v $(ARM)-g++ > /dev/null && command -v qemu-aarch64 > /dev/null; then \
+	  echo "Arm, emulated"; \
+	  $(NATIVE_TESTS) -B build/native-tests-arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=$(ARM)-g++ && $(BIN)/ninja -C build/native-tests-arm --quiet && \
+	  qemu-aarch64 -L /usr/$(ARM) build/native-tests-arm/bitgrain_native_tests --fork 0 $(ARGS); \
+	else echo "no $(ARM)-g++ or no qemu-aarch64: Arm is not tested"; fi
 
 lint: setup
 	$(BIN)/ruff check .

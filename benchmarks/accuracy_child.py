@@ -113,7 +113,7 @@ def run_row(job: Job, settings: dict[str, Any], calibration: Path, files: Sequen
     from bitgrain.api import load
 
     row = quantize_row(job, settings, calibration, out)
-    model = load(out, device="cpu")
+    model = load(out, device="cpu", execution="dequantize")
     row["texts"] = {}
     original: nn.Module | None = None
     for text, file in zip(job.texts, files, strict=True):

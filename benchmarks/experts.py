@@ -139,7 +139,7 @@ def measure(folder: Path, scheme: str, tokens: int, windows: int) -> list[dict[s
         )
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = bitgrain.quantize(folder, Path(scratch) / "out", recipe=recipe, device="cpu")
-            model = bitgrain.load(made.out, device="cpu")
+            model = bitgrain.load(made.out, device="cpu", execution="dequantize")
             kl = {
                 kind: evaluate_model(model, ids[kind], base=against[kind], device=where, batch_size=4).kl
                 for kind in ids

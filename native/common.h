@@ -16,7 +16,7 @@
 namespace bitgrain {
 
 // Element types at the seam; the numbers are those that Python passes.
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, s8 = 4, i32 = 5 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, s8 = 4, i32 = 5, e8m0 = 6, e4m3 = 7 };
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 constexpr int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }

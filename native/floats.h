@@ -42,4 +42,15 @@ BG_INLINE uint16_t to_f16(float x) {
   return sign | (uint16_t)((magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
+// OCP microscaling's E8M0: an exponent; and OCP FP8's E4M3 (fn): no Inf, one NaN.
+BG_INLINE float from_e8m0(uint8_t e) {
+  return float_of(e == 255 ? 0x7fc00000u : e == 0 ? 0x00400000u : (uint32_t)e << 23);
+}
+BG_INLINE float from_e4m3(uint8_t x) {
+  const uint32_t sign = (uint32_t)(x & 0x80) << 24, magnitude = x & 0x7f;
+  if (magnitude == 0x7f) return float_of(sign | 0x7fc00000u);
+  if (magnitude < 8) return float_of(sign | bits_of((float)magnitude * (1.f / 512.f)));
+  return float_of(sign | ((magnitude << 20) + (120u << 23)));
+}
+
 }  // namespace bitgrain

@@ -1,9 +1,14 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
+#include "attention/prefill.h"
 #include "attention/attention.h"
 #include "attention/packed.h"
 #include "linear/activations.h"
+#include "linear/code_linear.h"
 #include "linear/int_linear.h"
+#include "solver/descend.h"
+#include "solver/gram.h"
+#include "solver/tile_search.h"
 #include "decoder/dense_rows.h"
 #include "decoder/rows.h"
 
@@ -15,6 +20,15 @@ struct Kernels {
   int64_t grouped_rows, single_rows;  // of a register tile: weights with several spans, with one
   void (*quantize_tiles)(const ActivationJob&, int64_t first, int64_t last);
   void (*int_panels)(const IntPanelJob&, int64_t first, int64_t last);
+  // prefill attention
+  int64_t (*prefill_steps)(DType, int64_t features);
+  void (*pack_past)(const PrefillJob&, int64_t first, int64_t last);
+  void (*attend_tiles)(const PrefillJob&, int64_t first, int64_t last);
+  // products with codes that are looked up
+  int64_t input_bytes;  // 2: inputs are rounded to bfloat16; 4: they stay float32
+  int64_t packed_rows;  // more (in tiles of single_rows, not of grouped_rows) are worth looking up a panel once for all
+  void (*arrange_inputs)(const InputJob&, int64_t first, int64_t last);
+  void (*code_panels)(const CodePanelJob&, int64_t first, int64_t last);
   // decode attention
   void (*load_queries)(const AttentionJob&, const AttentionPart&, bool packed);
   void (*attend_dense)(const AttentionJob&, const DenseTokens&, AttentionPart&);
@@ -22,6 +36,21 @@ struct Kernels {
   bool (*pack_states)(const StatesJob&, int64_t pair);
   void (*read_states)(const StatesJob&, int64_t pair);
   void (*exp_floats)(const float* x, float* y, int64_t count);
+  // second moments
+  bool has_bf16_dot;
+  void (*gram_pack)(const GramJob&, int64_t first, int64_t last);    // panels
+  void (*gram_blocks)(const GramJob&, int64_t first, int64_t last);  // of the triangle
+  // GPTQ: columns [first, last) of some panels of lanes
+  void (*update_columns)(const DescendJob&, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel);
+  void (*round_columns)(const DescendJob&, int64_t first, int64_t last, int64_t seen, int64_t first_panel,
+                        int64_t last_panel);
+  // range searches: some tiles
+  void (*tile_sums)(const TileJob&, int64_t first, int64_t last);
+  void (*best_candidates)(const TileJob&, int64_t first, int64_t last);
+  // the machine's own limits
+  void (*read_bytes)(const uint8_t* memory, int64_t bytes);
+  int64_t (*int8_loop)(int64_t rounds);  // both return the products that they made
+  int64_t (*bf16_loop)(int64_t rounds);
   // rows between products
   void (*norm_row)(const void* norm_rows, int64_t row, float* to);
   void (*gated_row)(const void* gated_rows, int64_t row, float* to);

@@ -1,8 +1,8 @@
 # Sources and flags of the kernels, shared by the Python module and by the native tests.
 set(_native_dir "${CMAKE_CURRENT_LIST_DIR}")
 file(GLOB BITGRAIN_BINDINGS CONFIGURE_DEPENDS "${_native_dir}/bind/*.cpp")
-file(GLOB BITGRAIN_SOURCES CONFIGURE_DEPENDS "${_native_dir}/*.cpp" "${_native_dir}/linear/*.cpp"
-     "${_native_dir}/attention/*.cpp" "${_native_dir}/decoder/*.cpp"
+file(GLOB BITGRAIN_SOURCES CONFIGURE_DEPENDS "${_native_dir}/*.cpp" "${_native_dir}/attention/*.cpp"
+     "${_native_dir}/decoder/*.cpp" "${_native_dir}/linear/*.cpp" "${_native_dir}/solver/*.cpp"
      "${_native_dir}/isa/portable.cpp")
 
 # One translation unit for each instruction set, each with its own flags; which one runs is decided by cpuid at run
@@ -19,8 +19,9 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(BITGRAIN_ISA_neon -march=armv8.2-a+dotprod+fp16)
 endif()
 
+set(BITGRAIN_LEVELS avx2 avxvnni avx512vnni avx512bf16 neon CACHE STRING "Levels to build beside the portable one")
 set(BITGRAIN_ISAS "")
-foreach(isa avx2 avxvnni avx512vnni avx512bf16 neon)
+foreach(isa ${BITGRAIN_LEVELS})
   if(DEFINED BITGRAIN_ISA_${isa} AND EXISTS "${_native_dir}/isa/${isa}.cpp")
     list(APPEND BITGRAIN_ISAS ${isa})
     list(APPEND BITGRAIN_SOURCES "${_native_dir}/isa/${isa}.cpp")
@@ -38,7 +39,8 @@ function(bitgrain_configure target)
   endforeach()
   target_link_libraries(${target} PRIVATE Threads::Threads)
   if(BITGRAIN_SANITIZE)
-    target_compile_options(${target} PRIVATE -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1)
-    target_link_options(${target} PRIVATE -fsanitize=address,undefined)
+    set(sanitizers $<IF:$<STREQUAL:${BITGRAIN_SANITIZE},thread>,thread,address$<COMMA>undefined>)
+    target_compile_options(${target} PRIVATE -fsanitize=${sanitizers} -fno-sanitize-recover=all -g1 -O1)
+    target_link_options(${target} PRIVATE -fsanitize=${sanitizers})
   endif()
 endfunction()

@@ -43,7 +43,7 @@ struct AttentionPart {
   int64_t row, group;         // of the batch; of keys and values
   int64_t first, last;        // tokens of its source
   int64_t position, tokens;   // of token 0 of the source among all tokens; how many those are
-  float *top, *total, *sum;   // [rows], [rows], [rows, padded v_size]
+  float *top, *total, *sum;   // [rows], [rows, 16] whose lanes add up, [rows, padded v_size]
   float *q;                   // [rows, padded k_size]: the queries
   float *scores;              // [rows of a tile, kBlock]
   int8_t* q_bytes;            // for packed keys: see attention_packed.inl.h
@@ -58,7 +58,7 @@ static inline constexpr int64_t padded_rows(const AttentionJob& job) {
   return round_up(job.heads / job.groups * job.queries, kMostRows);
 }
 static inline constexpr int64_t part_floats(const AttentionJob& job) {
-  return padded_rows(job) * (2 + padded_size(job.v_size));
+  return padded_rows(job) * (1 + 16 + padded_size(job.v_size));
 }
 
 }  // namespace bitgrain

@@ -38,8 +38,8 @@ void merge(const AttentionJob& job, const float* parts, int64_t runs, int64_t ro
       const float* part = parts + i * part_floats(job);
       if (part[r] <= kUnseen) continue;
       const float fade = std::exp(part[r] - top);
-      total += fade * part[all + r];
-      const float* from = part + 2 * all + r * size;
+      for (int64_t lane = 0; lane < 16; ++lane) total += fade * part[all + 16 * r + lane];
+      const float* from = part + 17 * all + r * size;
       for (int64_t c = 0; c < size; ++c) sum[c] += fade * from[c];
     }
     const float by = total == 0.f ? 0.f : 1.f / total;
@@ -73,7 +73,7 @@ void decode_attention(const AttentionJob& job, const PackedTokens& past, const D
     for (int64_t item = first; item < last; ++item) {
       const int64_t pair = item / runs, run = item % runs;
       part.row = pair / job.groups, part.group = pair % job.groups;
-      part.top = parts + item * part_floats(job), part.total = part.top + rows, part.sum = part.total + rows;
+      part.top = parts + item * part_floats(job), part.total = part.top + rows, part.sum = part.total + 16 * rows;
       if (pair != loaded) kernel.load_queries(job, part, packed_runs > 0);
       loaded = pair;
       if (run < packed_runs) {

@@ -3,5 +3,10 @@
 #include <nanobind/nanobind.h>
 
 void bind_int_linear(nanobind::module_& m);
+void bind_prefill(nanobind::module_& m);
+void bind_code_linear(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_solver(nanobind::module_& m);
+void bind_probes(nanobind::module_& m);
+void bind_embedding(nanobind::module_& m);

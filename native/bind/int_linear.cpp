@@ -48,6 +48,17 @@ class IntWeight {
     });
   }
 
+  // words: rows of `stride` bytes, each a stream of codes of `bits` bits
+  void pack_words(uintptr_t words, int64_t stride, int bits, uintptr_t scale, uintptr_t zero, uintptr_t panels,
+                  int threads) const {
+    nb::gil_scoped_release free;
+    const WordRows rows{reinterpret_cast<const uint8_t*>(words), stride, bits};
+    parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
+      pack_panels(w_, rows, reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(zero),
+                  reinterpret_cast<uint8_t*>(panels), first, last);
+    });
+  }
+
   void unpack(uintptr_t codes, uintptr_t scale, uintptr_t zero, int threads) const {
     nb::gil_scoped_release free;
     parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
@@ -120,6 +131,7 @@ void bind_int_linear(nb::module_& m) {
       .def("attach", &IntWeight::attach)
       .def("set_inputs", &IntWeight::set_inputs)
       .def("pack", &IntWeight::pack)
+      .def("pack_words", &IntWeight::pack_words)
       .def("unpack", &IntWeight::unpack)
       .def("dequantize", &IntWeight::dequantize)
       .def("run", &IntWeight::run)

@@ -19,6 +19,11 @@ NB_MODULE(_native, m) {
   m.def("use_isa", [](const std::string& name) { return bitgrain::use_kernels(name.c_str()); },
         "Run another one from now on; False where it is not here.");
   bind_int_linear(m);
+  bind_prefill(m);
+  bind_code_linear(m);
   bind_decoder(m);
   bind_attention(m);
+  bind_solver(m);
+  bind_probes(m);
+  bind_embedding(m);
 }

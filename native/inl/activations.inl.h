@@ -45,7 +45,7 @@ static void quantize_row(const ActivationJob& job, const void* x, uint8_t* bytes
     const uint32_t padding = (uint32_t)(uint8_t)span.a_zero * 0x01010101u;
     const int64_t steps = span.chunks * chunk_features(w.bits) / 4;
     for (int64_t i = ceil_div(span.count, 4); i < steps; ++i) std::memcpy(to + i * rows * 4, &padding, 4);
-    sums[s * rows + r] = sum_i(sum);
+    sums[s * rows + r] = sum_i(sum) * job.sum_factor;
   }
 }
 

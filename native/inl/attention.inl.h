@@ -93,28 +93,27 @@ static void scores_to_weights(const AttentionJob& job, const AttentionPart& part
     const float before = part.top[row + r];
     if (top > before) {
       part.top[row + r] = top;
-      alignas(64) float fades[16];
-      store_f(fades, exp_f(set_f(before - top)));
-      part.total[row + r] *= fades[0];
-      float* sum = part.sum + (row + r) * size;
-      for (int64_t c = 0; c < size; c += 16) store_f(sum + c, mul_f(load_f(sum + c), set_f(fades[0])));
+      const F32 fade = exp_f(set_f(before - top));
+      float *sum = part.sum + (row + r) * size, *total = part.total + (row + r) * 16;
+      store_f(total, mul_f(load_f(total), fade));
+      for (int64_t c = 0; c < size; c += 16) store_f(sum + c, mul_f(load_f(sum + c), fade));
     } else {
       top = before;
     }
-    F32 total = zero_f();
+    F32 total = load_f(part.total + (row + r) * 16);
     BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
       const F32 weight = exp_f(sub_f(x[i], set_f(top)));
       store_f(score + 16 * i, weight);
       total = add_f(total, weight);
     }
-    part.total[row + r] += sum_f(total);
+    store_f(part.total + (row + r) * 16, total);
   }
 }
 
 BG_INLINE void clear_part(const AttentionJob& job, const AttentionPart& part) {
   const int64_t rows = padded_rows(job);
-  for (int64_t r = 0; r < rows; ++r) part.top[r] = kUnseen, part.total[r] = 0.f;
-  std::memset(part.sum, 0, (size_t)(rows * padded_size(job.v_size)) * 4);
+  for (int64_t r = 0; r < rows; ++r) part.top[r] = kUnseen;
+  std::memset(part.total, 0, (size_t)(rows * (16 + padded_size(job.v_size))) * 4);
 }
 
 }  // namespace BG_ISA

@@ -19,20 +19,18 @@ BG_INLINE void unpack_codes(const uint8_t* p, Bytes* w) {
   }
 }
 
-// The bytes of 16 numbers in units of their step, |x| <= most_units(PLANES): plane p to to[p * stride].
+// The bytes of 16 numbers in units of their step, |x| <= most_units(PLANES): plane p to to[p * stride]. digits: the same.
 template <int PLANES>
-BG_INLINE void store_planes(F32 x, int8_t* to, int64_t stride, I32* sums) {
+BG_INLINE void store_planes(F32 x, int8_t* to, int64_t stride, I32* digits) {
   BG_UNROLL for (int p = 0; p < PLANES; ++p) {
-    I32 digit;
     if (p + 1 < PLANES) {
       const float unit = PLANES - p == 3 ? (float)(kRadix * kRadix) : (float)kRadix;
-      digit = round_to_int(mul_f(x, set_f(1.f / unit)));
-      x = fnma_f(to_float(digit), set_f(unit), x);
+      digits[p] = round_to_int(mul_f(x, set_f(1.f / unit)));
+      x = fnma_f(to_float(digits[p]), set_f(unit), x);
     } else {
-      digit = round_to_int(x);
+      digits[p] = round_to_int(x);
     }
-    sums[p] = add_i(sums[p], digit);
-    store_low_bytes(to + p * stride, digit);
+    store_low_bytes(to + p * stride, digits[p]);
   }
 }
 
@@ -49,13 +47,6 @@ BG_INLINE F32 join_planes(const I32* x) {
   BG_UNROLL for (int p = 1; p < PLANES; ++p) y = fma_f(y, set_f((float)kRadix), to_float(x[p]));
   return y;
 }
-template <int PLANES>
-BG_INLINE float join_sums(const int32_t* x) {
-  float y = (float)x[0];
-  for (int p = 1; p < PLANES; ++p) y = y * (float)kRadix + (float)x[p];
-  return y;
-}
-
 // The queries of a part to bytes: q_bytes [row][PLANES][kMostChannels], q_steps [row], q_sums [row][PLANES].
 template <int PLANES>
 static void split_queries(const AttentionJob& job, const AttentionPart& part) {
@@ -70,126 +61,159 @@ static void split_queries(const AttentionJob& job, const AttentionPart& part) {
     }
     const float most = max_of_f(largest), step = (most > 0.f ? most / most_units<PLANES>() : 1.f) + sum_f(bad);
     part.q_steps[r] = step;
-    I32 sums[PLANES];
+    I32 sums[PLANES], digits[PLANES];
     BG_UNROLL for (int p = 0; p < PLANES; ++p) sums[p] = zero_i();
     for (int64_t c = 0; c < size; c += 16) {
       store_planes<PLANES>(div_f(load_f(q + c), set_f(step)), part.q_bytes + r * PLANES * kMostChannels + c,
-                           kMostChannels, sums);
+                           kMostChannels, digits);
+      BG_UNROLL for (int p = 0; p < PLANES; ++p) sums[p] = add_i(sums[p], digits[p]);
     }
     BG_UNROLL for (int p = 0; p < PLANES; ++p) part.q_sums[r * PLANES + p] = sum_i(sums[p]);
   }
 }
 
-// V times 16 tokens of a tile against R rows: scores.
-template <int BITS, int PLANES, int R, int V>
-BG_INLINE void packed_scores(const AttentionPart& part, int64_t row, const PackedSide& side, const uint8_t* tile,
-                             int64_t next, const uint16_t* scales, const uint16_t* zeros, int64_t token) {
+// Rows of a tile whose products run together: their sums, twice (two vectors of codes share what is read of a row), fill
+// the registers.
+constexpr int kDotRows = kRowTile < 4 ? 1 : 4;
+
+// V times 16 tokens of a tile from `token` on against R rows: scores.
+// LINES vectors of codes are fetched ahead, `next` bytes from the first.
+template <int BITS, int PLANES, int R, int V, int LINES>
+BG_INLINE void packed_scores(const AttentionPart& part, int64_t row, float* scores, int64_t chunks, const uint8_t* at,
+                             int64_t next, const uint16_t* scales, const uint16_t* zeros) {
   constexpr int kSteps = 8 / BITS, kMiddle = BITS == 8 ? 128 : 1 << (BITS - 1);
-  const int64_t chunks = side.size / (4 * kSteps), run = chunks * 64;
-  const int8_t* q = part.q_bytes + row * PLANES * kMostChannels;
+  const int64_t run = chunks * 64;
+  const uint8_t* q = (const uint8_t*)part.q_bytes + row * PLANES * kMostChannels;
   const int32_t* sums = part.q_sums + row * PLANES;
   I32 sum[R][V][PLANES];
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
     BG_UNROLL for (int v = 0; v < V; ++v) sum[r][v][p] = set_i(-kMiddle * sums[r * PLANES + p]);
   }
-  const uint8_t* at = tile + token / 16 * run;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     Bytes code[V][kSteps];
-    BG_UNROLL for (int v = 0; v < V; ++v) {
-      unpack_codes<BITS>(at + v * run, code[v]);
-      prefetch(at + v * run + next);
-    }
+    BG_UNROLL for (int v = 0; v < V; ++v) unpack_codes<BITS>(at + v * run, code[v]);
+    BG_UNROLL for (int i = 0; i < LINES; ++i) prefetch(at + i * run + next);
     at += 64;
     BG_UNROLL for (int i = 0; i < kSteps; ++i) {
       BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
-        const Bytes x = repeat4((const uint8_t*)q + (r * PLANES + p) * kMostChannels + 4 * i);
+        const Bytes x = repeat4(q + (r * PLANES + p) * kMostChannels + 4 * i);
         BG_UNROLL for (int v = 0; v < V; ++v) dot4(sum[r][v][p], code[v][i], x);
       }
     }
     q += 4 * kSteps;
   }
+  F32 scale[V], shift[V];
   BG_UNROLL for (int v = 0; v < V; ++v) {
-    const F32 scale = load_f16(scales + token + 16 * v);
-    const F32 shift = sub_f(load_f16(zeros + token + 16 * v), set_f((float)kMiddle));
-    BG_UNROLL for (int r = 0; r < R; ++r) {
-      const F32 found = fnma_f(shift, set_f(join_sums<PLANES>(sums + r * PLANES)), join_planes<PLANES>(sum[r][v]));
-      store_f(part.scores + r * kBlock + token + 16 * v, mul_f(mul_f(found, scale), set_f(part.q_steps[row + r])));
+    scale[v] = load_f16(scales + 16 * v);
+    shift[v] = sub_f(load_f16(zeros + 16 * v), set_f((float)kMiddle));
+  }
+  BG_UNROLL for (int r = 0; r < R; ++r) {
+    const F32 step = set_f(part.q_steps[row + r]);
+    I32 all[PLANES];
+    BG_UNROLL for (int p = 0; p < PLANES; ++p) all[p] = set_i(sums[r * PLANES + p]);
+    const F32 q_sum = join_planes<PLANES>(all);
+    BG_UNROLL for (int v = 0; v < V; ++v) {
+      const F32 found = fnma_f(shift[v], q_sum, join_planes<PLANES>(sum[r][v]));
+      store_f(scores + r * kBlock + 16 * v, mul_f(mul_f(found, scale[v]), step));
     }
   }
 }
 
-// 16 channels of a tile from channel c on, weighted: sum[r] += steps[r] weights[r] (code - middle) - shifts[r].
-template <int BITS, int PLANES, int R>
-BG_INLINE void packed_values(const int8_t* weights, const int32_t* sums, const float* steps, const float* shifts,
-                             const uint8_t* at, int64_t next, float* to, int64_t size) {
-  constexpr int kSteps = 8 / BITS, kMiddle = BITS == 8 ? 128 : 1 << (BITS - 1), kChunks = kBlock / (4 * kSteps);
-  I32 sum[R][PLANES];
+// V times 16 channels of a tile, weighted: to[r] += step (sum_t weights[r][t] code[t] - shifts[r]).
+template <int BITS, int PLANES, int R, int V, int LINES>
+BG_INLINE void packed_values(const int8_t* weights, float step, const float* shifts, const uint8_t* at,
+                             int64_t next, float* to, int64_t size) {
+  constexpr int kSteps = 8 / BITS, kChunks = kBlock / (4 * kSteps);
+  I32 sum[R][V][PLANES];
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
-    sum[r][p] = set_i(-kMiddle * sums[r * PLANES + p]);
+    BG_UNROLL for (int v = 0; v < V; ++v) sum[r][v][p] = zero_i();
   }
   for (int chunk = 0; chunk < kChunks; ++chunk) {
-    Bytes code[kSteps];
-    unpack_codes<BITS>(at, code);
-    prefetch(at + next);
+    Bytes code[V][kSteps];
+    BG_UNROLL for (int v = 0; v < V; ++v) unpack_codes<BITS>(at + v * kChunks * 64, code[v]);
+    BG_UNROLL for (int i = 0; i < LINES; ++i) prefetch(at + i * kChunks * 64 + next);
     at += 64;
     BG_UNROLL for (int i = 0; i < kSteps; ++i) {
       BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
-        dot4(sum[r][p], code[i], repeat4((const uint8_t*)weights + (r * PLANES + p) * kBlock + 4 * i));
+        const Bytes x = repeat4((const uint8_t*)weights + (r * PLANES + p) * kBlock + 4 * i);
+        BG_UNROLL for (int v = 0; v < V; ++v) dot4(sum[r][v][p], code[v][i], x);
       }
     }
     weights += 4 * kSteps;
   }
-  BG_UNROLL for (int r = 0; r < R; ++r) {
-    const F32 before = sub_f(load_f(to + r * size), set_f(shifts[r]));
-    store_f(to + r * size, fma_f(join_planes<PLANES>(sum[r]), set_f(steps[r]), before));
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
+    float* y = to + r * size + 16 * v;
+    const F32 found = sub_f(join_planes<PLANES>(sum[r][v]), set_f(shifts[r]));
+    store_f(y, fma_f(found, set_f(step), load_f(y)));
   }
+}
+
+// Weights of R rows, at most 1, times the scales of values, to bytes [R][PLANES][kBlock]; shifts: their products with
+// the zero points. Returns the step of all: that of the tile's largest scale.
+template <int PLANES, int R>
+BG_INLINE float split_weights(const float* scores, const uint16_t* scales, const uint16_t* zeros, int8_t* weights,
+                              float* shifts) {
+  constexpr int kVectors = kBlock / 16;
+  F32 scale[kVectors], zero[kVectors], largest = zero_f();
+  BG_UNROLL for (int i = 0; i < kVectors; ++i) {
+    scale[i] = load_f16(scales + 16 * i), zero[i] = load_f16(zeros + 16 * i);
+    largest = max_f(largest, scale[i]);
+  }
+  const float most = max_of_f(largest), step = most > 0.f ? most / most_units<PLANES>() : 1.f;
+  BG_UNROLL for (int i = 0; i < kVectors; ++i) scale[i] = mul_f(scale[i], set_f(1.f / step));
+  for (int r = 0; r < R; ++r) {
+    F32 shift = zero_f();
+    BG_UNROLL for (int i = 0; i < kVectors; ++i) {
+      I32 digits[PLANES];
+      const F32 x = mul_f(load_f(scores + r * kBlock + 16 * i), scale[i]);
+      store_planes<PLANES>(x, weights + r * PLANES * kBlock + 16 * i, kBlock, digits);
+      shift = fma_f(join_planes<PLANES>(digits), zero[i], shift);
+    }
+    shifts[r] = sum_f(shift);
+  }
+  return step;
 }
 
 // One tile of tokens and R rows from `row` on.
 template <int BITS, int PLANES, int R>
 static void packed_tile(const AttentionJob& job, const AttentionPart& part, const PackedTokens& past, int64_t row,
                         int64_t tile, int64_t skip, int64_t stop) {
-  constexpr int V = R * PLANES > 8 ? 1 : R * PLANES > 4 ? 2 : 4;
-  const int64_t pair = part.row * job.groups + part.group, at = tile * past.k.pairs + pair;
-  const uint8_t* keys = past.k.codes + at * tile_bytes(past.k);
-  const uint16_t *k_scales = past.k.scales + at * kBlock, *k_zeros = past.k.zeros + at * kBlock;
+  constexpr int kRows = R < kDotRows ? R : kDotRows, V = kDotRows == 1 ? 1 : kRows == 4 ? 2 : 4;
+  // the groups of rows share the work of fetching the next tile, so that it is spread evenly
+  constexpr int kGroups = R / kRows, kLines = V > kGroups ? V / kGroups : 1, kPair = 2 > kGroups ? 2 / kGroups : 1;
+  const int64_t at = tile * past.k.pairs + part.row * job.groups + part.group;
+  const int64_t chunks = past.k.size * BITS / 32, run = kBlock * 16 * BITS / 8;
+  const uint8_t *keys = past.k.codes + at * tile_bytes(past.k), *values = past.v.codes + at * tile_bytes(past.v);
   const int64_t k_next = past.k.pairs * tile_bytes(past.k), v_next = past.v.pairs * tile_bytes(past.v);
   for (int64_t token = 0; token < kBlock; token += 16 * V) {
-    packed_scores<BITS, PLANES, R, V>(part, row, past.k, keys, k_next, k_scales, k_zeros, token);
+    for (int r = 0; r < R; r += kRows) {
+      const int64_t ahead = k_next + r / kRows * kLines % V * chunks * 64;
+      packed_scores<BITS, PLANES, kRows, V, kLines>(
+          part, row + r, part.scores + r * kBlock + token, chunks, keys + token / 16 * chunks * 64, ahead,
+          past.k.scales + at * kBlock + token, past.k.zeros + at * kBlock + token);
+    }
   }
   scores_to_weights(job, part, row, R, tile * kBlock - past.first, skip, stop);
 
-  const uint16_t *v_scales = past.v.scales + at * kBlock, *v_zeros = past.v.zeros + at * kBlock;
   alignas(64) int8_t weights[R * PLANES * kBlock];
-  int32_t sums[R * PLANES];
-  float steps[R], shifts[R];
-  F32 scale[kBlock / 16], shift[kBlock / 16];
-  BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
-    scale[i] = load_f16(v_scales + 16 * i);
-    shift[i] = sub_f(load_f16(v_zeros + 16 * i), set_f(BITS == 8 ? 128.f : (float)(1 << (BITS - 1))));
-  }
-  for (int r = 0; r < R; ++r) {
-    F32 x[kBlock / 16], largest = zero_f(), shifted = zero_f();
-    BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
-      x[i] = mul_f(load_f(part.scores + r * kBlock + 16 * i), scale[i]);
-      largest = max_f(largest, x[i]);
-      shifted = fma_f(x[i], shift[i], shifted);
+  float shifts[R];
+  const float step = split_weights<PLANES, R>(part.scores, past.v.scales + at * kBlock, past.v.zeros + at * kBlock,
+                                              weights, shifts);
+  const int64_t size = padded_size(job.v_size);
+  for (int64_t c = 0; c < past.v.size;) {
+    float* sum = part.sum + row * size + c;
+    const uint8_t* codes = values + c / 16 * run;
+    const bool two = kDotRows > 1 && c + 32 <= past.v.size;
+    for (int r = 0; r < R; r += kRows) {
+      const int8_t* own = weights + r * PLANES * kBlock;
+      if (two) {
+        const int64_t ahead = v_next + r / kRows * kPair % 2 * run;
+        packed_values<BITS, PLANES, kRows, 2, kPair>(own, step, shifts + r, codes, ahead, sum + r * size, size);
+      } else {
+        packed_values<BITS, PLANES, kRows, 1, 1>(own, step, shifts + r, codes, v_next, sum + r * size, size);
+      }
     }
-    const float most = max_of_f(largest), step = most > 0.f ? most / most_units<PLANES>() : 1.f;
-    steps[r] = step, shifts[r] = sum_f(shifted);
-    const F32 by = set_f(1.f / step);
-    I32 sum[PLANES];
-    BG_UNROLL for (int p = 0; p < PLANES; ++p) sum[p] = zero_i();
-    BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
-      store_planes<PLANES>(mul_f(x[i], by), weights + r * PLANES * kBlock + 16 * i, kBlock, sum);
-    }
-    BG_UNROLL for (int p = 0; p < PLANES; ++p) sums[r * PLANES + p] = sum_i(sum[p]);
-  }
-  const uint8_t* values = past.v.codes + at * tile_bytes(past.v);
-  const int64_t size = padded_size(job.v_size), run = kBlock * 16 * BITS / 8;
-  for (int64_t c = 0; c < past.v.size; c += 16) {
-    packed_values<BITS, PLANES, R>(weights, sums, steps, shifts, values + c / 16 * run, v_next,
-                                   part.sum + row * size + c, size);
+    c += two ? 32 : 16;
   }
 }
 

@@ -16,8 +16,7 @@ BG_INLINE F32 exp_f(F32 x) {
   p = fma_f(p, r, set_f(0.04166839079f));
   p = fma_f(p, r, set_f(0.166665204f));
   p = fma_f(p, r, set_f(0.4999999343f));
-  const F32 y = add_f(fma_f(mul_f(r, r), p, r), set_f(1.f));
-  return add_f(scale_f(y, n), sub_f(x, x));
+  return scale_f(add_f(fma_f(mul_f(r, r), p, r), set_f(1.f)), n);
 }
 
 }  // namespace BG_ISA

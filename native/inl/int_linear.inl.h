@@ -2,121 +2,135 @@
 namespace bitgrain {
 namespace BG_ISA {
 
-// unpack: the chunk of one half panel at p as kSteps registers, each four features of 16 columns.
+// Chunks of a half panel at p: kSteps times four features of 16 columns. step: one of them, unpacked.
 template <int BITS>
 struct Codes;
+
+// How far ahead weights are prefetched by the first tile, which reads them from memory; the others find them in a cache.
+constexpr int64_t kAhead = 4096;
 
 template <>
 struct Codes<8> {
   static constexpr int kSteps = 1, kVectors = 1;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) { w[0] = load_b(p); }
+  BG_INLINE Bytes step(const uint8_t* p, int) { return load_b(p); }
 };
 
 template <>
 struct Codes<4> {
   static constexpr int kSteps = 2, kVectors = 1;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
+  BG_INLINE Bytes step(const uint8_t* p, int i) {
     const Bytes x = load_b(p);
-    w[0] = and_b(x, 15);
-    w[1] = and_b(shift_right_b<4>(x), 15);
+    return and_b(i == 0 ? x : shift_right_b<4>(x), 15);
   }
 };
 
 template <>
 struct Codes<2> {
   static constexpr int kSteps = 4, kVectors = 1;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
+  BG_INLINE Bytes step(const uint8_t* p, int i) {
     const Bytes x = load_b(p);
-    w[0] = and_b(x, 3);
-    w[1] = and_b(shift_right_b<2>(x), 3);
-    w[2] = and_b(shift_right_b<4>(x), 3);
-    w[3] = and_b(shift_right_b<6>(x), 3);
+    switch (i) {
+      case 0: return and_b(x, 3);
+      case 1: return and_b(shift_right_b<2>(x), 3);
+      case 2: return and_b(shift_right_b<4>(x), 3);
+      default: return and_b(shift_right_b<6>(x), 3);
+    }
   }
 };
 
 template <>
 struct Codes<3> {
   static constexpr int kSteps = 8, kVectors = 3;
-  BG_INLINE void unpack(const uint8_t* p, Bytes* w) {
-    const Bytes x = load_b(p), y = load_b(p + 64), h = load_b(p + 128);
-    w[0] = or_b(and_b(x, 3), and_b(shift_left_b<2>(h), 4));
-    w[1] = or_b(and_b(shift_right_b<2>(x), 3), and_b(shift_left_b<1>(h), 4));
-    w[2] = or_b(and_b(shift_right_b<4>(x), 3), and_b(h, 4));
-    w[3] = or_b(and_b(shift_right_b<6>(x), 3), and_b(shift_right_b<1>(h), 4));
-    w[4] = or_b(and_b(y, 3), and_b(shift_right_b<2>(h), 4));
-    w[5] = or_b(and_b(shift_right_b<2>(y), 3), and_b(shift_right_b<3>(h), 4));
-    w[6] = or_b(and_b(shift_right_b<4>(y), 3), and_b(shift_right_b<4>(h), 4));
-    w[7] = or_b(and_b(shift_right_b<6>(y), 3), and_b(shift_right_b<5>(h), 4));
+  BG_INLINE Bytes step(const uint8_t* p, int i) {
+    return or_b(Codes<2>::step(p + 64 * (i / 4), i % 4), and_b(high(load_b(p + 128), i), 4));
+  }
+  BG_INLINE Bytes high(Bytes x, int i) {
+    switch (i) {
+      case 0: return shift_left_b<2>(x);
+      case 1: return shift_left_b<1>(x);
+      case 2: return x;
+      case 3: return shift_right_b<1>(x);
+      case 4: return shift_right_b<2>(x);
+      case 5: return shift_right_b<3>(x);
+      case 6: return shift_right_b<4>(x);
+      default: return shift_right_b<5>(x);
+    }
   }
 };
 
-template <int BITS>
-BG_INLINE void product(I32& sum, Bytes w, Bytes x) {
-  if constexpr (BITS == 8) dot4(sum, x, w);
-  else dot4(sum, w, x);
+template <int BITS, int STEPS>
+BG_INLINE void product(I32& sum, const Bytes* w, const Bytes* x) {
+  if constexpr (BITS == 8) dot4_shifted(sum, *x, *w);
+  else dot4_small<STEPS>(sum, w, x);
 }
 
-// R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span.
-template <int BITS, int R, int V, bool SINGLE>
+// R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span. CONSTANT: they have one zero
+// point, or none. `ahead`: how far to prefetch weights.
+template <int BITS, int R, int V, bool SINGLE, bool CONSTANT>
 BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const uint8_t* a, const int32_t* sums,
-                        int64_t row) {
+                        int64_t row, int64_t ahead) {
   const IntWeights& w = *job.w;
   constexpr int kSteps = Codes<BITS>::kSteps, kHalf = Codes<BITS>::kVectors * 64, kChunk = 2 * kHalf;
+  constexpr int kAtOnce = kSteps < kDotSteps ? kSteps : kDotSteps;
   constexpr int kChains = R * V <= 2 ? 2 : 1;  // sums apart, so that few rows do not wait for the last product
   const uint8_t* at = w.panels + panel * w.panel_bytes;
+  const int64_t zeros_at = scales_bytes(w.scale_type), sums_at = zeros_at + zeros_bytes(w.zeros);
+  const int64_t header = sums_at + (w.sums ? kPanel * 4 : 0);
   F32 total[R][V];
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) total[r][v] = zero_f();
 
-  for (int32_t s = 0; s < (SINGLE ? 1 : w.spans); ++s) {
-    const uint8_t* scales = at;
-    const uint8_t* zeros = scales + scales_bytes(w.scale_type);
-    const int32_t* column_sums = (const int32_t*)(zeros + zeros_bytes(w.zeros)) + 16 * half;
-    at = (const uint8_t*)(column_sums - 16 * half) + (w.sums ? kPanel * 4 : 0);
-    const Span& span = w.span[s];
-
+  const int32_t spans = SINGLE ? 1 : w.spans;
+  for (const Span* span = w.span; span != w.span + spans; ++span) {
     I32 sum[R][V][kChains];
-    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int c = 0; c < kChains; ++c)
-        sum[r][v][c] = zero_i();
-    if (w.zeros == Zeros::constant && w.zero != 0) {
-      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) sum[r][v][0] = set_i(-w.zero * sums[r]);
+    BG_UNROLL for (int r = 0; r < R; ++r) {
+      const I32 start = CONSTANT ? set_i(sums[r]) : zero_i();
+      BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int c = 0; c < kChains; ++c) sum[r][v][c] = c ? zero_i() : start;
     }
-    if (w.sums && span.a_zero != 0) {
+    if (w.sums) {
       BG_UNROLL for (int v = 0; v < V; ++v) {
-        const I32 shifted = mul_i(load_i(column_sums + 16 * v), set_i(-span.a_zero));
+        const I32 shifted = mul_i(load_i(at + sums_at + 64 * (half + v)), set_i(-span->a_zero));
         BG_UNROLL for (int r = 0; r < R; ++r) sum[r][v][0] = add_i(sum[r][v][0], shifted);
       }
     }
 
-    const uint8_t* p = at + half * kHalf;
-    for (int32_t chunk = 0; chunk < span.chunks; ++chunk) {
-      Bytes code[V][kSteps];
-      BG_UNROLL for (int v = 0; v < V; ++v) Codes<BITS>::unpack(p + v * kHalf, code[v]);
-      if (R <= 2) BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + 4096 + 64 * i);
-      p += kChunk;
-      BG_UNROLL for (int i = 0; i < kSteps; ++i) {
+    constexpr bool kShifted = BITS == 8 && kDotShift != 0;
+    I32 shifted[V];
+    BG_UNROLL for (int v = 0; v < V; ++v) shifted[v] = zero_i();
+
+    const uint8_t *p = at + header + half * kHalf, *end = p + (int64_t)span->chunks * kChunk;
+    for (; p != end; p += kChunk) {
+      BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + ahead + 64 * i);
+      BG_UNROLL for (int i = 0; i < kSteps; i += kAtOnce) {
+        Bytes code[V][kAtOnce];
+        BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int j = 0; j < kAtOnce; ++j)
+            code[v][j] = Codes<BITS>::step(p + v * kHalf, i + j);
+        if constexpr (kShifted) BG_UNROLL for (int v = 0; v < V; ++v) sum4(shifted[v], code[v][0]);
         BG_UNROLL for (int r = 0; r < R; ++r) {
-          const Bytes x = repeat4(a + 4 * r);
-          BG_UNROLL for (int v = 0; v < V; ++v) product<BITS>(sum[r][v][i % kChains], code[v][i], x);
+          Bytes x[kAtOnce];
+          BG_UNROLL for (int j = 0; j < kAtOnce; ++j) x[j] = repeat4(a + 4 * (j * R + r));
+          BG_UNROLL for (int v = 0; v < V; ++v)
+              product<BITS, kAtOnce>(sum[r][v][i / kAtOnce % kChains], code[v], x);
         }
-        a += 4 * R;
+        a += 4 * R * kAtOnce;
       }
     }
-    at += (int64_t)span.chunks * kChunk;
 
     BG_UNROLL for (int v = 0; v < V; ++v) {
-      const F32 scale = mul_f(load_scales(scales, w.scale_type, 16 * (half + v)), set_f(span.a_scale));
+      const F32 scale = mul_f(load_scales(at, w.scale_type, 16 * (half + v)), set_f(span->a_scale));
       BG_UNROLL for (int r = 0; r < R; ++r) {
         I32 whole = sum[r][v][0];
         if (kChains == 2) whole = add_i(whole, sum[r][v][kChains - 1]);
+        if constexpr (kShifted) whole = add_i(whole, mul_i(shifted[v], set_i(kDotShift)));
         total[r][v] = SINGLE ? mul_f(to_float(whole), scale) : fma_f(to_float(whole), scale, total[r][v]);
       }
-      if (w.zeros != Zeros::constant) {
-        const F32 zero = w.zeros == Zeros::codes ? to_float(load_u8_i(zeros + 16 * (half + v)))
-                                                 : load_f((const float*)zeros + 16 * (half + v));
+      if (!CONSTANT) {
+        const F32 zero = w.zeros == Zeros::codes ? to_float(load_u8_i(at + zeros_at + 16 * (half + v)))
+                                                 : load_f((const float*)(at + zeros_at) + 16 * (half + v));
         const F32 shift = mul_f(zero, scale);
-        BG_UNROLL for (int r = 0; r < R; ++r) total[r][v] = fnma_f(shift, set_f((float)sums[r]), total[r][v]);
+        BG_UNROLL for (int r = 0; r < R; ++r) total[r][v] = fnma_f(shift, to_float(set_i(sums[r])), total[r][v]);
       }
     }
+    at = end - half * kHalf;
     sums += R;
   }
 
@@ -133,16 +147,20 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
 }
 
 template <int BITS, int R, bool SINGLE>
-static void int_tile_halves(const IntPanelJob& job, int64_t panel, const uint8_t* a, const int32_t* sums, int64_t row) {
+static void int_tile_halves(const IntPanelJob& job, int64_t panel, const uint8_t* a, const int32_t* sums, int64_t row,
+                            int64_t ahead) {
   constexpr int V = SINGLE ? kSingleVectors : kGroupedVectors;
-  for (int half = 0; half < 2; half += V) int_tile<BITS, R, V, SINGLE>(job, panel, half, a, sums, row);
+  for (int half = 0; half < 2; half += V) {
+    if (job.w->zeros == Zeros::constant) int_tile<BITS, R, V, SINGLE, true>(job, panel, half, a, sums, row, ahead);
+    else int_tile<BITS, R, V, SINGLE, false>(job, panel, half, a, sums, row, ahead);
+  }
 }
 
 template <int BITS, bool SINGLE, int R = SINGLE ? kSingleRows : kGroupedRows>
 BG_INLINE void int_tile_rows(int64_t rows, const IntPanelJob& job, int64_t panel, const uint8_t* a, const int32_t* sums,
-                             int64_t row) {
-  if (rows == R) return int_tile_halves<BITS, R, SINGLE>(job, panel, a, sums, row);
-  if constexpr (R > 1) int_tile_rows<BITS, SINGLE, R - 1>(rows, job, panel, a, sums, row);
+                             int64_t row, int64_t ahead) {
+  if (rows == R) return int_tile_halves<BITS, R, SINGLE>(job, panel, a, sums, row, ahead);
+  if constexpr (R > 1) int_tile_rows<BITS, SINGLE, R - 1>(rows, job, panel, a, sums, row, ahead);
 }
 
 template <int BITS, bool SINGLE>
@@ -151,7 +169,7 @@ static void int_panels_of(const IntPanelJob& job, int64_t first, int64_t last) {
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
       int_tile_rows<BITS, SINGLE>(rows_of_tile(job.m, job.rows, tile), job, panel, job.bytes + tile * tile_bytes,
-                                  job.sums + tile * tile_sums, tile * job.rows);
+                                  job.sums + tile * tile_sums, tile * job.rows, tile == job.first_tile ? kAhead : 0);
     }
   }
 }

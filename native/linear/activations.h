@@ -24,7 +24,8 @@ struct ActivationJob {
   const IntWeights* w;  // its spans
   int64_t rows;         // of a tile
   uint8_t* bytes;       // [tiles][rows * 4 * steps]
-  int32_t* sums;        // [tiles][rows * spans]: of stored - a_zero, in a tile [spans][R]
+  int32_t* sums;        // [tiles][rows * spans]: of stored - a_zero, times sum_factor; in a tile [spans][R]
+  int32_t sum_factor;   // minus the weights' zero point, if they have one for all; else 1
   float* scales;        // [m]; NaN for a row with a NaN or Inf: its outputs are NaN
   const RowSource* source = nullptr;  // makes the rows, in place of x
   float* row = nullptr;               // [k], of the thread: for a source

@@ -8,6 +8,8 @@ namespace {
 
 // Activations that stay in a core's own cache beside a panel of weights.
 constexpr int64_t kActivationBytes = 384 << 10;
+// Weights that a thread takes at a time where little is computed with them.
+constexpr int64_t kPanelBytes = 48 << 10;
 
 }  // namespace
 
@@ -24,6 +26,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   acts.spec = call.spec, acts.w = &w, acts.rows = rows;
   acts.bytes = bytes_memory.get<uint8_t>(tiles * rows * 4 * w.steps);
   acts.sums = sums_memory.get<int32_t>(tiles * rows * w.spans);
+  acts.sum_factor = w.zeros == Zeros::constant ? -w.zero : 1;
   acts.scales = scales_memory.get<float>(tiles * rows);
   // a few rows are quantized sooner than a second thread is there
   parallel_for(call.m < 8 ? 1 : threads, tiles, 1, [&](int64_t first, int64_t last) {
@@ -45,7 +48,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   tiles_at_once = ceil_div(tiles, blocks);
 
   // items: all panels against the first tiles, then all against the next ones
-  const int64_t grain = call.m <= 16 ? (panels + 8 * threads - 1) / (8 * threads) : 1;
+  const int64_t grain = call.m <= 16 ? ceil_div(kPanelBytes, w.panel_bytes) : 1;
   const int64_t runs = ceil_div(panels, grain);
   parallel_for(threads, blocks * runs, 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {

@@ -25,7 +25,7 @@ struct IntLinearCall {
   int64_t m, x_stride;
   ActivationSpec spec;
   int64_t count;
-  const IntWeights* const* weights;  // of the same spans
+  const IntWeights* const* weights;  // of the same spans, kind of zeros and zero point
   void* const* y;
   const int64_t* y_stride;
   DType y_type;

@@ -4,19 +4,65 @@
 namespace bitgrain {
 namespace {
 
-// Where in a chunk the code of feature f (counted from the chunk's start) of one lane has its bits: calls
-// put(byte offset from the lane's first byte of the chunk, shift, which bits of the code: first, count).
-template <typename F>
-void locate(int bits, int64_t f, const F& put) {
-  const int64_t j = f % 4, i = f / 4;
-  switch (bits) {
-    case 8: put(j, 0, 0, 8); break;
-    case 4: put(j, 4 * i, 0, 4); break;
-    case 2: put(j, 2 * i, 0, 2); break;
-    default:
-      put(64 * (i / 4) + j, 2 * (i % 4), 0, 2);
-      put(128 + j, i, 2, 1);
+template <int BITS>
+constexpr uint32_t kMask = (0xffu >> (8 - BITS)) * 0x01010101u;
+
+// One lane of a chunk: four codes in each word of `codes` -> the words of the chunk's vectors, and back.
+template <int BITS>
+void fold(const uint32_t* codes, uint32_t* lane) {
+  if (BITS == 3) {
+    lane[0] = lane[1] = lane[2] = 0;
+    for (int i = 0; i < 8; ++i) {
+      lane[i / 4] |= (codes[i] & 0x03030303u) << 2 * (i % 4);
+      lane[2] |= (codes[i] >> 2 & 0x01010101u) << i;
+    }
+  } else {
+    lane[0] = 0;
+    for (int i = 0; i < 8 / BITS; ++i) lane[0] |= (codes[i] & kMask<BITS>) << BITS * i;
   }
+}
+template <int BITS>
+void unfold(const uint32_t* lane, uint32_t* codes) {
+  if (BITS == 3) {
+    for (int i = 0; i < 8; ++i) {
+      codes[i] = (lane[i / 4] >> 2 * (i % 4) & 0x03030303u) | (lane[2] >> i & 0x01010101u) << 2;
+    }
+  } else {
+    for (int i = 0; i < 8 / BITS; ++i) codes[i] = lane[0] >> BITS * i & kMask<BITS>;
+  }
+}
+
+// One column's codes of a span, to the lane of each chunk; returns their sum.
+template <int BITS>
+int32_t fold_span(const uint8_t* codes, int64_t count, uint8_t* lane) {
+  constexpr int64_t kFeatures = chunk_features(BITS), kVectors = chunk_vectors(BITS);
+  int32_t sum = 0;
+  for (int64_t f = 0; f < count; ++f) sum += BITS == 8 ? (int32_t)(int8_t)codes[f] : (int32_t)codes[f];
+  for (int64_t f = 0; f < count; f += kFeatures, lane += kVectors * 2 * 64) {
+    uint32_t some[kFeatures / 4] = {}, words[kVectors];
+    if (count - f >= kFeatures) std::memcpy(some, codes + f, kFeatures);
+    else std::memcpy(some, codes + f, (size_t)(count - f));
+    fold<BITS>(some, words);
+    for (int v = 0; v < kVectors; ++v) std::memcpy(lane + 64 * v, &words[v], 4);
+  }
+  return sum;
+}
+template <int BITS>
+void unfold_span(const uint8_t* lane, int64_t count, uint8_t* codes) {
+  constexpr int64_t kFeatures = chunk_features(BITS), kVectors = chunk_vectors(BITS);
+  for (int64_t f = 0; f < count; f += kFeatures, lane += kVectors * 2 * 64) {
+    uint32_t some[kFeatures / 4], words[kVectors];
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&words[v], lane + 64 * v, 4);
+    unfold<BITS>(words, some);
+    std::memcpy(codes + f, some, (size_t)(count - f < kFeatures ? count - f : kFeatures));
+  }
+}
+
+// One code of a lane; f: counted from the chunk's start.
+uint8_t code_at(int bits, const uint8_t* lane, int64_t f) {
+  const int64_t j = f % 4, i = f / 4;
+  if (bits == 3) return (uint8_t)((lane[64 * (i / 4) + j] >> 2 * (i % 4) & 3) | (lane[128 + j] >> i & 1) << 2);
+  return (uint8_t)(lane[j] >> bits * i & ((1 << bits) - 1));
 }
 
 void store_scale(uint8_t* to, DType type, int64_t column, float value) {
@@ -39,6 +85,56 @@ float load_scale(const uint8_t* from, DType type, int64_t column) {
   return type == DType::bf16 ? from_bf16(half) : from_f16(half);
 }
 
+// One panel; codes: of its columns, `w.k` bytes each.
+template <int BITS>
+void pack_panel(const IntWeights& w, const uint8_t* codes, const float* scale, const float* zero, uint8_t* at,
+                int64_t panel) {
+  std::memset(at, 0, (size_t)w.panel_bytes);
+  for (int32_t s = 0; s < w.spans; ++s) {
+    const Span& span = w.span[s];
+    uint8_t *scales = at + span.offset, *zeros = scales + scales_bytes(w.scale_type);
+    uint8_t *sums = zeros + zeros_bytes(w.zeros), *chunks = sums + (w.sums ? kPanel * 4 : 0);
+    for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
+      const int64_t index = (panel * kPanel + c) * w.spans + s;
+      store_scale(scales, w.scale_type, c, scale[index]);
+      if (w.zeros == Zeros::codes) zeros[c] = (uint8_t)zero[index];
+      if (w.zeros == Zeros::real) std::memcpy(zeros + 4 * c, &zero[index], 4);
+      uint8_t* lane = chunks + (c / 16) * chunk_vectors(BITS) * 64 + (c % 16) * 4;
+      const int32_t sum = fold_span<BITS>(codes + c * w.k + span.first, span.count, lane);
+      if (w.sums) std::memcpy(sums + 4 * c, &sum, 4);
+    }
+  }
+}
+
+template <int BITS>
+void unpack_panel(const IntWeights& w, uint8_t* codes, float* scale, float* zero, int64_t panel) {
+  const uint8_t* at = w.panels + panel * w.panel_bytes;
+  for (int32_t s = 0; s < w.spans; ++s) {
+    const Span& span = w.span[s];
+    const uint8_t *scales = at + span.offset, *zeros = scales + scales_bytes(w.scale_type);
+    const uint8_t* chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
+    for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
+      const int64_t column = panel * kPanel + c, index = column * w.spans + s;
+      if (scale) scale[index] = load_scale(scales, w.scale_type, c);
+      if (zero && w.zeros == Zeros::codes) zero[index] = zeros[c];
+      if (zero && w.zeros == Zeros::real) std::memcpy(&zero[index], zeros + 4 * c, 4);
+      const uint8_t* lane = chunks + (c / 16) * chunk_vectors(BITS) * 64 + (c % 16) * 4;
+      unfold_span<BITS>(lane, span.count, codes + column * w.k + span.first);
+    }
+  }
+}
+
+void pack_one(const IntWeights& w, const uint8_t* codes, const float* scale, const float* zero, uint8_t* panels,
+              int64_t panel) {
+  uint8_t* at = panels + panel * w.panel_bytes;
+  switch (w.bits) {
+    case 8: return pack_panel<8>(w, codes, scale, zero, at, panel);
+    case 4: return pack_panel<4>(w, codes, scale, zero, at, panel);
+    case 3: return pack_panel<3>(w, codes, scale, zero, at, panel);
+    default: return pack_panel<2>(w, codes, scale, zero, at, panel);
+  }
+}
+
 }  // namespace
 
 int64_t lay_out(IntWeights& w, const int32_t* lengths, int32_t count, Span* span) {
@@ -59,60 +155,29 @@ int64_t lay_out(IntWeights& w, const int32_t* lengths, int32_t count, Span* span
 
 void pack_panels(const IntWeights& w, const uint8_t* codes, const float* scale, const float* zero, uint8_t* panels,
                  int64_t first, int64_t last) {
-  const int64_t features = chunk_features(w.bits), vectors = chunk_vectors(w.bits);
-  for (int64_t panel = first; panel < last; ++panel) {
-    uint8_t* at = panels + panel * w.panel_bytes;
-    std::memset(at, 0, (size_t)w.panel_bytes);
-    for (int32_t s = 0; s < w.spans; ++s) {
-      const Span& span = w.span[s];
-      uint8_t *scales = at + span.offset, *zeros = scales + scales_bytes(w.scale_type);
-      uint8_t *sums = zeros + zeros_bytes(w.zeros), *chunks = sums + (w.sums ? kPanel * 4 : 0);
-      for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
-        const int64_t column = panel * kPanel + c, index = column * w.spans + s;
-        store_scale(scales, w.scale_type, c, scale[index]);
-        if (w.zeros == Zeros::codes) zeros[c] = (uint8_t)zero[index];
-        if (w.zeros == Zeros::real) std::memcpy(zeros + 4 * c, &zero[index], 4);
-        const uint8_t* row = codes + column * w.k + span.first;
-        uint8_t* lane = chunks + (c / 16) * vectors * 64 + (c % 16) * 4;
-        int32_t sum = 0;
-        for (int64_t f = 0; f < span.count; ++f) {
-          const uint8_t code = row[f];
-          sum += w.bits == 8 ? (int32_t)(int8_t)code : (int32_t)code;
-          uint8_t* chunk = lane + (f / features) * vectors * 2 * 64;
-          locate(w.bits, f % features, [&](int64_t byte, int64_t shift, int low, int count) {
-            chunk[byte] |= (uint8_t)((code >> low & ((1 << count) - 1)) << shift);
-          });
-        }
-        if (w.sums) std::memcpy(sums + 4 * c, &sum, 4);
-      }
+  for (int64_t p = first; p < last; ++p) pack_one(w, codes + p * kPanel * w.k, scale, zero, panels, p);
+}
+
+void pack_panels(const IntWeights& w, const WordRows& words, const float* scale, const float* zero, uint8_t* panels,
+                 int64_t first, int64_t last) {
+  static thread_local Scratch memory;
+  uint8_t* codes = memory.get<uint8_t>(kPanel * w.k);
+  const uint8_t offset = w.bits == 8 ? (uint8_t)(1u << (words.bits - 1)) : 0;
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t c = 0; c < kPanel && p * kPanel + c < w.n; ++c) {
+      unpack_row(words, p * kPanel + c, w.k, offset, codes + c * w.k);
     }
+    pack_one(w, codes, scale, zero, panels, p);
   }
 }
 
 void unpack_panels(const IntWeights& w, uint8_t* codes, float* scale, float* zero, int64_t first, int64_t last) {
-  const int64_t features = chunk_features(w.bits), vectors = chunk_vectors(w.bits);
-  for (int64_t panel = first; panel < last; ++panel) {
-    const uint8_t* at = w.panels + panel * w.panel_bytes;
-    for (int32_t s = 0; s < w.spans; ++s) {
-      const Span& span = w.span[s];
-      const uint8_t *scales = at + span.offset, *zeros = scales + scales_bytes(w.scale_type);
-      const uint8_t* chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
-      for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
-        const int64_t column = panel * kPanel + c, index = column * w.spans + s;
-        if (scale) scale[index] = load_scale(scales, w.scale_type, c);
-        if (zero && w.zeros == Zeros::codes) zero[index] = zeros[c];
-        if (zero && w.zeros == Zeros::real) std::memcpy(&zero[index], zeros + 4 * c, 4);
-        uint8_t* row = codes + column * w.k + span.first;
-        const uint8_t* lane = chunks + (c / 16) * vectors * 64 + (c % 16) * 4;
-        for (int64_t f = 0; f < span.count; ++f) {
-          const uint8_t* chunk = lane + (f / features) * vectors * 2 * 64;
-          uint8_t code = 0;
-          locate(w.bits, f % features, [&](int64_t byte, int64_t shift, int low, int count) {
-            code |= (uint8_t)((chunk[byte] >> shift & ((1 << count) - 1)) << low);
-          });
-          row[f] = code;
-        }
-      }
+  for (int64_t p = first; p < last; ++p) {
+    switch (w.bits) {
+      case 8: unpack_panel<8>(w, codes, scale, zero, p); break;
+      case 4: unpack_panel<4>(w, codes, scale, zero, p); break;
+      case 3: unpack_panel<3>(w, codes, scale, zero, p); break;
+      default: unpack_panel<2>(w, codes, scale, zero, p);
     }
   }
 }
@@ -131,10 +196,7 @@ void dequantize_features(const IntWeights& w, const int64_t* features, int64_t c
       const uint8_t* chunk = chunks + f / in_chunk * vectors * 2 * 64;
       for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
         const uint8_t* lane = chunk + (c / 16) * vectors * 64 + (c % 16) * 4;
-        int code = 0;
-        locate(w.bits, f % in_chunk, [&](int64_t byte, int64_t shift, int low, int bits) {
-          code |= (lane[byte] >> shift & ((1 << bits) - 1)) << low;
-        });
+        const uint8_t code = code_at(w.bits, lane, f % in_chunk);
         float zero = (float)w.zero;
         if (w.zeros == Zeros::codes) zero = zeros[c];
         if (w.zeros == Zeros::real) std::memcpy(&zero, zeros + 4 * c, 4);

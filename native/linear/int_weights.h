@@ -20,6 +20,7 @@
 // unsigned ones. The last chunk of a span is padded with codes 0.
 #pragma once
 #include "common.h"
+#include "linear/words.h"
 
 namespace bitgrain {
 
@@ -69,6 +70,10 @@ int64_t lay_out(IntWeights& w, const int32_t* lengths, int32_t count, Span* span
 // Rows [first, last) of panels. codes: [n, k] bytes, unsigned (8 bits: signed); scale, zero: [n, spans], f32; `zero`
 // holds codes for Zeros::codes. Scales are rounded to scale_type.
 void pack_panels(const IntWeights& w, const uint8_t* codes, const float* scale, const float* zero, uint8_t* panels,
+                 int64_t first, int64_t last);
+
+// The same from rows as files hold them, of w.bits or fewer; for panels of 8 bits as code + 2**(words.bits - 1).
+void pack_panels(const IntWeights& w, const WordRows& words, const float* scale, const float* zero, uint8_t* panels,
                  int64_t first, int64_t last);
 
 // The inverse: codes, and scales and zeros where asked for (not null).

@@ -17,12 +17,17 @@ struct I32 {
 struct F32 {
   float v[16];
 };
+struct F64 {  // sums of 16 lanes
+  double v[16];
+};
 struct Bytes {
   uint8_t v[64];
 };
 
 constexpr int kGroupedRows = 2, kGroupedVectors = 1;
 constexpr int kSingleRows = 2, kSingleVectors = 1;
+constexpr int kDotSteps = 1;  // that dot4_small should get at once
+constexpr int kFloatRows = 2, kFloatVectors = 1;  // of products of floats
 
 #define BG_LANES for (int i = 0; i < 16; ++i)
 
@@ -153,6 +158,18 @@ BG_INLINE I32 round_to_int(F32 x) {  // ties to even; what does not fit becomes 
   }
   return r;
 }
+BG_INLINE F32 round_f(F32 x) {  // ties to even; keeps the sign of 0
+  BG_LANES x.v[i] = std::nearbyint(x.v[i]);
+  return x;
+}
+BG_INLINE F32 exponent_f(F32 x) {  // the power of two at or below |x|, 0 for subnormal numbers
+  BG_LANES x.v[i] = float_of(bits_of(x.v[i]) & 0x7f800000);
+  return x;
+}
+BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {  // a where x > y, else b
+  BG_LANES b.v[i] = x.v[i] > y.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
 BG_INLINE F32 load_f16(const void* p) {
   F32 r;
   BG_LANES {
@@ -184,6 +201,18 @@ BG_INLINE void store_bf16(void* p, F32 x) {
   }
 }
 
+BG_INLINE F64 zero_d() { return {}; }
+BG_INLINE F64 add_d(F64 a, F32 b) {  // a + b, lane by lane
+  BG_LANES a.v[i] += (double)b.v[i];
+  return a;
+}
+BG_INLINE double sum_d(F64 x) {  // halves onto each other, at every level
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
+  }
+  return x.v[0];
+}
+
 BG_INLINE Bytes load_b(const uint8_t* p) {
   Bytes r;
   std::memcpy(r.v, p, 64);
@@ -192,6 +221,11 @@ BG_INLINE Bytes load_b(const uint8_t* p) {
 BG_INLINE Bytes repeat4(const uint8_t* p) {  // the same four bytes in each lane
   Bytes r;
   BG_LANES std::memcpy(r.v + 4 * i, p, 4);
+  return r;
+}
+BG_INLINE F32 as_floats(Bytes x) {  // the same bits
+  F32 r;
+  std::memcpy(r.v, x.v, 64);
   return r;
 }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
@@ -216,6 +250,76 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) {
   BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int32_t)u.v[4 * i + j] * (int8_t)s.v[4 * i + j];
 }
+// The same with u - kDotShift for u, where that is cheaper: kDotShift times what sum4 finds is missing.
+constexpr int kDotShift = 0;
+BG_INLINE void dot4_shifted(I32& sum, Bytes u, Bytes s) { dot4(sum, u, s); }
+BG_INLINE void sum4(I32& sum, Bytes s) {  // sum[i] += s[4i] + .. + s[4i+3]
+  BG_LANES for (int j = 0; j < 4; ++j) sum.v[i] += (int8_t)s.v[4 * i + j];
+}
+// STEPS times dot4, with u of less than 16
+template <int STEPS>
+BG_INLINE void dot4_small(I32& sum, const Bytes* u, const Bytes* s) {
+  for (int i = 0; i < STEPS; ++i) dot4(sum, u[i], s[i]);
+}
+
+BG_INLINE I32 and_i(I32 a, I32 b) {
+  BG_LANES a.v[i] &= b.v[i];
+  return a;
+}
+BG_INLINE I32 or_i(I32 a, I32 b) {
+  BG_LANES a.v[i] |= b.v[i];
+  return a;
+}
+template <int COUNT>
+BG_INLINE I32 shift_left_i(I32 x) {
+  BG_LANES x.v[i] = (int32_t)((uint32_t)x.v[i] << COUNT);
+  return x;
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_i(I32 x) {  // zeros come in from above
+  BG_LANES x.v[i] = (int32_t)((uint32_t)x.v[i] >> COUNT);
+  return x;
+}
+template <int COUNT>
+BG_INLINE I32 shift_right_signed_i(I32 x) {  // copies of the sign come in from above
+  BG_LANES x.v[i] = x.v[i] >> COUNT;
+  return x;
+}
+BG_INLINE I32 as_lanes(Bytes x) {  // the same bits
+  I32 r;
+  std::memcpy(r.v, x.v, 64);
+  return r;
+}
+BG_INLINE F32 as_float(I32 bits) {
+  F32 r;
+  std::memcpy(r.v, bits.v, 64);
+  return r;
+}
+BG_INLINE I32 as_int(F32 x) {
+  I32 r;
+  std::memcpy(r.v, x.v, 64);
+  return r;
+}
+
+struct Table {  // 16 floats
+  float v[16];
+};
+BG_INLINE Table load_table(const float* p) {
+  Table r;
+  std::memcpy(r.v, p, 64);
+  return r;
+}
+BG_INLINE F32 look_up(const Table& table, I32 code) {  // the entries that the low 4 bits of each lane name
+  F32 r;
+  BG_LANES r.v[i] = table.v[code.v[i] & 15];
+  return r;
+}
+
+// Only where BG_HAS_BF16_DOT; registers seen as 32 words of 16 bits:
+//   look_up_words(table, code)  the word of the table that the low 5 bits of each word name
+//   shift_right_w<COUNT>(x)     of each word, zeros come in from above
+//   dot2(sum, a, b)             sum[i] += a[2i+1] b[2i+1], then += a[2i] b[2i], words are bfloat16; subnormals count as 0
+//   and_or(x, mask, other)      (x & mask) | other
 
 BG_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 

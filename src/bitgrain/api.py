@@ -16,6 +16,7 @@ from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune
 from bitgrain.pipeline.load import cache_for, load
 from bitgrain.pipeline.merge import merge
@@ -321,6 +322,7 @@ def evaluate(
     special_tokens: bool = False,
     kv_cache: str | CacheScheme | None = None,
     attention: str | AttentionScheme | None = None,
+    execution: Execution = "dequantize",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -333,6 +335,7 @@ def evaluate(
     kv_cache        how `model` keeps keys and values of the past (`runtime.kv_cache.SCHEMES`); None: as its checkpoint
                     says, "none": as they are
     attention       how it multiplies Q, K, P and V (`runtime.attention.SCHEMES`)
+    execution       how quantized layers of folders compute, as for `load`: by default the exact simulation
     Raises TextError, ModelError, CheckpointError, NumericsError, SchemeError.
     """
     (found,) = evaluate_variants(
@@ -347,6 +350,7 @@ def evaluate(
         dtype=dtype,
         batch_size=batch_size,
         special_tokens=special_tokens,
+        execution=execution,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
@@ -374,6 +378,7 @@ def evaluate_variants(
     dtype: torch.dtype | None = None,
     batch_size: int = 4,
     special_tokens: bool = False,
+    execution: Execution = "dequantize",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Evaluation]:
@@ -389,7 +394,8 @@ def evaluate_variants(
         if isinstance(one, nn.Module):
             return one
         # without a cache of its own: what each variant runs through is passed to it
-        return load(one, device=str(where), dtype=dtype, trust_remote_code=trust_remote_code, kv_cache="none")
+        settings: dict[str, Any] = {"device": str(where), "dtype": dtype, "trust_remote_code": trust_remote_code}
+        return load(one, execution=execution, kv_cache="none", **settings)
 
     content = read_text(text)
     words = load_tokenizer(resolve_model(folder).path, trust_remote_code)

@@ -1,5 +1,6 @@
 """Decode attention: every level equals the twin, whatever the shapes, masks and strides; any number of threads."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.attention import attend_dense
+from bitgrain.kernels.attention import attend_dense, attend_packed
 from bitgrain.kernels.native import is_available, native
+from bitgrain.kernels.packed_states import BITS, PackedStates
 from bitgrain.kernels.reference.attention import attend
+from bitgrain.numerics import QuantSpec, per_token, quantize
+from bitgrain.numerics.formats import FP16, IntFormat
 
 if not is_available():
     pytest.skip("the native module is not built", allow_module_level=True)
@@ -117,3 +121,110 @@ def test_wrong_shapes_are_told():
         attend_dense(q[:, :2], k, k, scaling=1.0, sinks=torch.ones(3))
     with pytest.raises(KernelError, match="float64"):
         attend_dense(q[:, :2].double(), k, k, scaling=1.0)
+
+
+@st.composite
+def packed_cases(draw: Any):
+    made = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, groups, shared = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 7, 8]))
+    queries, tokens = draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([1, 3, 63, 64, 65, 255, 257, 530]))
+    size, v_size = draw(st.sampled_from([(16, 16), (64, 64), (48, 80), (128, 32)]))
+    dtype, bits = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(BITS))
+    dropped = draw(st.integers(0, min(100, tokens - 1)))
+    options = options_of(draw, made, batch, groups * shared, queries, tokens - dropped)
+    q = torch.randn(batch, queries, groups * shared, size, generator=made).to(dtype).transpose(1, 2)
+    k = torch.randn(batch, tokens, groups, size, generator=made).to(dtype).transpose(1, 2)
+    v = torch.randn(batch, groups, tokens, v_size, generator=made).to(dtype)
+    return q, k + k.new_ones(size).cumsum(0) / 16, v, bits, dropped, draw(st.integers(1, tokens)), options
+
+
+def spec_of(bits: int) -> QuantSpec:
+    return QuantSpec(IntFormat(bits, is_signed=False), per_token(), zero_point="real", scale=FP16, dynamic=True)
+
+
+def packed(x: torch.Tensor, bits: int, *, values: bool, piece: int = 1000) -> PackedStates:
+    states = PackedStates(x.shape[0], x.shape[1], x.shape[3], bits, values=values)
+    assert all(states.append(part) for part in x.split(piece, dim=2))
+    return states
+
+
+@pytest.mark.parametrize("isa", native().isas())
+@settings(max_examples=40, deadline=None)
+@given(case=packed_cases())
+def test_packed_equals_its_twin(isa: str, case: Any):
+    """Codes are those of `quantize`; the result is that of the numbers they stand for."""
+    q, k, v, bits, dropped, piece, options = case
+    before = native().isa()
+    native().use_isa(isa)
+    try:
+        keys, values = packed(k, bits, values=False, piece=piece), packed(v, bits, values=True, piece=piece)
+        k, v = (quantize(x, spec_of(bits)).dequantize().view(x.shape)[:, :, dropped:] for x in (k, v))
+        for states, numbers in ((keys, k), (values, v)):
+            states.drop_oldest(dropped)
+            assert torch.equal(states.read(torch.float32), numbers)
+        found = attend_packed(q, keys, values, scaling=0.1, **options)
+    finally:
+        native().use_isa(before)
+    twin = attend(q.double(), k, v, scaling=0.1, **options)
+    error = (found.double() - twin).abs()
+    within = 5e-6 if q.dtype == torch.float32 else 1e-3
+    assert (error <= within + 1.01 * torch.finfo(q.dtype).eps * twin.abs()).all()
+
+
+@pytest.mark.parametrize("values", [False, True])
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["add", "add", "crop", "drop", "select"]), st.integers(1, 90)), max_size=10
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_tokens_come_and_go(values: bool, steps: list[tuple[str, int]]):
+    """Against a plain tensor: dropped, cropped, overwritten, reordered, and copied."""
+    made = torch.Generator().manual_seed(0)
+    plain = torch.randn(2, 3, 40, 32, generator=made)
+    states = packed(plain, 4, values=values)
+    for what, count in steps:
+        if what == "add":
+            more = torch.randn(len(plain), 3, count, 32, generator=made)
+            assert states.append(more)
+            plain = torch.cat([plain, more], dim=2)
+        elif what == "crop":
+            states.crop(count)
+            plain = plain[:, :, : max(0, plain.shape[2] - count)]
+        elif what == "drop":
+            states.drop_oldest(count)
+            plain = plain[:, :, count:]
+        else:
+            rows = torch.randint(0, len(plain), (1 + count % 3,), generator=made)
+            states.select(rows)
+            plain = plain[rows]
+        expected = quantize(plain, spec_of(4)).dequantize().view(plain.shape) if plain.numel() else plain
+        assert torch.equal(states.read(torch.float32), expected)
+        assert torch.equal(copy.deepcopy(states).read(torch.float32), expected)
+        assert states.nbytes == plain.numel() // 2 + plain.numel() // 32 * 4
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounds_what_is_hard_to_round_as_quantize_does(level: str, bits: int):
+    tiny, huge = torch.full((16,), 1e-9), torch.linspace(-7e6, 7e6, 16) * (2**bits - 1) / 255
+    rows = torch.stack(
+        [torch.zeros(16), tiny, huge, torch.arange(16.0), -torch.arange(16.0), torch.linspace(-1, 1, 16)]
+    )
+    x = rows.view(1, 1, -1, 16)
+    states = packed(x, bits, values=False)
+    assert torch.equal(states.read(torch.float32), quantize(x, spec_of(bits)).dequantize())
+    for bad in (torch.nan, torch.inf, 1e9):
+        assert not states.append(torch.full((1, 1, 1, 16), bad))
+    assert states.tokens == len(rows)
+
+
+def test_what_no_kernel_fits_is_told():
+    with pytest.raises(KernelError, match="no kernel for 8-bit keys and values with heads of 24 channels"):
+        PackedStates(1, 1, 24, 8, values=False)
+    with pytest.raises(KernelError, match="no kernel for 3-bit"):
+        PackedStates(1, 1, 16, 3, values=False)
+    keys, values = packed(torch.randn(1, 2, 9, 16), 8, values=False), packed(torch.randn(1, 2, 8, 16), 8, values=True)
+    with pytest.raises(KernelError, match="do not belong together"):
+        attend_packed(torch.randn(1, 2, 1, 16), keys, values, scaling=1.0)
+    with pytest.raises(KernelError, match="do not fit 1 texts, 2 heads"):
+        keys.append(torch.randn(2, 2, 1, 16))

@@ -9,6 +9,7 @@ from bitgrain.errors import KernelError
 from bitgrain.kernels.int_linear import BITS, IntInputs, IntLinear
 from bitgrain.kernels.native import native
 from bitgrain.kernels.reference.int_linear import int_linear, quantize_inputs
+from bitgrain.numerics.packing import pack
 
 STATIC = st.sampled_from([(-128, 127), (0, 255), (-8, 7)])
 
@@ -88,6 +89,25 @@ def test_unpacks_to_what_was_packed(case):
     assert isinstance(zero, int) or (found[2] is not None and found[2].equal(zero))
 
 
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), bits=st.integers(1, 8), word=st.sampled_from([torch.uint8, torch.int32]), seed=st.integers(0, 99))
+def test_words_are_packed_as_their_codes_are(case, bits, word, seed):
+    _, codes, scale, _, inputs, lengths, _, bias = case
+    made = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, codes.shape, generator=made).to(torch.uint8)
+    words = pack(codes, bits, word)
+    wide = min(b for b in BITS if b >= bits)
+    offset = 2 ** (bits - 1) if wide == 8 else 0
+    plain = (codes.int() - offset).to(torch.int8) if wide == 8 else codes
+    zeros = torch.randint(0, 2**bits, scale.shape, generator=made).to(torch.uint8)
+    for zero, same in ((None, 2 ** (bits - 1) - offset), (zeros, zeros if wide < 8 else zeros.float() - offset)):
+        k = codes.shape[1]
+        found = IntLinear.pack_words(words, scale, bits, inputs, k=k, lengths=lengths, zero=zero, bias=bias)
+        expected = IntLinear.pack(plain, scale, wide, inputs, lengths=lengths, zero=same, bias=bias)
+        assert found.panels.equal(expected.panels)
+        assert found.zero == expected.zero
+
+
 def test_rows_that_are_not_finite_become_nan(level):
     packed = IntLinear.pack(torch.ones(3, 8, dtype=torch.uint8), torch.ones(3, 1), 4, IntInputs())
     x = torch.ones(3, 8)
@@ -106,3 +126,10 @@ def test_wrong_inputs_are_told():
         packed(torch.ones(2, 8, dtype=torch.float64))
     with pytest.raises(KernelError, match="5-bit"):
         IntLinear(3, [8], 5, IntInputs())
+    words = torch.zeros(3, 4, dtype=torch.uint8)
+    with pytest.raises(KernelError, match="9 codes of 4 bits take rows of 5 words"):
+        IntLinear.pack_words(words, torch.ones(3, 1), 4, IntInputs(), k=9)
+    with pytest.raises(KernelError, match="float32"):
+        IntLinear.pack_words(words.float(), torch.ones(3, 1), 4, IntInputs(), k=8)
+    with pytest.raises(KernelError, match="do not fit spans"):
+        IntLinear.pack_words(words, torch.ones(3, 3), 4, IntInputs(), k=8)

@@ -65,7 +65,7 @@ def test_the_guard_holds_and_the_manifest_tells(readable: Make, text: Path, tmp_
     assert str(tmp_path) not in str(dict(result.manifest))
     assert result.manifest["solver"] == chosen.solver
 
-    loaded: Any = bitgrain.load(tmp_path / "out")
+    loaded: Any = bitgrain.load(tmp_path / "out", execution="dequantize")
     model: Any = bitgrain.load(readable(name))
     ids = zoo.ids_for(loaded)
     assert 0 < divergence(loaded, model, ids) < 0.05
@@ -93,7 +93,9 @@ def test_calibration_beats_rounding_on_a_trained_model(tmp_path: Path):
     for name in ("rtn", "fast", "balanced"):
         how: dict[str, Any] = {"solver": "rtn"} if name == "rtn" else {"recipe": name, "calibration": calibration}
         bitgrain.quantize(source, tmp_path / name, "W4A16", workers=2, **how)
-        found[name] = divergence(bitgrain.load(tmp_path / name, dtype=torch.float32), model, ids)
+        found[name] = divergence(
+            bitgrain.load(tmp_path / name, dtype=torch.float32, execution="dequantize"), model, ids
+        )
     assert found["balanced"] < 0.8 * found["fast"]
     assert found["fast"] < 0.8 * found["rtn"]
     (tmp_path / "text.txt").write_text(TEXT)
@@ -134,7 +136,11 @@ def test_experts_without_tokens_are_rounded_and_named(readable: Make, text: Path
             assert layer["notes"] == ([UNREACHED] if idle else []), tensor
             assert layer["method"] == ("rtn" if idle else "gptq"), tensor
             assert ("loss" in layer["figures"]) == (not idle)
-        assert bool(bitgrain.load(tmp_path / name)(input_ids=torch.arange(9)[None]).logits.isfinite().all())
+        assert bool(
+            bitgrain.load(tmp_path / name, execution="dequantize")(input_ids=torch.arange(9)[None])
+            .logits.isfinite()
+            .all()
+        )
 
 
 def test_of_a_stack_the_experts_without_tokens_are_named(readable: Make, text: Path, tmp_path: Path):
@@ -177,7 +183,7 @@ def test_blocks_that_text_never_reaches_are_rounded_and_named(
         for path in ("vision_tower.encoder.layers.1", "language_model.model.layers.1"):
             scales = {float(after[f"{path}.self_attn.{part}_proj.weight_global_scale"]) for part in "qkv"}
             assert len(scales) == 1
-    loaded: Any = bitgrain.load(tmp_path / "out")
+    loaded: Any = bitgrain.load(tmp_path / "out", execution="dequantize")
     assert bool(loaded(input_ids=torch.arange(9)[None]).logits.isfinite().all())
 
 
@@ -226,7 +232,7 @@ def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path, scheme
     model: Any = bitgrain.load(readable("llama"))
     batches = ids.split(whole.WINDOWS)
     for name, figure in (("balanced", told["kl_before"]), ("best", told["kl_after"])):
-        loaded: Any = bitgrain.load(tmp_path / name)
+        loaded: Any = bitgrain.load(tmp_path / name, execution="dequantize")
         found = [divergence(loaded, model, batch) for batch in batches]
         assert sum(found) / len(found) == pytest.approx(figure, rel=1e-3, abs=2e-7)  # float32
 

@@ -48,7 +48,7 @@ def test_manifest_tells_of_every_layer_and_file(tiny: Tiny, tmp_path: Path):
 def test_measures_in_the_manifest_are_those_of_the_written_weights(tiny: Tiny, tmp_path: Path):
     bitgrain.quantize(tiny("llama"), tmp_path / "out", "W8A16", workers=1)
     before = zoo.read_tensors(tiny("llama"))
-    after: Any = bitgrain.load(tmp_path / "out").state_dict()
+    after: Any = bitgrain.load(tmp_path / "out", execution="dequantize").state_dict()
     for layer in manifest_of(tmp_path / "out")["layers"]:
         if layer["scheme"]:
             x, y = before[layer["tensor"]].double(), after[layer["tensor"]].double()
@@ -151,7 +151,7 @@ def damaged(tiny: Tiny, tmp_path: Path, change: Callable[[dict[str, Any]], None]
 def test_load_refuses_other_methods(tiny: Tiny, tmp_path: Path):
     out = damaged(tiny, tmp_path, lambda config: config.update(quant_method="gptq"))
     with pytest.raises(CheckpointError, match=r"is quantized with gptq; bitgrain\.load reads what"):
-        bitgrain.load(out)
+        bitgrain.load(out, execution="dequantize")
 
 
 @pytest.mark.parametrize("lost", ["weight_packed", "weight_scale", "weight_shape"])
@@ -161,14 +161,14 @@ def test_load_refuses_incomplete_layers(tiny: Tiny, tmp_path: Path, lost: str):
     del tensors[f"model.layers.0.mlp.up_proj.{lost}"]
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises((CheckpointError, ModelError), match="up_proj"):
-        bitgrain.load(tmp_path / "out")
+        bitgrain.load(tmp_path / "out", execution="dequantize")
 
 
 def test_load_refuses_layers_that_the_model_does_not_have(tiny: Tiny, tmp_path: Path):
     bitgrain.quantize(tiny("llama"), tmp_path / "out", "W4A16", workers=1)
     zoo.edit_config(tmp_path / "out", num_hidden_layers=1, layer_types=None)
     with pytest.raises(CheckpointError, match=r"quantized layers that the model does not have: model\.layers\.1"):
-        bitgrain.load(tmp_path / "out")
+        bitgrain.load(tmp_path / "out", execution="dequantize")
 
 
 def test_damaged_configs_are_errors_for_the_user(tiny: Tiny, tmp_path: Path):
@@ -177,7 +177,7 @@ def test_damaged_configs_are_errors_for_the_user(tiny: Tiny, tmp_path: Path):
 
     out = damaged(tiny, tmp_path, break_it, "gpt2")
     with pytest.raises(BitgrainError, match="int99"):
-        bitgrain.load(out)
+        bitgrain.load(out, execution="dequantize")
 
 
 def test_parts_of_one_parameter_need_one_activation_scheme(tiny: Tiny, tmp_path: Path):
@@ -185,7 +185,7 @@ def test_parts_of_one_parameter_need_one_activation_scheme(tiny: Tiny, tmp_path:
     rules = [{"match": "re:.*w3", "scheme": "FP8_DYNAMIC"}]
     bitgrain.quantize(tiny("mixtral"), tmp_path / "out", recipe=make_recipe(scheme="W8A8", rules=rules), workers=1)
     with pytest.raises(ModelError, match="experts have different activation schemes; give them one scheme"):
-        bitgrain.load(tmp_path / "out")
+        bitgrain.load(tmp_path / "out", execution="dequantize")
 
 
 def test_mixed_recipe_end_to_end(tiny: Tiny, tmp_path: Path):

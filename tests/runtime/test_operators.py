@@ -1,11 +1,13 @@
 """The operator table: the row for the device goes first, and what has none is said."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import zoo
 from bitgrain.errors import SchemeError
-from bitgrain.runtime import operators
+from bitgrain.runtime import linear_rows, operators  # noqa: F401 (its rows)
 from bitgrain.runtime.attention import SCHEMES, attend, set_attention
 from bitgrain.runtime.operators import Operator, find_operator, register_operator
 
@@ -39,3 +41,13 @@ def test_what_has_no_row():
         SchemeError, match=r"no kernel for attention on int3 x int3 on cpu; there are: int8 per_channel x"
     ):
         find_operator("attention", ("int3", "int3"), "cpu")
+
+
+def test_the_table_in_the_docs_is_that_of_the_program():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    rows = [row for row in operators.operators() if row.operation == "linear" and not row.reference]
+    assert len(rows) == 5
+    for row in rows:
+        assert f"| {row.formats[1]} |" in page
+    assert rows[0].formats[0] in page
+    assert rows[1].formats[0] in page

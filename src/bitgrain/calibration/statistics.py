@@ -4,8 +4,9 @@ The Hessian H = sum of x x^T is what every solver needs: the output error of any
 
 Exactness. Tokens are gathered to pieces of `PIECE` and each piece is added as one product in float32, so the cuts
 between batches leave no trace: any split of the same tokens in the same order gives the same bits. Sums that were taken
-apart and merged differ only in the order of float32 additions: by at most `TOLERANCE` x sqrt(H_ii H_jj). Like every
-matrix product of torch, H may depend on the number of BLAS threads in its last bits; one thread an operation avoids it.
+apart and merged differ only in the order of float32 additions: by at most `TOLERANCE` x sqrt(H_ii H_jj). The native
+kernel gives the same bits for any number of threads; torch, where it multiplies, may not: one thread an operation
+avoids it. Other instruction sets may round the last bits of a sum otherwise (docs/decisions/0023).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import NumericsError
+from bitgrain.kernels.gram import add_gram, mirror
 from bitgrain.numerics.observers import State, from_batches, start, update
 from bitgrain.numerics.observers import merge as merge_states
 from bitgrain.numerics.ranges import Percentile, Range
 from bitgrain.solvers.base import Moments
 
-__all__ = ["PIECE", "TOLERANCE", "Accumulator", "LayerStatistics", "layer_key", "merge", "symmetric", "whole_key"]
+__all__ = ["PIECE", "TOLERANCE", "Accumulator", "LayerStatistics", "layer_key", "merge", "whole_key"]
 
 PIECE = 512
 """Tokens that are multiplied at once."""
@@ -122,9 +124,10 @@ class Accumulator:
             raise ValueError(f"inputs of {self.name} have the shape {tuple(x.shape)}, not [.., {self.in_features}]")
         if x.numel() == 0:
             return
-        x = x.detach().to(self._device or x.device, torch.float32)
+        # bfloat16 stays: its products are exact, and faster
+        x = x.detach().to(self._device or x.device, x.dtype if x.dtype == torch.bfloat16 else torch.float32)
         flat = x.reshape(1, -1) if x.ndim == 2 else x.flatten(1)
-        ends = torch.stack([flat.amin(-1), flat.amax(-1)], dim=-1)
+        ends = torch.stack([flat.amin(-1), flat.amax(-1)], dim=-1).to(torch.float32)
         if not bool(torch.isfinite(ends).all()):
             raise NumericsError(_not_finite(x, self.name))
         self._ends.append(ends)
@@ -138,7 +141,7 @@ class Accumulator:
         sums, count = self._sums or self._empty(), max(1, self.tokens)
         hessian = sums.hessian
         if hessian is not None:
-            hessian = symmetric(hessian.div_(count))
+            mirror(hessian.div_(count))
         self._sums = None
         state = self._state
         return LayerStatistics(
@@ -195,6 +198,9 @@ class Accumulator:
     def _add(self, piece: Tensor) -> None:
         if self._sums is None:
             self._sums = self._empty(piece.device)
+        if self._sums.hessian is not None:
+            add_gram(self._sums.hessian, piece)
+        piece = piece.to(torch.float32)
         if self._state is not None:
             self._state = update(self._state, piece, self.name)
         self._sums.count(piece)
@@ -215,16 +221,14 @@ def merge(a: Accumulator, b: Accumulator) -> Accumulator:
 
 @dataclass
 class _Sums:
-    hessian: Tensor | None
+    hessian: Tensor | None  # the upper triangle, see `kernels.gram`
     absolute: Tensor
     low: Tensor
     high: Tensor
     empty: bool = True
 
     def count(self, piece: Tensor) -> None:
-        """Add x [tokens, in]."""
-        if self.hessian is not None:
-            self.hessian.addmm_(piece.T, piece)
+        """Add x [tokens, in] float32, to all but the Hessian."""
         self._join(piece.abs().sum(0).double(), piece.amin(0), piece.amax(0))
 
     def add(self, other: _Sums) -> None:
@@ -238,14 +242,6 @@ class _Sums:
         self.low = low if self.empty else torch.minimum(self.low, low)
         self.high = high if self.empty else torch.maximum(self.high, high)
         self.empty = False
-
-
-def symmetric(hessian: Tensor) -> Tensor:
-    """Its upper triangle on both sides; BLAS need not round both alike."""
-    if torch.equal(hessian, hessian.T):
-        return hessian
-    upper = torch.triu(hessian)
-    return upper + torch.triu(hessian, 1).T
 
 
 def _not_finite(x: Tensor, name: str) -> str:

@@ -36,7 +36,7 @@ from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.numerics import QTensor, QuantSpec, per_tensor
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.outliers import column_dtype
-from bitgrain.numerics.packed import pack_qtensor, packed_specs, scale_dtype, unpack_qtensor, zero_dtype
+from bitgrain.numerics.packed import PackedMatrix, pack_qtensor, packed_matrix, packed_specs, scale_dtype, zero_dtype
 from bitgrain.recipes.spec_model import SchemeModel
 
 
@@ -116,12 +116,15 @@ class BitgrainLayout:
         return list(read(f"{layer.tensor}.column_index").view(layer.experts, -1))
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
+        return [one.unpack() for one in self.decode_packed(layer, read)]
+
+    def decode_packed(self, layer: StoredLayer, read: Read) -> list[PackedMatrix]:
         spec = layer.scheme.weight
         stacks = {t.name.removeprefix(f"{layer.tensor}."): read(t.name) for t in self.tensors(layer)}
         if layer.experts == 1:
-            return [unpack_qtensor(stacks, spec, layer.shape)]
+            return [packed_matrix(stacks, spec, layer.shape)]
         return [
-            unpack_qtensor({suffix: tensor[i] for suffix, tensor in stacks.items()}, spec, layer.shape)
+            packed_matrix({suffix: tensor[i] for suffix, tensor in stacks.items()}, spec, layer.shape)
             for i in range(layer.experts)
         ]
 

@@ -31,6 +31,7 @@ from bitgrain.errors import CheckpointError
 from bitgrain.numerics import Granularity, IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat
 from bitgrain.numerics.observers import StaticInput
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.numerics.packing import pack, unpack
 from bitgrain.numerics.spec import mxfp4, nvfp4
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
@@ -136,36 +137,34 @@ class CompressedTensors:
         return {f"{layer.module}.{suffix}": tensor.contiguous() for suffix, tensor in found.items()}
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
+        return [one.unpack() for one in self.decode_packed(layer, read)]
+
+    def decode_packed(self, layer: StoredLayer, read: Read) -> list[PackedMatrix]:
         spec, kind = layer.scheme.weight, _format(layer.scheme)
-        rows, cols = layer.shape
         down, across = spec.granularity.tiles(layer.shape)
 
         def get(suffix: str) -> Tensor:
             return read(f"{layer.module}.{suffix}")
 
-        zero: Tensor | None = None
         if kind in (NVFP4, MXFP4):
-            codes = unpack(get("weight_packed"), 4, cols).to(spec.format.code_dtype)
             stored = get("weight_scale")
             if isinstance(spec.scale, QuantSpec):
-                inner = spec.scale
                 outer = _as_power_of_two((1.0 / get("weight_global_scale")).reshape(1, 1))
-                scale = QTensor(stored.view(torch.uint8), outer, None, inner)
+                scale = QTensor(stored.view(torch.uint8), outer, None, spec.scale)
             else:
                 scale = stored.view(torch.float8_e8m0fnu)
-            return [QTensor(codes, scale, None, spec)]
-        scale = get("weight_scale").reshape(down, across)
+            return [PackedMatrix(get("weight_packed"), scale, None, spec, layer.shape)]
+        scale, zero = get("weight_scale").reshape(down, across), None
         if kind == PACKED:
-            bits, offset = spec.format.bits, spec.format.code_offset
-            codes = _signed(unpack(get("weight_packed"), bits, cols), offset, spec)
+            words, bits, offset = get("weight_packed"), spec.format.bits, spec.format.code_offset
             if not spec.symmetric:
                 zero = _signed(unpack(get("weight_zero_point"), bits, down, axis=0), offset, spec)
         else:
-            codes = get("weight")
-            codes = codes if kind == INT else codes.view(torch.uint8)
-        if tuple(codes.shape) != (rows, cols):
-            raise CheckpointError(f"{layer.module}: codes of shape {tuple(codes.shape)} where {(rows, cols)} is needed")
-        return [QTensor(codes, scale, zero, spec)]
+            words = get("weight").view(torch.uint8)
+            if tuple(words.shape) != layer.shape:
+                raise CheckpointError(f"{layer.module}: codes of shape {tuple(words.shape)}, {layer.shape} is needed")
+            words = _unsigned(words, spec.format.code_offset)
+        return [PackedMatrix(words, scale, zero, spec, layer.shape)]
 
     def decode_columns(self, layer: StoredLayer, read: Read) -> list[Tensor]:
         return []

@@ -15,6 +15,7 @@ from torch import Tensor
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.recipes import Scheme
 
 Read = Callable[[str], Tensor]
@@ -80,6 +81,10 @@ class Layout(Protocol):
     ) -> dict[str, Tensor]:
         """Those tensors, filled; `parts` has one QTensor for each stacked matrix, and so has `inputs` the scales of
         static input specs (nothing otherwise: ValueError)."""
+        ...
+
+    def decode_packed(self, layer: StoredLayer, read: Read) -> list[PackedMatrix]:
+        """The inverse of `encode`, with the codes left packed."""
         ...
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:

@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="multiply Q, K, P, V as S says (int8, int8-tile, int8-int8, int8-fp8, int4-fp8); likewise",
     )
+    parser.add_argument(
+        "--execution",
+        choices=["dequantize", "kernels", "reference"],
+        default="dequantize",
+        help="how quantized layers compute: dequantize (the default: dense weights, activations simulated), kernels "
+        "(packed weights, as bitgrain.load runs them), reference (the kernels' slow twins)",
+    )
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, or a folder of .txt and .md files")
     parser.add_argument("--seqlen", type=parse_count, default=512, metavar="L", help="tokens in a window; default 512")
     parser.add_argument("--windows", type=parse_count, metavar="N", help="at most N windows; default all of the text")
@@ -65,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=torch_dtype(args.dtype),
         batch_size=args.batch_size,
         special_tokens=args.special_tokens,
+        execution=args.execution,
         trust_remote_code=args.trust_remote_code,
         progress=make_progress("quiet" if only_json else "rich"),
     )

@@ -63,6 +63,7 @@ def attend_packed(
     value: PackedStates,
     *,
     scaling: float,
+    place: tuple[int, int] | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
     softcap: float | None = None,
@@ -70,19 +71,23 @@ def attend_packed(
 ) -> Tensor:
     """The same with packed keys and values, of as many tokens and bits; they are never unpacked in memory.
 
-    Queries, and weights times the scales of values, become whole numbers of 15 bits (queries in float32: of 23), and
-    products with codes are exact. So a score is off by up to 2^-16 (2^-24) scaling max|q| sum_c |k_c|, and the weighted
-    values by up to 2^-16 (2^-24) of the largest weight in a tile of 64 tokens times the sum of |code - middle| there.
+    place  (first, count) of the memory's tokens; None: all that are held
+
+    Queries, and weights times the scales of values, become whole numbers of 16 bits (24 where queries are float32), and
+    products with codes are exact. With u = 2^-15 (2^-23), a score is off by up to u scaling max|q| sum_c |k_c|, and a
+    weight by up to u times the largest in its run of 256 tokens times the largest scale in its tile of 64.
     """
-    if (key.batch, key.heads, key.tokens, key.bits) != (value.batch, value.heads, value.tokens, value.bits):
-        raise KernelError("packed keys and values do not belong together")
-    if key.first != value.first or key.size != query.shape[3]:
+    first, count = (key.first, key.tokens) if place is None else place
+    sides = [(one.batch, one.heads, one.bits, one.first + one.tokens) for one in (key, value)]
+    if sides[0] != sides[1] or first < 0 or first + count > key.first + key.tokens:
+        raise KernelError(f"packed keys and values do not belong together, or do not hold tokens {first}+{count}")
+    if key.size != query.shape[3]:
         raise KernelError(f"queries {list(query.shape)} do not fit keys of {key.size} channels")
     job, out, alive = job_of(
-        query, (key.batch, key.heads, key.tokens), value.size, scaling=scaling, mask=mask, causal=causal,
-        softcap=softcap, sinks=sinks,
+        query, (key.batch, key.heads, count), value.size, scaling=scaling, mask=mask, causal=causal, softcap=softcap,
+        sinks=sinks,
     )  # fmt: skip
-    native().attend_packed(job, key.handle, value.handle, key.first, key.tokens, torch.get_num_threads())
+    native().attend_packed(job, key.handle, value.handle, first, count, torch.get_num_threads())
     del alive
     return out
 

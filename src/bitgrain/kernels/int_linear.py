@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.native import DTYPES, native, panel_memory, rows_of
+from bitgrain.kernels.words import check_words
 
 Zeros = Literal["constant", "codes", "real"]
 _ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
@@ -104,7 +105,62 @@ class IntLinear:
         lengths  of the spans; None: all equal
         Raises KernelError for shapes that do not fit.
         """
-        n, k = codes.shape
+        made = cls._for(codes.shape[0], codes.shape[1], scale, bits, inputs, lengths, zero, scale_dtype, bias)
+        codes, scale, zeros = codes.contiguous(), scale.to(torch.float32).contiguous(), _floats(zero)
+        made.handle.pack(
+            codes.data_ptr(), scale.data_ptr(), _address(zeros), made.panels.data_ptr(), torch.get_num_threads()
+        )
+        return made
+
+    @classmethod
+    def pack_words(
+        cls,
+        words: Tensor,
+        scale: Tensor,
+        bits: int,
+        inputs: IntInputs,
+        *,
+        k: int,
+        lengths: Sequence[int] | None = None,
+        zero: int | Tensor | None = None,
+        scale_dtype: torch.dtype | None = None,
+        bias: Tensor | None = None,
+    ) -> IntLinear:
+        """w = scale * (code - zero), straight from densely packed rows: no more is unpacked than a panel of 32 rows.
+
+        words    [n, ...], uint8 or int32: rows of unsigned codes as `numerics.packing.pack` has them (and the formats
+                 pack-quantized of compressed-tensors)
+        bits     of one code in `words`, 1 to 8; the panels have 2, 3, 4 or 8
+        k        codes of a row
+        zero     what the unsigned code of a 0 is: None for signed codes stored as code + 2**(bits - 1); or as of `pack`
+        The others as of `pack`. Raises KernelError for shapes that do not fit.
+        """
+        stride = check_words(words, bits, k)
+        zero, wide = 2 ** (bits - 1) if zero is None else zero, min(b for b in BITS if b >= bits)
+        if wide == 8:  # these panels are signed
+            zero = zero - 2 ** (bits - 1) if isinstance(zero, int) else zero.to(torch.float32) - 2 ** (bits - 1)
+        made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, zero, scale_dtype, bias)
+        scale, zeros = scale.to(torch.float32).contiguous(), _floats(zero)
+        made.handle.pack_words(
+            words.data_ptr(), stride, bits, scale.data_ptr(), _address(zeros), made.panels.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return made
+
+    @classmethod
+    def _for(
+        cls,
+        n: int,
+        k: int,
+        scale: Tensor,
+        bits: int,
+        inputs: IntInputs,
+        lengths: Sequence[int] | None,
+        zero: int | Tensor,
+        scale_dtype: torch.dtype | None,
+        bias: Tensor | None,
+    ) -> IntLinear:
+        """With panels that are not filled yet."""
         spans = scale.shape[1]
         lengths = [k // spans] * spans if lengths is None else lengths
         kind: Zeros = "constant" if isinstance(zero, int) else "codes" if zero.dtype == torch.uint8 else "real"
@@ -112,14 +168,10 @@ class IntLinear:
             n, lengths, bits, inputs, scale_dtype=scale_dtype or scale.dtype, zeros=kind,
             zero=zero if isinstance(zero, int) else 0, bias=bias,
         )  # fmt: skip
-        if made.k != k or scale.shape[0] != n:
-            raise KernelError(f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not fit spans {lengths}")
-        codes, scale = codes.contiguous(), scale.to(torch.float32).contiguous()
-        zeros = None if isinstance(zero, int) else zero.to(torch.float32).contiguous()
-        made.handle.pack(
-            codes.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr(), made.panels.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        if made.k != k or scale.shape != (n, len(lengths)):
+            raise KernelError(f"codes {(n, k)} and scales {tuple(scale.shape)} do not fit spans {list(lengths)}")
+        if isinstance(zero, Tensor) and zero.shape != scale.shape:
+            raise KernelError(f"zero points {tuple(zero.shape)} beside scales {tuple(scale.shape)}")
         return made
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -127,9 +179,7 @@ class IntLinear:
         codes = torch.empty(self.n, self.k, dtype=torch.int8 if self.bits == 8 else torch.uint8)
         scale = torch.empty(self.n, len(self.lengths))
         zero = None if self.zeros == "constant" else torch.empty(self.n, len(self.lengths))
-        self.handle.unpack(
-            codes.data_ptr(), scale.data_ptr(), 0 if zero is None else zero.data_ptr(), torch.get_num_threads()
-        )
+        self.handle.unpack(codes.data_ptr(), scale.data_ptr(), _address(zero), torch.get_num_threads())
         return codes, scale, zero.to(torch.uint8) if zero is not None and self.zeros == "codes" else zero
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -152,7 +202,7 @@ class IntLinear:
     def set_bias(self, bias: Tensor | None) -> None:
         """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
         self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
-        self.handle.attach(self.panels.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+        self.handle.attach(self.panels.data_ptr(), _address(self.bias))
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = (self.scale_dtype, self.zeros, self.zero, self.bias, self.panels)
@@ -194,3 +244,11 @@ class IntLinears:
             x.data_ptr(), kind, x.numel() // self.k, self.k, [y.data_ptr() for y in ys], kind, torch.get_num_threads()
         )
         return ys
+
+
+def _floats(zero: int | Tensor) -> Tensor | None:
+    return None if isinstance(zero, int) else zero.to(torch.float32).contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

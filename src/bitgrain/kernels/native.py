@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 
 import torch
@@ -37,6 +40,25 @@ def native() -> Any:
     return _module
 
 
+_held_back = False
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether work that torch could do as well goes to the native module, for tensors on the CPU."""
+    return _module is not None and not _held_back and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+@contextmanager
+def torch_only() -> Generator[None]:
+    """Inside, in all threads, torch does what it can do as well: to compare both. What only kernels do still runs."""
+    global _held_back
+    before, _held_back = _held_back, True
+    try:
+        yield
+    finally:
+        _held_back = before
+
+
 def check_isa() -> None:
     """Raises KernelError if the environment variable BITGRAIN_ISA names a level that is not here."""
     wanted = os.environ.get("BITGRAIN_ISA")
@@ -52,8 +74,11 @@ def isa() -> str:
 
 
 def panel_memory(nbytes: int) -> Tensor:
-    """uint8 [nbytes], in large pages where the system has them: fewer misses when weights stream from memory."""
-    memory = torch.empty(nbytes, dtype=torch.uint8)
+    """uint8 [nbytes], in large pages where the system has them: fewer misses when weights stream from memory.
+
+    Mapped apart from the heap, which what is freed while a model loads would otherwise leave full of holes.
+    """
+    memory = torch.frombuffer(mmap(-1, max(nbytes, 1), MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)[:nbytes]
     native().use_huge_pages(memory.data_ptr(), nbytes)
     return memory
 

@@ -30,6 +30,7 @@ class PackedStates:
     """[batch, heads, tokens, size]. values: whether they are values, which lie otherwise than keys.
 
     first, tokens  which tokens of the memory are held: dropped ones stay in front until their tile goes
+    start          the number of the memory's first token, counted from the first that was ever added
     Raises KernelError for other bits, and for heads that no kernel fits.
     """
 
@@ -37,8 +38,7 @@ class PackedStates:
         if bits not in BITS or not fits(size):
             raise KernelError(f"no kernel for {bits}-bit keys and values with heads of {size} channels")
         self.batch, self.heads, self.size, self.bits, self.values = batch, heads, size, bits, values
-        self.first = self.tokens = 0
-        self.tiles = 0
+        self.first = self.tokens = self.start = self.tiles = 0
         self._memory: tuple[Tensor, Tensor, Tensor] | None = None
         self.handle: Any = native().PackedSide(size, bits, values, batch * heads)
 
@@ -53,8 +53,8 @@ class PackedStates:
         return sum(one.nbytes for one in self._memory) if self._memory else 0
 
     def append(self, x: Tensor) -> bool:
-        """Round and add tokens [batch, heads, n, size]; False, and nothing is added, where one holds NaN or Inf or has a
-        scale beyond float16."""
+        """Round and add tokens [batch, heads, n, size]; False, and nothing is added, where one holds NaN or Inf or has
+        a scale beyond float16."""
         if x.shape[:2] != (self.batch, self.heads) or x.shape[3] != self.size or x.dtype not in DTYPES:
             raise KernelError(f"states {list(x.shape)} {x.dtype} do not fit {self.batch} texts, {self.heads} heads")
         count, last = x.shape[2], self.first + self.tokens
@@ -69,14 +69,13 @@ class PackedStates:
             self.tokens += count
         return good
 
-    def read(self, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
-        """Tokens first..last of those held (None: all), as numbers [batch, heads, tokens, size]."""
-        last = self.tokens if last is None else last
-        y = torch.empty(self.batch, self.heads, last - first, self.size, dtype=dtype)
+    def read(self, dtype: torch.dtype, place: tuple[int, int] | None = None) -> Tensor:
+        """Tokens (first, count) of the memory, None: all that are held, as numbers [batch, heads, tokens, size]."""
+        first, count = (self.first, self.tokens) if place is None else place
+        y = torch.empty(self.batch, self.heads, count, self.size, dtype=dtype)
         strides, threads = y.stride()[:3], torch.get_num_threads()
-        if last > first:
-            place = self.first + first
-            self.handle.read(y.data_ptr(), DTYPES[dtype], self.heads, strides, place, last - first, threads)
+        if count:
+            self.handle.read(y.data_ptr(), DTYPES[dtype], self.heads, strides, first, count, threads)
         return y
 
     def drop_oldest(self, count: int) -> None:
@@ -95,10 +94,19 @@ class PackedStates:
         if self._memory is not None:
             self._attach(*(one.unflatten(1, (before, -1)).index_select(1, rows).flatten(1, 2) for one in self._memory))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = native().PackedSide(self.size, self.bits, self.values, self.batch * self.heads)
+        if self._memory is not None:
+            self._attach(*self._memory)
+
     def _make_room(self, count: int) -> None:
         """Memory for so many more tokens; what was dropped at the front is given back, tile by tile."""
         gone, used = self.first // TILE, -(-(self.first + self.tokens) // TILE)
-        self.first -= gone * TILE
+        self.first, self.start = self.first - gone * TILE, self.start + gone * TILE
         needed = -(-(self.first + self.tokens + count) // TILE)
         tiles, pairs = needed + max(_GROW - 1, needed // 16), self.batch * self.heads
         nbytes = TILE * self.size * self.bits // 8

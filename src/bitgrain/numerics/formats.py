@@ -328,13 +328,16 @@ class CodebookFormat(Format):
     def grid(self) -> Tensor:
         return torch.tensor(self.values, dtype=torch.float32)
 
-    def _index(self, x: Tensor) -> Tensor:
-        values = torch.tensor(self.values, dtype=torch.float64, device=x.device)
+    def middles(self, device: torch.device | None = None) -> Tensor:
+        """float32 [entries - 1]: numbers above middles[i] are nearer to the entry i + 1 than to i."""
+        values = torch.tensor(self.values, dtype=torch.float64, device=device)
         exact = (values[1:] + values[:-1]) / 2
         middles = exact.to(torch.float32)
         # a middle that float32 cannot hold is rounded down, or numbers just above it would go to the smaller entry
-        middles = torch.where(middles.double() > exact, middles.nextafter(torch.full_like(middles, -math.inf)), middles)
-        return torch.bucketize(x.to(torch.float32).contiguous(), middles, out_int32=True)
+        return torch.where(middles.double() > exact, middles.nextafter(torch.full_like(middles, -math.inf)), middles)
+
+    def _index(self, x: Tensor) -> Tensor:
+        return torch.bucketize(x.to(torch.float32).contiguous(), self.middles(x.device), out_int32=True)
 
     def round(self, x: Tensor) -> Tensor:
         return self.decode(self._index(x))

@@ -11,6 +11,7 @@ column_index, column_values   only with columns in 16 bits, see `numerics.column
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,10 +89,43 @@ def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
     return {suffix: tensor.contiguous() for suffix, tensor in found.items()}
 
 
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A QTensor [out, in] whose codes are packed; everything else is as there.
+
+    words  uint8 or int32 [out, ..]: unsigned codes, packed along the rows by `numerics.packing`; int32 [out, in] for
+           formats of more than 8 bits
+    """
+
+    words: Tensor
+    scale: Tensor | QTensor
+    zero: Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, int]
+    outliers: Outliers | None = None
+    columns: Columns | None = None
+
+    @staticmethod
+    def of(q: QTensor) -> PackedMatrix:
+        """A QTensor of rank 2, packed."""
+        rows, cols = q.shape
+        words = _pack(q.unsigned_codes(), q.spec.format)
+        return PackedMatrix(words, q.scale, q.zero, q.spec, (rows, cols), q.outliers, q.columns)
+
+    def unpack(self) -> QTensor:
+        """The QTensor."""
+        codes = _unpack(self.words, self.spec.format, self.shape[1])
+        return QTensor(codes, self.scale, self.zero, self.spec, self.outliers, self.columns)
+
+
 def unpack_qtensor(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
     """The inverse of `pack_qtensor`, for a matrix of `shape`."""
+    return packed_matrix(stored, spec, shape).unpack()
+
+
+def packed_matrix(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> PackedMatrix:
+    """The same with its codes left packed."""
     across = spec.granularity.tiles(shape)[1]
-    codes = _unpack(stored["codes"], spec.format, shape[1])
     scale: Tensor | QTensor = stored["scale"]
     if isinstance(spec.scale, QuantSpec):
         inner = spec.scale
@@ -103,7 +137,8 @@ def unpack_qtensor(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[i
     if spec.outliers:
         outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
     columns = Columns(stored["column_index"], stored["column_values"]) if spec.columns else None
-    return QTensor(codes, scale, _unpack_zero(stored.get("zero"), spec, across), spec, outliers, columns)
+    zero = _unpack_zero(stored.get("zero"), spec, across)
+    return PackedMatrix(stored["codes"], scale, zero, spec, shape, outliers, columns)
 
 
 def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:

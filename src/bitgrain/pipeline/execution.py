@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,16 +13,17 @@ from transformers.pytorch_utils import Conv1D
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
 from bitgrain.kernels.native import native
-from bitgrain.numerics import QTensor
+from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.runtime.linear_rows import INT8_INPUTS, find_linear
-from bitgrain.runtime.low_bit_linear import put_in_place
+from bitgrain.runtime.low_bit_linear import put_in_place, shared_parameters
 from bitgrain.runtime.operators import Operator
 from bitgrain.runtime.quant_linear import QuantLinear
 
 Execution = Literal["kernels", "dequantize", "reference"]
 
-_REMEDY = "load with execution='dequantize' (dense weights, simulated activations)"
+_REMEDY = "ask for execution='dequantize' (dense weights, simulated activations)"
 
 
 @dataclass(frozen=True)
@@ -60,33 +61,72 @@ def choose_kernels(
     """
     if activations not in (None, "int8"):
         raise SchemeError(f"weight-only layers may get activations='int8', not {activations!r}")
+    int8 = InputQuantizer(INT8_INPUTS) if activations == "int8" else None
+    wanted = {
+        name: _Wanted(
+            layer.module,
+            layer.scheme.weight,
+            quantizers.get(f"{packed[name]}.weight", int8) if name in packed else None,
+            None if name in packed else _why_not_packed(layer),
+        )
+        for name, layer in layers.items()
+    }
+    return _choose(wanted, device, execution)
+
+
+def kernels_of_module(
+    module: nn.Module,
+    weights: Mapping[str, Sequence[QTensor]],
+    quantizers: Mapping[str, InputQuantizer],
+    execution: Execution,
+) -> dict[str, KernelChoice]:
+    """The same for a module in memory, by parameter name. Raises as `choose_kernels` does."""
+    shared = shared_parameters(module)
+    wanted: dict[str, _Wanted] = {}
+    for name, parts in weights.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        reason = None
+        if leaf != "weight" or type(owner) not in (nn.Linear, Conv1D):
+            reason = f"a weight of {type(owner).__name__}"
+        elif id(module.get_parameter(name)) in shared:
+            reason = "a weight that several layers share"
+        wanted[name] = _Wanted(name.removesuffix(".weight"), parts[0].spec, quantizers.get(name), reason)
+    devices = {parameter.device for parameter in module.parameters()}
+    place = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+    return _choose(wanted, place, execution)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    module: str
+    weight: QuantSpec
+    quantizer: InputQuantizer | None
+    refusal: str | None
+
+
+def _choose(wanted: Mapping[str, _Wanted], device: torch.device, execution: Execution) -> dict[str, KernelChoice]:
     if execution == "kernels":
         native()
-    int8 = InputQuantizer(INT8_INPUTS) if activations == "int8" else None
     found: dict[str, KernelChoice] = {}
     without: dict[str, list[str]] = {}
-    for name, layer in layers.items():
-        if name not in packed:
-            without.setdefault(_why_not_packed(layer), []).append(layer.module)
-            continue
-        quantizer = quantizers.get(f"{packed[name]}.weight", int8)
-        inputs = None if quantizer is None else quantizer.spec
-        row = find_linear(layer.scheme.weight, inputs, device.type, reference=execution == "reference")
+    for name, one in wanted.items():
+        inputs = None if one.quantizer is None else one.quantizer.spec
+        row = one.refusal or find_linear(one.weight, inputs, device.type, reference=execution == "reference")
         if isinstance(row, str):
-            without.setdefault(f"{layer.scheme.name}: {row}", []).append(layer.module)
+            without.setdefault(row, []).append(one.module)
         else:
-            found[name] = KernelChoice(row, quantizer)
+            found[name] = KernelChoice(row, one.quantizer)
     if without:
         told = "; ".join(f"{_few(names)} ({reason})" for reason, names in without.items())
-        hint = " or activations='int8' where weights alone are quantized" if "16 bits" in told else ""
-        raise SchemeError(f"no kernel on {device.type} for {told}: {_REMEDY}{hint}")
+        raise SchemeError(f"no kernel on {device.type} for {told}: {_REMEDY}")
     return found
 
 
-def run_packed_(model: nn.Module, path: str, choice: KernelChoice, q: QTensor, stored: torch.dtype) -> None:
+def run_packed_(model: nn.Module, path: str, choice: KernelChoice, weight: PackedMatrix, stored: torch.dtype) -> None:
     """Put a `QuantLinear` in the place of the linear layer at `path`."""
     old: Any = model.get_submodule(path)
-    kernel = choice.row.kernel(q, choice.quantizer)
+    kernel = choice.row.kernel(weight, choice.quantizer)
     transposed = isinstance(old, Conv1D)
     put_in_place(
         model, path, QuantLinear(kernel, old.bias, dtype=old.weight.dtype, stored=stored, transposed=transposed)

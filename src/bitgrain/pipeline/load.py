@@ -26,6 +26,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.pipeline.cache_plan import stored_cache
 from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
@@ -38,6 +39,7 @@ from bitgrain.runtime.device import resolve_device
 from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
 from bitgrain.runtime.kv_cache.growing import GrowingCache
 from bitgrain.runtime.low_bit_linear import hold_low_bit_
+from bitgrain.runtime.memory import no_holes
 from bitgrain.runtime.online import attach_rotations
 
 
@@ -67,6 +69,11 @@ class QuantizedCheckpoint:
     def quantized(self, tensor: str) -> list[QTensor]:
         """The QTensors of an original tensor, one for each stacked matrix."""
         return self.layout.decode(self.layers[tensor], self.checkpoint.read)
+
+    def packed(self, tensor: str) -> PackedMatrix:
+        """The QTensor of an original tensor that is one matrix, with its codes left packed."""
+        (found,) = self.layout.decode_packed(self.layers[tensor], self.checkpoint.read)
+        return found
 
     def static_inputs(self) -> dict[str, list[StaticInput]]:
         """The static input scales of every layer that has them, by original tensor, one for each stacked matrix."""
@@ -241,13 +248,13 @@ def _load(
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), "cpu" if packed else where, dtype)
     attach_rotations(model, stored.config.get("online_rotations", {}))
-    for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
-        q, dtype_then = stored.quantized(name)[0], stored.layers[name].dtype
-        if kernels:
-            run_packed_(model, path, kernels[name], q, dtype_then)
-            quantizers.pop(f"{path}.weight", None)
-        else:
-            hold_low_bit_(model, {path: q}, {path: dtype_then})
+    with no_holes():
+        for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
+            if kernels:
+                run_packed_(model, path, kernels[name], stored.packed(name), stored.layers[name].dtype)
+                quantizers.pop(f"{path}.weight", None)
+            else:
+                hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
     if kernels:
         model.requires_grad_(False)  # kernels compute no gradients
     model.to(where)

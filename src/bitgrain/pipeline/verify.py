@@ -201,9 +201,8 @@ def _check_logits(folder: Path, stored: QuantizedCheckpoint, device: str, trust_
             a = _output(theirs, ids)  # some layers are decompressed at the first forward
     except (RuntimeError, ValueError, ImportError, KeyError, AttributeError) as error:
         return Check(name, False, f"transformers does not load it: {str(error).splitlines()[0]}")
-    ours = load(
-        folder, device=str(where), trust_remote_code=trust_remote_code, rounding="transformers", kv_cache="none"
-    )
+    settings: dict[str, Any] = {"device": str(where), "trust_remote_code": trust_remote_code}
+    ours = load(folder, rounding="transformers", kv_cache="none", execution="dequantize", **settings)
     with _quiet(), torch.inference_mode():
         b = _output(ours, ids)
     difference = float((a - b).abs().max())

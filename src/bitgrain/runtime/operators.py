@@ -14,6 +14,8 @@ from typing import Any
 from bitgrain.errors import SchemeError
 
 ANY = "any"
+NOT_MINE = ""
+"""What a row says of operands that are another row's business."""
 
 
 @dataclass(frozen=True)
@@ -73,5 +75,5 @@ def find_serving(operation: str, operands: tuple[Any, ...], device: str, *, refe
             reason = row.refuse(*operands)
             if reason is None:
                 return row
-            reasons.append(reason)
+            reasons += [reason] if reason else []
     return "; ".join(dict.fromkeys(reasons)) or f"no kernels for {device} yet"

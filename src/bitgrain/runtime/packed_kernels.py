@@ -1,87 +1,124 @@
-"""Kernels that hold a packed weight: what a `QuantLinear` runs, and the rows of the operator table that make them."""
+"""Kernels that hold a packed weight: what a `QuantLinear` runs, and what the rows of the operator table make."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitgrain.kernels.code_linear import CodeLinear
 from bitgrain.kernels.int_linear import IntLinear
+from bitgrain.kernels.reference.code_linear import CodeLinearTwin
 from bitgrain.kernels.reference.int_linear import IntLinearTwin
-from bitgrain.numerics import QTensor, QuantSpec
-from bitgrain.numerics.columns import Columns
+from bitgrain.numerics import QTensor
+from bitgrain.numerics.formats import Format
+from bitgrain.numerics.outliers import Outliers, column_dtype
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.runtime.activations import InputQuantizer
-from bitgrain.runtime.kernel_arguments import divide, integer_inputs, integer_weight, stored_weight
+from bitgrain.runtime.kernel_arguments import (
+    Spans,
+    code_scales,
+    integer_inputs,
+    integer_scales,
+    packed_codes,
+    plain_scale_dtype,
+    stored_tiles,
+)
 
 
 class PackedKernel(ABC):
     """A weight [out, in] in the layout of a kernel, with how its inputs are quantized.
 
-    spec   of the weight
-    shape  (out, in)
-    call   x [.., in] -> x W^T + bias
+    Beside the kernel's product, in the dtype of the inputs: columns that the weight keeps in 16 bits, sparse outliers,
+    and channels of the inputs that reach a threshold (LLM.int8(), arXiv 2208.07339), with those columns dequantized.
+
+    linear  the kernel
+    call    x [.., in] -> x W^T + bias: `linear` itself where there is nothing beside
     """
 
-    spec: QuantSpec
-    shape: tuple[int, int]
+    linear: IntLinear | IntLinearTwin | CodeLinear | CodeLinearTwin
     call: Callable[[Tensor], Tensor]
 
-    @abstractmethod
-    def set_bias(self, bias: Tensor | None) -> None:
-        """Take over the values of a bias [out], and wherever the memory of `tensors` lies now."""
+    def __init__(self, weight: PackedMatrix, quantizer: InputQuantizer | None) -> None:
+        self.spec, self.shape, self.quantizer = weight.spec, weight.shape, quantizer
+        # what panels cannot give back as it was stored
+        self._scale: Tensor | QTensor | None = weight.scale
+        self._zero = weight.zero
+        self._columns, self._sparse = weight.columns, None
+        if weight.outliers is not None:
+            self._sparse = _sparse(weight.outliers, weight.shape)
 
     @abstractmethod
-    def tensors(self) -> Mapping[str, Tensor]:
-        """What it holds, all as bytes."""
+    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None]:
+        """Unsigned codes, scales and zero points (None where there are none), as a QTensor stores them."""
 
-    @abstractmethod
-    def qtensor(self) -> QTensor:
-        """The weight as it was given, unpacked."""
-
-    @abstractmethod
-    def repacked(self, q: QTensor) -> PackedKernel:
-        """The same for another weight of the same spec and shape."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """For the printed model."""
-
-
-class IntKernel(PackedKernel):
-    """Integer weights and inputs (`kernels.int_linear`).
-
-    Beside the integer products, in the dtype of the inputs: columns that the weight keeps in 16 bits, and channels of
-    the inputs that reach a threshold (LLM.int8(), arXiv 2208.07339), with those columns of the weight dequantized.
-    """
-
-    linear_type: type[IntLinear] | type[IntLinearTwin] = IntLinear
-
-    def __init__(self, q: QTensor, quantizer: InputQuantizer) -> None:
-        """q and the spec of `quantizer`: what `refuse_weight` and `refuse_inputs` have no word against."""
-        assert len(q.shape) == 2
-        self.spec, self.shape, self.quantizer = q.spec, (q.shape[0], q.shape[1]), quantizer
-        lengths, self._groups = divide(q.spec, self.shape, quantizer)
-        inputs = integer_inputs(quantizer, lengths)
-        w = integer_weight(q, lengths, self._groups)
-        self.linear = self.linear_type.pack(w.codes, w.scale, w.bits, inputs, lengths=w.lengths, zero=w.zero)
-        # what the panels cannot give back as it was stored
-        plain = isinstance(q.scale, Tensor)
-        self._scale = None if plain else q.scale
-        self._zero = q.zero if q.spec.zero_point == "real" else None
-        self._columns = q.columns
-        self._beside = None if q.columns is None else q.columns.index.to(torch.int64)
-        self._settle()
+    def _stored_zero(self, zero: Tensor | None, groups: Sequence[int] | None = None) -> Tensor | None:
+        """Zero points as a QTensor has them: those that are kept, or `zero` of the panels."""
+        if self.spec.symmetric or zero is None or self._zero is not None:
+            return self._zero
+        return _signed(stored_tiles(zero, self.spec, self.shape, groups), self.spec.format)
 
     def _settle(self) -> None:
+        """To be called once `linear` is there."""
         if self._columns is not None:
             self.call = self._with_columns
-        elif self.quantizer.spec.threshold:
+        elif self._sparse is not None:
+            self.call = self._with_outliers
+        elif self.quantizer is not None and self.quantizer.spec.threshold:
             self.call = self._with_threshold
         else:
             self.call = self.linear
+
+    def _with_columns(self, x: Tensor) -> Tensor:
+        assert self._columns is not None
+        index = self._columns.index.to(torch.int64)
+        y = self.linear(x.index_fill(-1, index, 0.0))
+        return y.add_(F.linear(x.index_select(-1, index), self._columns.values.to(x.dtype)))
+
+    def _with_outliers(self, x: Tensor) -> Tensor:
+        assert self._sparse is not None
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        return self.linear(x).add_((self._sparse @ rows.T).T.view(*x.shape[:-1], -1))
+
+    def _with_threshold(self, x: Tensor) -> Tensor:
+        assert self.quantizer is not None
+        assert isinstance(self.linear, IntLinear | IntLinearTwin)
+        apart = (x.abs() >= self.quantizer.spec.threshold).view(-1, x.shape[-1]).any(0)
+        index = apart.nonzero().view(-1)
+        if not len(index):
+            return self.linear(x)
+        columns = self.linear.dequantize_features(index).to(x.dtype)
+        return self.linear(x.index_fill(-1, index, 0.0)).add_(x.index_select(-1, index) @ columns)
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Take over the values of a bias [out], and wherever the memory of `tensors` lies now."""
+        self.linear.set_bias(bias)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What it holds, as bytes; small tables apart."""
+        found = {"panels": self.linear.panels}
+        if self._columns is not None:
+            found["column_values"] = self._columns.values.view(torch.uint8)
+        return found
+
+    def qtensor(self) -> QTensor:
+        """The weight as it was given, unpacked."""
+        codes, scale, zero = self.unpacked()
+        outliers = None if self._sparse is None else _outliers(self._sparse)
+        return QTensor(_signed(codes, self.spec.format), scale, zero, self.spec, outliers, self._columns)
+
+    def repacked(self, weight: PackedMatrix) -> PackedKernel:
+        """The same for another weight of the same spec and shape."""
+        return type(self)(weight, self.quantizer)
+
+    def describe(self) -> str:
+        """For the printed model."""
+        inputs = "" if self.quantizer is None else f", inputs {self.quantizer.spec.describe()}"
+        return self.spec.describe() + inputs
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "call"}
@@ -91,43 +128,94 @@ class IntKernel(PackedKernel):
             setattr(self, name, value)
         self._settle()
 
-    def _with_columns(self, x: Tensor) -> Tensor:
-        assert self._columns is not None
-        assert self._beside is not None
-        y = self.linear(x.index_fill(-1, self._beside, 0.0))
-        return y.add_(F.linear(x.index_select(-1, self._beside), self._columns.values.to(x.dtype)))
 
-    def _with_threshold(self, x: Tensor) -> Tensor:
-        apart = (x.abs() >= self.quantizer.spec.threshold).view(-1, x.shape[-1]).any(0)
-        index = apart.nonzero().view(-1)
-        if not len(index):
-            return self.linear(x)
-        columns = self.linear.dequantize_features(index).to(x.dtype)
-        return self.linear(x.index_fill(-1, index, 0.0)).add_(x.index_select(-1, index) @ columns)
+class IntKernel(PackedKernel):
+    """Integer weights and inputs (`kernels.int_linear`)."""
 
-    def set_bias(self, bias: Tensor | None) -> None:
-        self.linear.set_bias(bias)
+    linear_type: type[IntLinear] | type[IntLinearTwin] = IntLinear
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        found = {"panels": self.linear.panels}
-        if self._columns is not None:
-            found["column_values"] = self._columns.values.view(torch.uint8)
-        return found
+    def __init__(self, weight: PackedMatrix, quantizer: InputQuantizer | None) -> None:
+        """What `refuse_integers` and `refuse_inputs` have no word against."""
+        super().__init__(weight, quantizer)
+        assert quantizer is not None
+        self._spans = Spans.of(weight.spec, weight.shape, quantizer)
+        inputs = integer_inputs(quantizer, self._spans.lengths)
+        scale, zero = integer_scales(weight, self._spans)
+        bits = weight.spec.format.bits
+        self.linear = self.linear_type.pack_words(
+            weight.words, scale, bits, inputs, k=weight.shape[1], lengths=self._spans.lengths, zero=zero
+        )
+        if isinstance(weight.scale, Tensor) and weight.scale.dtype == scale.dtype and bits > 1:
+            self._scale = None
+        if isinstance(zero, Tensor) and zero.dtype == torch.uint8 and bits <= 4:
+            self._zero = None
+        self._settle()
 
-    def qtensor(self) -> QTensor:
-        codes, scale, zero = stored_weight(self.spec, self.shape, self.linear.unpack(), self._groups)
-        columns = None if self._columns is None else Columns(self._columns.index, self._columns.values)
-        zero = zero if self._zero is None else self._zero
-        return QTensor(codes, scale if self._scale is None else self._scale, zero, self.spec, None, columns)
+    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None]:
+        codes, scale, zero = self.linear.unpack()
+        if self._scale is None:
+            dtype = plain_scale_dtype(self.spec)
+            stored = stored_tiles(scale, self.spec, self.shape, self._spans.groups).to(dtype)
+        else:
+            stored = self._scale
+        return packed_codes(codes, self.spec.format.bits), stored, self._stored_zero(zero, self._spans.groups)
 
-    def repacked(self, q: QTensor) -> PackedKernel:
-        return type(self)(q, self.quantizer)
 
-    def describe(self) -> str:
-        return f"{self.spec.describe()}, inputs {self.quantizer.spec.describe()}"
+class CodeKernel(PackedKernel):
+    """Weights that are looked up, inputs as they are (`kernels.code_linear`)."""
+
+    linear_type: type[CodeLinear] | type[CodeLinearTwin] = CodeLinear
+
+    def __init__(self, weight: PackedMatrix, quantizer: InputQuantizer | None) -> None:
+        """What `refuse_codes` has no word against; no quantizer."""
+        super().__init__(weight, None)
+        given = code_scales(weight)
+        bits, group = weight.spec.format.bits, weight.spec.granularity.tile(weight.shape)[1]
+        self.linear = self.linear_type.pack_words(
+            weight.words, given.scale, bits, given.table, k=weight.shape[1], group=group, zero=given.zero,
+            outer=given.outer,
+        )  # fmt: skip
+        if isinstance(weight.scale, Tensor) and weight.scale.dtype == given.scale.dtype:
+            self._scale = None
+        elif isinstance(weight.scale, QTensor) and given.scale.dtype == torch.float8_e4m3fn:
+            self._scale = replace(weight.scale, codes=weight.scale.codes[:0])  # its codes are in the panels
+        if given.zero is not None and given.zero.dtype == torch.uint8:
+            self._zero = None
+        self._settle()
+
+    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None]:
+        codes, scale, zero = self.linear.unpack()
+        stored = stored_tiles(scale, self.spec, self.shape)
+        if isinstance(self._scale, QTensor) and not self._scale.codes.numel():
+            stored = replace(self._scale, codes=stored.view(torch.uint8))
+        elif self._scale is not None:
+            stored = self._scale
+        return packed_codes(codes, self.spec.format.bits), stored, self._stored_zero(zero)
 
 
 class IntTwin(IntKernel):
     """The same by the readable twin."""
 
     linear_type = IntLinearTwin
+
+
+class CodeTwin(CodeKernel):
+    """The same by the readable twin."""
+
+    linear_type = CodeLinearTwin
+
+
+def _signed(plain: Tensor, format: Format) -> Tensor:
+    """Codes in their own dtype."""
+    return (plain - format.code_offset).view(torch.int8) if format.code_dtype == torch.int8 else plain
+
+
+def _sparse(outliers: Outliers, shape: tuple[int, int]) -> Tensor:
+    """float32 [out, in], compressed rows."""
+    columns = outliers.columns.to(torch.int32)
+    return torch.sparse_csr_tensor(outliers.starts, columns, outliers.values.float(), shape, check_invariants=False)
+
+
+def _outliers(sparse: Tensor) -> Outliers:
+    columns = sparse.col_indices().to(column_dtype(sparse.shape[1]))
+    return Outliers(sparse.crow_indices(), columns, sparse.values().to(torch.float16))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor
-from bitgrain.numerics.packed import pack_qtensor, packed_specs, unpack_qtensor
+from bitgrain.numerics.packed import pack_qtensor, packed_matrix, packed_specs
 from bitgrain.runtime.low_bit_linear import ReadOnlyWeight
 from bitgrain.runtime.packed_kernels import PackedKernel
 
@@ -128,7 +128,7 @@ class QuantLinear(nn.Linear):
                 parts[name] = tensor.detach().cpu().clone().view(dtype)
         unexpected_keys += [start + name for name in given] if strict else []
         if len(parts) == len(packed_specs(self.spec, self.kernel.shape)):
-            self._take(self.kernel.repacked(unpack_qtensor(parts, self.spec, self.kernel.shape)))
+            self._take(self.kernel.repacked(packed_matrix(parts, self.spec, self.kernel.shape)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_call", "_key")}

@@ -6,7 +6,6 @@ e = (w_i - q_i) / U_ii moves the later columns by -e U_i,j; the sum of e^2 over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +19,7 @@ from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.ranges import Range, get_range
 from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver, required
+from bitgrain.solvers.descend import descend
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.refine import refine
 from bitgrain.solvers.rtn import round_without_tokens
@@ -144,19 +144,18 @@ class _Search:
         lanes = max(1, _LANES // (len(self.choices) * tile_rows)) * tile_rows
         step = rows if self.spec.granularity.rows is None else lanes
         parts = [self._rows(i, min(i + step, rows), steps, storage) for i in range(0, rows, step)]
-        numbers = torch.cat([part[0] for part in parts])
         scale = torch.cat([part[1].scale for part in parts])
         zeros = [part[1].zero for part in parts if part[1].zero is not None]
         packed = storage.pack(Steps(scale, torch.cat(zeros) if zeros else None))
-        codes = torch.empty(numbers.shape, dtype=self.spec.format.code_dtype, device=numbers.device)
-        codes[:, self.order] = self.spec.format.encode(numbers)
+        back = torch.argsort(self.order)
+        codes = torch.cat([codes[back].t().contiguous() for codes, _ in parts])
         return QTensor(codes, *packed, self.spec)
 
     def _fit(self, weight: Tensor, importance: Tensor, candidate: int) -> tuple[Tensor, Tensor | None]:
         return fit(weight, self.spec, self.choices[candidate][0], importance, self.choices[candidate][1])
 
     def _rows(self, start: int, stop: int, steps: list[Steps], storage: Storage) -> tuple[Tensor, Steps]:
-        """The best candidate's numbers [rows, in], in the order, and steps, for rows that begin and end with a tile."""
+        """The best candidate's codes [in, rows], in the order, and steps, for rows that begin and end with a tile."""
         spec, count, rows = self.spec, len(self.choices), stop - start
         tile_rows, width = spec.granularity.tile(tuple(self.weight.shape))
         bands = slice(start // tile_rows, -(-stop // tile_rows))
@@ -164,7 +163,9 @@ class _Search:
         lanes = Lanes(spec, steps[0].scale.shape[1], rows * count, self.weight.device)
         for c in range(count):
             lanes.put(steps[c], tile_rows, rows, c * rows)
-        columns = self.weight[start:stop, self.order].t().repeat(1, count)
+        columns = self.weight[start:stop].t().contiguous()[self.order]
+        if count > 1:
+            columns = columns.repeat(1, count)
 
         def fit_tile(k: int, first: int, last: int) -> None:
             """New scales for the tile column k, whose updated weights are columns[first:last]."""
@@ -180,73 +181,16 @@ class _Search:
         tiles: list[int] = (self.order // width).tolist()
         numbers, loss = descend(columns, self.factor, tiles, lanes, self.block, None if self.static else fit_tile)
         if count == 1:
-            return numbers.t(), steps[0]
+            return self.spec.format.encode(numbers), steps[0]
         losses = F.pad(loss.view(count, rows), (0, steps[0].scale.shape[0] * tile_rows - rows))
         best = losses.view(count, -1, tile_rows).sum(dim=-1).argmin(dim=0)
         by_row = best.repeat_interleave(tile_rows)[:rows]
         numbers = numbers.view(-1, count, rows).gather(1, by_row.expand(numbers.shape[0], 1, rows)).squeeze(1)
         zeros = [s.zero for s in steps if s.zero is not None]
         picked = Steps(_pick([s.scale for s in steps], best), _pick(zeros, best) if zeros else None)
-        return numbers.t(), picked
+        return self.spec.format.encode(numbers), picked
 
 
 def _pick(tables: list[Tensor], best: Tensor) -> Tensor:
     """Row i of the table best[i]."""
     return torch.stack(tables, dim=1)[torch.arange(best.shape[0], device=best.device), best]
-
-
-def descend(
-    columns: Tensor,
-    factor: Tensor,
-    tiles: list[int],
-    lanes: Lanes,
-    block: int,
-    fit_tile: Callable[[int, int, int], None] | None = None,
-    kept: Tensor | None = None,
-    exact: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loop over the columns. Gives their numbers, float32 [in, rows], and the loss of each row, float64 [rows].
-
-    columns   float32 [in, rows]: the weights, in order; overwritten by the errors e
-    factor    U^T, float32 [in, in]
-    tiles     for each column the tile column whose scales are its own
-    fit_tile  called before the first column of each run of equal `tiles`, with the updated weights in place
-    kept      bool [in, rows]: weights that shall stay as they are and make no error; `exact`, float32 [in, rows], is
-              filled with every weight as it was when its turn came
-
-    An update is made as late as possible: columns are brought up to date when their turn comes, a tile and a block at a
-    time by matrix products, then one by one.
-    """
-    n = columns.shape[0]
-    numbers = torch.empty_like(columns)
-    loss = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
-    diagonal: list[float] = factor.diagonal().tolist()
-    for first, last in [(0, n)] if fit_tile is None else _runs(tiles):
-        if first:
-            columns[first:last].addmm_(factor[first:last, :first], columns[:first], alpha=-1.0)
-        if fit_tile is not None:
-            fit_tile(tiles[first], first, last)
-        for start in range(first, last, block):
-            stop = min(start + block, last)
-            if start > first:
-                columns[start:stop].addmm_(factor[start:stop, first:start], columns[first:start], alpha=-1.0)
-            for i in range(start, stop):
-                column = columns[i]
-                if i > start:
-                    column.addmv_(columns[start:i].t(), factor[i, start:i], alpha=-1.0)
-                if exact is not None:
-                    exact[i] = column
-                torch.sub(column, lanes.values(lanes.round_into(numbers[i], column, tiles[i]), tiles[i]), out=column)
-                column.div_(diagonal[i])
-                if kept is not None:
-                    column.masked_fill_(kept[i], 0.0)
-            loss += columns[start:stop].square().sum(dim=0, dtype=torch.float64)
-    return numbers, loss
-
-
-def _runs(tiles: list[int]) -> Iterator[tuple[int, int]]:
-    first = 0
-    for i in range(1, len(tiles) + 1):
-        if i == len(tiles) or tiles[i] != tiles[first]:
-            yield first, i
-            first = i

@@ -37,7 +37,8 @@ def check_hessian(hessian: Tensor, in_features: int, name: str = "weight") -> No
             f"{name} has {in_features} input features, but the statistics are of shape {tuple(hessian.shape)}: they "
             "belong to another layer"
         )
-    bad = int((~torch.isfinite(hessian)).sum().item())
+    finite = bool(torch.isfinite(hessian.sum()).item())  # NaN and Inf survive a sum, which is sooner done than a count
+    bad = 0 if finite else int((~torch.isfinite(hessian)).sum().item())
     if bad:
         raise NumericsError(
             f"{name}: {bad} of the {hessian.numel()} second moments of its inputs are NaN or Inf; activations "

@@ -22,7 +22,8 @@ from bitgrain.numerics.leave_one_out import fill_gaps, find_outliers
 from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.solvers.base import Moments, Solution, register_solver, required
-from bitgrain.solvers.gptq import ORDERS, column_order, descend
+from bitgrain.solvers.descend import descend
+from bitgrain.solvers.gptq import ORDERS, column_order
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.rtn import round_without_tokens
 from bitgrain.solvers.steps import Lanes, Steps, Storage

@@ -157,6 +157,11 @@ class Lanes:
         if self._divisor is not self.scale:  # as in `numerics.affine.scaled`: a step of 0 counts as 1
             self._divisor = self.scale.masked_fill(self.scale == 0, 1.0)
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scales, divisors (scales, 1 where they are 0) and zero points, each [across, rows]."""
+        return self.scale, self._divisor, self.zero
+
     def round_into(self, out: Tensor, x: Tensor, k: int) -> Tensor:
         """`out` [rows] becomes the format's numbers (float32) nearest to x under the scales of tile column k."""
         scaled = x / self._divisor[k]

@@ -125,7 +125,7 @@ def inspect_model(
 
     activations, use = None, None
     if ids is not None:
-        module = load(source.path, device=str(where), trust_remote_code=trust_remote_code)
+        module = load(source.path, device=str(where), trust_remote_code=trust_remote_code, execution="dequantize")
         experts_run_one_by_one(module.config)
         activations = inspect_activations(module, _sites(chosen, module), ids, where, progress)
         use = TextUse(seqlen, len(ids), ids.numel())

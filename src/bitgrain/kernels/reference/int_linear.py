@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitgrain.kernels.int_linear import IntInputs
 from bitgrain.kernels.native import rows_of
+from bitgrain.kernels.words import unpack_words
 
 
 def quantize_inputs(x: Tensor, inputs: IntInputs, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,42 +53,39 @@ def int_linear(
 
 
 class IntLinearTwin:
-    """`IntLinear` without the native module: the same face, codes as they were given."""
+    """`IntLinear` without the native module: the same face; panels are the unsigned codes [n, k]."""
 
     def __init__(
         self, codes: Tensor, scale: Tensor, zero: int | Tensor, lengths: tuple[int, ...], inputs: IntInputs
     ) -> None:
         self.scale, self.zero, self.lengths, self.inputs = scale, zero, lengths, inputs
-        self.panels = codes.view(torch.uint8)
-        self.signed = codes.dtype == torch.int8
+        self.panels = codes
         self.bias: Tensor | None = None
 
     @classmethod
-    def pack(
+    def pack_words(
         cls,
-        codes: Tensor,
+        words: Tensor,
         scale: Tensor,
         bits: int,
         inputs: IntInputs,
         *,
+        k: int,
         lengths: Sequence[int],
         zero: int | Tensor = 0,
     ) -> IntLinearTwin:
-        """See `IntLinear.pack`."""
-        return cls(codes.contiguous(), scale, zero, tuple(lengths), inputs)
+        """See `IntLinear.pack_words`."""
+        return cls(unpack_words(words, bits, k), scale, zero, tuple(lengths), inputs)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `IntLinear.unpack`."""
-        return self._codes(), self.scale.to(torch.float32), None if isinstance(self.zero, int) else self.zero
-
-    def _codes(self) -> Tensor:
-        return self.panels.view(torch.int8) if self.signed else self.panels
+        return self.panels, self.scale.to(torch.float32), None if isinstance(self.zero, int) else self.zero
 
     def dequantize_features(self, index: Tensor) -> Tensor:
         """See `IntLinear.dequantize_features`."""
         span = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))[index]
         zero = self.zero if isinstance(self.zero, int) else self.zero[:, span].to(torch.float32)
-        return ((self._codes()[:, index].to(torch.float32) - zero) * self.scale[:, span].to(torch.float32)).T
+        return ((self.panels[:, index].to(torch.float32) - zero) * self.scale[:, span].to(torch.float32)).T
 
     def set_bias(self, bias: Tensor | None) -> None:
         """See `IntLinear.set_bias`."""
@@ -96,7 +94,5 @@ class IntLinearTwin:
     def __call__(self, x: Tensor) -> Tensor:
         """See `IntLinear`."""
         rows = rows_of(x, self.panels.shape[1])
-        y = int_linear(
-            rows, self._codes(), self.scale, self.inputs, lengths=self.lengths, zero=self.zero, bias=self.bias
-        )
+        y = int_linear(rows, self.panels, self.scale, self.inputs, lengths=self.lengths, zero=self.zero, bias=self.bias)
         return y.view(*x.shape[:-1], -1)

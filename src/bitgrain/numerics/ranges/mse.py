@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bitgrain.errors import SchemeError
+from bitgrain.kernels.tile_search import best_candidates
+from bitgrain.numerics.affine import as_stored
 from bitgrain.numerics.ranges.base import Range, scale_from_limits
-from bitgrain.numerics.ranges.search import real_elements, tile_error, tile_pieces
+from bitgrain.numerics.ranges.search import grid_for, real_elements, tile_error, tile_pieces
 
 if TYPE_CHECKING:
     from bitgrain.numerics.spec import QuantSpec
@@ -46,10 +48,13 @@ class MSE(Range):
         flat = tiles.reshape(-1, tiles.shape[-1])
         count = None if weights is None else weights.reshape(flat.shape)
         low, high = flat.amin(dim=-1), flat.amax(dim=-1)
-        for part in tile_pieces(*flat.shape):
-            low[part], high[part] = self._search(
-                flat[part], None if count is None else count[part], low[part], high[part], spec
-            )
+        grid = grid_for(spec, flat) if self.norm == 2 else None
+        for part in tile_pieces(*flat.shape, native=grid is not None):
+            x, weights = flat[part], None if count is None else count[part]
+            if grid is None:
+                low[part], high[part] = self._search(x, weights, low[part], high[part], spec)
+            else:
+                low[part], high[part] = self._search_natively(x, weights, low[part], high[part], spec, grid)
         return low.view(tiles.shape[:-1]), high.view(tiles.shape[:-1])
 
     def _search(
@@ -65,12 +70,37 @@ class MSE(Range):
             best = torch.where(better, error, best)
             best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
 
-        factors = [1 - (1 - self.smallest) * i / self.steps for i in range(1, self.steps + 1)]
-        for factor in factors:
+        for factor in self._factors:
             consider(low * factor, high * factor)
         if not spec.symmetric:
-            for factor in factors:
+            for factor in self._factors:
                 consider(low * factor, best_high)
-            for factor in factors:
+            for factor in self._factors:
                 consider(best_low, high * factor)
+        return best_low, best_high
+
+    @property
+    def _factors(self) -> list[float]:
+        return [1 - (1 - self.smallest) * i / self.steps for i in range(1, self.steps + 1)]
+
+    def _search_natively(
+        self, x: Tensor, weights: Tensor | None, low: Tensor, high: Tensor, spec: QuantSpec, grid: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`_search` by the kernel, which tries all candidates [factors, t] of one round while a tile is at hand."""
+        factors = torch.tensor(self._factors).unsqueeze(1)
+        best_low, best_high = low, high
+        best = tile_error(x, weights, *scale_from_limits(low, high, spec), spec)
+
+        def consider(new_low: Tensor, new_high: Tensor) -> None:
+            nonlocal best_low, best_high
+            ends = new_low.expand(len(factors), -1), new_high.expand(len(factors), -1)
+            found = best_candidates(x, weights, *as_stored(*scale_from_limits(*ends, spec), spec), grid, best)
+            place = found.clamp(min=0).unsqueeze(0)
+            best_low = torch.where(found >= 0, ends[0].gather(0, place)[0], best_low)
+            best_high = torch.where(found >= 0, ends[1].gather(0, place)[0], best_high)
+
+        consider(low * factors, high * factors)
+        if not spec.symmetric:
+            consider(low * factors, best_high)
+            consider(best_low, high * factors)
         return best_low, best_high

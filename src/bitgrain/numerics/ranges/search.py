@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bitgrain.kernels.native import serves
+from bitgrain.kernels.tile_search import tile_sums
 from bitgrain.numerics.affine import as_stored, from_grid, to_grid
+from bitgrain.numerics.native_grid import native_grid
 from bitgrain.numerics.sums import row_sums
 
 if TYPE_CHECKING:
@@ -16,6 +19,13 @@ if TYPE_CHECKING:
 
 PIECE = 2**18
 """Elements that are worked on at a time: a few temporaries of this size fit in a core's cache."""
+_NATIVE_PIECE, _NATIVE_TILES = 2**22, 2**14
+"""The same for kernels, whose only temporaries are numbers for each tile and candidate."""
+
+
+def grid_for(spec: QuantSpec, tiles: Tensor) -> Any | None:
+    """The grid with which the kernels search these tiles; None: torch does."""
+    return native_grid(spec) if serves(tiles) else None
 
 
 def real_elements(tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -27,9 +37,10 @@ def real_elements(tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Ten
     return tiles.masked_fill(beyond, 0.0), weights.masked_fill(beyond, 0.0)
 
 
-def tile_pieces(count: int, size: int) -> Iterator[slice]:
+def tile_pieces(count: int, size: int, native: bool = False) -> Iterator[slice]:
     """Slices of `count` tiles of `size` elements: as many tiles as make up one piece, at least one."""
-    step = max(1, PIECE // max(1, size))
+    step = min(_NATIVE_PIECE // max(1, size), _NATIVE_TILES) if native else PIECE // max(1, size)
+    step = max(1, step)
     for start in range(0, count, step):
         yield slice(start, min(count, start + step))
 
@@ -55,6 +66,9 @@ def tile_error(
     tiles, weights [t, n]; scale, zero [t], ideal.
     """
     steps, stored_zero = as_stored(scale, zero, spec)
+    grid = grid_for(spec, tiles) if norm == 2 else None
+    if grid is not None:
+        return tile_sums(tiles, weights, steps, stored_zero, grid)[0]
     total = torch.zeros(tiles.shape[0], dtype=torch.float64, device=tiles.device)
     for x, w in element_pieces(tiles, weights):
         error = from_grid(to_grid(x, steps, stored_zero, spec), steps, stored_zero).sub_(x)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import SchemeError
+from bitgrain.kernels.tile_search import tile_sums
 from bitgrain.numerics.affine import as_stored, from_grid, to_grid
 from bitgrain.numerics.ranges.base import Range, scale_from_limits
-from bitgrain.numerics.ranges.search import element_pieces, real_elements, tile_pieces
+from bitgrain.numerics.ranges.search import element_pieces, grid_for, real_elements, tile_pieces
 from bitgrain.numerics.sums import row_sums
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Weighted(Range):
         x = x.reshape(-1, x.shape[-1])
         weights = None if weights is None else weights.reshape(x.shape)
         scale, zero = scale_from_limits(x.amin(dim=-1), x.amax(dim=-1), spec)
-        for part in tile_pieces(*x.shape):
+        for part in tile_pieces(*x.shape, native=grid_for(spec, x) is not None):
             search = _Search(x[part], None if weights is None else weights[part], spec)
             best = self._run(search, scale[part].clone(), None if zero is None else zero[part].clone())
             scale[part] = best[0]
@@ -135,6 +136,10 @@ class _Search:
 
         v stands for the numbers of the codes.
         """
+        grid = grid_for(self.spec, self.x)
+        if grid is not None:
+            sums = tile_sums(self.x, self.weights, steps, zero, grid, products=refit)
+            return list(sums) if refit else [*sums, *sums, *sums, *sums]
         totals = [torch.zeros(self.x.shape[0], dtype=torch.float64, device=self.x.device) for _ in range(4)]
         for x, w in element_pieces(self.x, self.weights):
             v = to_grid(x, steps, zero, self.spec)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitgrain.calibration.statistics import symmetric
 from bitgrain.errors import NumericsError
+from bitgrain.kernels.gram import gram, mirror
 from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.runs import Seen
 from bitgrain.pipeline.blockwise.stages import Stage
@@ -19,7 +19,7 @@ from bitgrain.solvers import Moments
 
 @dataclass
 class _Sums:
-    hessian: Tensor
+    hessian: Tensor  # the upper triangle, see `kernels.gram`
     tokens: int
     cross: Tensor | None = None
     residual: dict[str, Tensor] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def gather_moments(
         now, then = seen(batch), None if full is None else full(batch)
         found: dict[Key, _Sums] = {}
         for key, x in now.inputs.items():
-            sums = _Sums(x.T @ x, len(x))
+            sums = _Sums(gram(x), len(x))
             members = stage.names if stage.shared else (key.name,)
             # experts see other tokens than those of the full-precision model, even where they are as many
             if then is not None and stage.shared and key in then.inputs and len(then.inputs[key]) == len(x):
@@ -82,7 +82,7 @@ def gather_moments(
         n = sums.tokens
         if n == 0:
             continue
-        hessian = symmetric(sums.hessian.div_(n))
+        hessian = mirror(sums.hessian.div_(n))
         cross = None if sums.cross is None else sums.cross.div_(n)
         for name in stage.names if stage.shared else (key.name,):
             residual = sums.residual.get(name)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import ModelError, NumericsError
+from bitgrain.kernels.gram import gram, mirror
 from bitgrain.models.anatomy import Weight
 from bitgrain.models.stream import Captured, StreamedModel, call_block, share_calls
 from bitgrain.numerics import QuantSpec
@@ -52,13 +53,13 @@ class Costs:
 class _Sums:
     """Of one matrix: the moments of its inputs, plain and weighted with the gradient, and sum (g_x . dx)^2."""
 
-    hessian: Tensor
+    hessian: Tensor  # the upper triangle, see `kernels.gram`
     fisher: FisherMoments
     inputs: float = 0.0
 
     @staticmethod
     def of(x: Tensor, g: Tensor, back: Tensor | None, quantizer: InputQuantizer | None) -> _Sums:
-        sums = _Sums(x.T @ x, FisherMoments.zeros(g.shape[1], x.shape[1], x.device))
+        sums = _Sums(gram(x), FisherMoments.zeros(g.shape[1], x.shape[1], x.device))
         sums.fisher.add(x, g)
         if back is not None and quantizer is not None:
             sums.inputs = float((back * (quantizer(x) - x)).sum(-1).square().sum())
@@ -226,7 +227,7 @@ class _Measure:
             if known is None:
                 continue
             weight = matrix.to(self.stream.device, torch.float32)
-            moments = Moments(known.hessian / known.fisher.tokens, known.fisher.tokens)
+            moments = Moments(mirror(known.hessian / known.fisher.tokens), known.fisher.tokens)
             share = known.fisher.tokens / self.tokens  # an expert counts as often as it is used
             shares = None if rows is None else known.fisher.output_shares()[rows]
             for place, spec in enumerate(specs):

@@ -15,8 +15,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from bitgrain.calibration.statistics import Accumulator, LayerStatistics, layer_key, symmetric
+from bitgrain.calibration.statistics import Accumulator, LayerStatistics, layer_key
 from bitgrain.errors import SchemeError, StatisticsError
+from bitgrain.kernels.gram import mirror
 from bitgrain.models.calls import call, device_of, moved
 from bitgrain.models.structure import Matrix, find_matrices
 from bitgrain.numerics.convolution import Convolution
@@ -179,7 +180,7 @@ class _ConvolutionRecorder:
 
     def finish(self) -> LayerInputs:
         hessians = () if self.hessian is None else self.hessian.div_(max(1, self.positions))
-        moments = tuple(Moments(symmetric(hessian), self.positions) for hessian in hessians)
+        moments = tuple(Moments(mirror(hessian), self.positions) for hessian in hessians)
         return LayerInputs(self.sums.finish(), moments, self.drawn.rows)
 
 

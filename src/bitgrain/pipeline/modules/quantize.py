@@ -15,6 +15,8 @@ from bitgrain.errors import PlanError, RecipeError, SchemeError
 from bitgrain.models.fused import sibling_groups
 from bitgrain.models.structure import Matrix, find_matrices
 from bitgrain.numerics import QTensor, QuantSpec, quantize
+from bitgrain.numerics.packed import PackedMatrix
+from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, kernels_of_module, run_packed_
 from bitgrain.pipeline.load import input_quantizer_for, shared_columns
 from bitgrain.pipeline.modules.calibrate import ModuleCalibration
 from bitgrain.pipeline.modules.layer import choose_static_input, matrices, restored, solve_matrices
@@ -60,6 +62,7 @@ def quantize_(
     keep: Sequence[str] = (),
     include: Sequence[str] = (),
     first_last: str | Scheme | None = None,
+    execution: Execution = "dequantize",
 ) -> dict[str, list[QTensor]]:
     """Quantize the layers of any torch module in place, by simulation: linears, stacked experts, and convolutions.
 
@@ -70,12 +73,16 @@ def quantize_(
                  the disk job
     first_last   another scheme for the first and the last layer, or "keep"; with calibration in the order in which
                  layers run, else in that of the module tree
+    execution    "dequantize": dense weights hold the rounded values, quantized activations are simulated; "kernels":
+                 linear layers become `runtime.quant_linear.QuantLinear`, which runs packed weights, for inference;
+                 "reference": likewise, by the kernels' twins
     Returns the QTensors by parameter name, one for each stacked matrix; a convolution's is [out, in/groups * kernel].
     Parameters then hold the dequantized values in their own dtype; layers whose scheme quantizes activations get an
     input quantizer. Where an error is raised, nothing has been changed.
     Raises SchemeError, RecipeError, PlanError (groups that do not divide), StatisticsError (a layer that calibration
-    did not reach, or another module's calibration), NumericsError (NaN, Inf).
+    did not reach, or another module's calibration), NumericsError (NaN, Inf), KernelError (no native module).
     """
+    choose_execution(execution, low_bit=False)
     recipe = _recipe(scheme, keep, include, first_last)
     found = find_matrices(module)
     if calibration is not None:
@@ -114,6 +121,14 @@ def quantize_(
         for name, one in chosen.items()
         if one.input is not None
     }
+    packed: dict[str, KernelChoice] = {}
+    if execution != "dequantize":
+        packed = kernels_of_module(module, results, quantizers, execution)
+    for name, choice in packed.items():
+        path, dtype = name.removesuffix(".weight"), module.get_parameter(name).dtype
+        run_packed_(module, path, choice, PackedMatrix.of(results[name][0]), dtype)
+    if packed:
+        return results
     for name, parts in results.items():
         parameter = module.get_parameter(name)
         parameter.data.copy_(restored(module, found[name], [part.dequantize(parameter.dtype) for part in parts]))

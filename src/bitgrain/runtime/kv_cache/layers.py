@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitgrain.errors import ModelError, SchemeError
+from bitgrain.kernels.attention import MOST_QUERIES
 from bitgrain.runtime.kv_cache.held import Held
-from bitgrain.runtime.kv_cache.schemes import CacheScheme
+from bitgrain.runtime.kv_cache.past import Past
+from bitgrain.runtime.kv_cache.schemes import CacheScheme, token_bits
+from bitgrain.runtime.kv_cache.tiled import Tiled, is_served
 
 
 class QuantizedLayer(DynamicLayer):
@@ -18,10 +21,13 @@ class QuantizedLayer(DynamicLayer):
 
     def __init__(self, scheme: CacheScheme, scales: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
-        self.scheme = scheme
-        key, value = scales or (None, None)
-        self.held_keys = Held(scheme.keys, recent=scheme.recent, step=scheme.step, scale=key)
-        self.held_values = Held(scheme.values, recent=scheme.recent, step=scheme.step, scale=value)
+        self.scheme, self._scales = scheme, scales or (None, None)
+        self._hold_nothing()
+
+    def _hold_nothing(self) -> None:
+        scheme, (key, value) = self.scheme, self._scales
+        self.held_keys: Held | Tiled = Held(scheme.keys, recent=scheme.recent, step=scheme.step, scale=key)
+        self.held_values: Held | Tiled = Held(scheme.values, recent=scheme.recent, step=scheme.step, scale=value)
 
     @property
     def nbytes(self) -> int:
@@ -39,6 +45,11 @@ class QuantizedLayer(DynamicLayer):
             reason = self.scheme.indivisible(states.shape[-1])
             if reason:
                 raise SchemeError(f"{reason}; use int8, int4 or int2")
+        scheme = self.scheme
+        alike = token_bits(scheme.keys) == token_bits(scheme.values)
+        if alike and is_served(scheme.keys, key_states) and is_served(scheme.values, value_states):
+            self.held_keys = Tiled(scheme.keys, key_states, values=False)
+            self.held_values = Tiled(scheme.values, value_states, values=True)
         self.dtype, self.device = key_states.dtype, key_states.device
         # what transformers looks at: the dtype and device of keys and values that are not here
         self.keys = key_states.new_empty(key_states.shape[0], key_states.shape[1], 0, key_states.shape[-1])
@@ -46,7 +57,8 @@ class QuantizedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values [batch, heads, tokens, size]; returns all, as `Held.append`.
+        """Add keys and values [batch, heads, tokens, size]; returns all, as `Held.append`, each as a `Past` where they
+        are few and a kernel can read what is held.
 
         Raises ModelError for tokens of another shape than those that are held.
         """
@@ -59,14 +71,26 @@ class QuantizedLayer(DynamicLayer):
                 f"this cache holds keys [batch, heads, size] {held} and is given {given}: it "
                 "belongs to another model or batch; make a new one"
             )
-        return self.held_keys.append(key_states), self.held_values.append(value_states)
+        if isinstance(self.held_keys, Tiled) and isinstance(self.held_values, Tiled):
+            self.held_keys.add(key_states)
+            self.held_values.add(value_states)
+            seen = self._seen(key_states.shape[2])
+            if key_states.shape[2] <= MOST_QUERIES:
+                return Past.of(self.held_keys, seen, key_states), Past.of(self.held_values, seen, value_states)
+            return self.held_keys.newest(seen, key_states.dtype), self.held_values.newest(seen, value_states.dtype)
+        keys, values = self.held_keys.append(key_states), self.held_values.append(value_states)
+        seen = self._seen(key_states.shape[2])
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+    def _seen(self, count: int) -> int:
+        """How many of the tokens that are held now a call with `count` new ones is shown."""
+        return self.held_keys.tokens
 
     def get_seq_length(self) -> int:
         return self.held_keys.tokens
 
     def reset(self) -> None:
-        self.held_keys.clear()
-        self.held_values.clear()
+        self._hold_nothing()
         self.keys = self.values = None
         self.is_initialized = False
 
@@ -128,11 +152,13 @@ class QuantizedSlidingLayer(QuantizedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[-2]
-        keys, values = super().update(key_states, value_states)
-        seen = self.sliding_window - 1 + key_states.shape[-2]
+        found = super().update(key_states, value_states)
         if not self.record_past:
             self._shrink()
-        return keys[:, :, -seen:], values[:, :, -seen:]
+        return found
+
+    def _seen(self, count: int) -> int:
+        return min(self.held_keys.tokens, self.sliding_window - 1 + count)
 
     def get_seq_length(self) -> int:
         return self.cumulative_length

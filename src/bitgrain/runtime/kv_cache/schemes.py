@@ -92,6 +92,11 @@ def _by_token(bits: int) -> QuantSpec:
     return QuantSpec(IntFormat(bits, is_signed=False), per_token(), zero_point="real", scale=FP16, dynamic=True)
 
 
+def token_bits(spec: QuantSpec) -> int | None:
+    """The bits of codes with a scale and a real zero point in float16 for each token; None for any other spec."""
+    return next((bits for bits in (8, 4, 2) if spec == _by_token(bits)), None)
+
+
 def _kivi(bits: int) -> CacheScheme:
     format = IntFormat(bits, is_signed=False)
     keys = QuantSpec(format, per_block(GROUP, 1), zero_point="real", scale=FP16, dynamic=True)

@@ -1,0 +1,215 @@
+// Panels of weights that are looked up in a table against tiles of inputs; see linear/code_linear.h.
+namespace bitgrain {
+namespace BG_ISA {
+
+constexpr int kPairBytes = 2 * (int)kInputBytes;  // of one row's pair of inputs
+constexpr int kWeightBytes = 16 * kPairBytes;     // of 16 columns' pair of weights
+constexpr int kBufferSteps = 64;
+
+// Scales of 16 columns, and what is taken off for an input sum of 1.
+struct GroupScales {
+  F32 scale, shift;
+};
+BG_INLINE GroupScales group_scales(const CodeWeights& w, const uint8_t* at, int column) {
+  const uint8_t* zeros = at + scales_bytes(w.scale_type);
+  const F32 scale = load_any_scales(at, w.scale_type, column);
+  if (w.zeros == Zeros::constant) return {scale, zero_f()};
+  const F32 zero = w.zeros == Zeros::codes ? to_float(load_u8_i(zeros + column))
+                                           : load_f((const float*)zeros + column);
+  return {scale, mul_f(zero, scale)};
+}
+
+BG_INLINE void store_columns(const CodePanelJob& job, int64_t row, int64_t column, F32 total) {
+  const CodeWeights& w = *job.w;
+  const int64_t left = w.n - column, count = left < 16 ? left : 16;
+  if (count <= 0) return;
+  const F32 bias = w.bias ? load_elements<DType::f32>(w.bias, column, count) : zero_f();
+  store_elements(job.y, job.type, row * job.stride + column, count, fma_f(total, set_f(w.outer), bias));
+}
+
+// R rows against V half panels, from half panel `half` on; weights go from memory to registers. COUNTED: by Counted.
+template <int BITS, int R, int V, bool COUNTED>
+BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const uint8_t* x, const float* sums,
+                         const float* offsets, int64_t row) {
+  const CodeWeights& w = *job.w;
+  constexpr int kSteps = Looked<BITS>::kSteps, kHalf = Looked<BITS>::kVectors * 64, kChunk = 2 * kHalf;
+  constexpr int kWanted = R * V <= 2 ? 4 : R * V <= 6 ? 2 : 1;
+  constexpr int kChains = kWanted < kSteps ? kWanted : kSteps;  // sums apart, so that few rows do not wait for the last
+  constexpr int kTwice = COUNTED && BITS == 8 ? 2 : 1;
+  const uint8_t* at = w.panels + panel * w.panel_bytes;
+  const Numbers table = numbers_of(w);
+  F32 total[R][V];
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) total[r][v] = zero_f();
+
+  for (int64_t s = 0; s < w.spans; ++s) {
+    F32 sum[R][V][kChains];
+    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int c = 0; c < kChains; ++c)
+        sum[r][v][c] = zero_f();
+    if (COUNTED && BITS < 8) {
+      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
+          sum[r][v][0] = set_f(w.table[0] * sums[r] - offsets[r]);
+      offsets += R;
+    }
+    const uint8_t *header = at, *p = at + code_header_bytes(w.scale_type, w.zeros) + half * kHalf;
+    const int64_t chunks = chunks_of(w, s);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      Pair pair[V][kTwice * kSteps];
+      BG_UNROLL for (int v = 0; v < V; ++v) {
+        if constexpr (COUNTED) Counted<BITS>::unpack(p + v * kHalf, pair[v]);
+        else Looked<BITS>::unpack(p + v * kHalf, table, pair[v]);
+      }
+      if (R <= 2) BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + 4096 + 64 * i);
+      p += kChunk;
+      BG_UNROLL for (int i = 0; i < kSteps; ++i) {
+        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
+          add_product(sum[r][v][i % kChains], pair[v][i], x + kPairBytes * r);
+          if (kTwice == 2) add_product(sum[r][v][i % kChains], pair[v][kSteps + i], x + kPairBytes * r);
+        }
+        x += kPairBytes * R;
+      }
+    }
+    at = p - half * kHalf;
+    BG_UNROLL for (int v = 0; v < V; ++v) {
+      const GroupScales group = group_scales(w, header, 16 * (half + v));
+      BG_UNROLL for (int r = 0; r < R; ++r) {
+        F32 whole = sum[r][v][0];
+        BG_UNROLL for (int c = 1; c < kChains; ++c) whole = add_f(whole, sum[r][v][c]);
+        total[r][v] = fma_f(whole, group.scale, total[r][v]);
+        if (w.zeros != Zeros::constant) total[r][v] = fnma_f(group.shift, set_f(sums[r]), total[r][v]);
+      }
+    }
+    if (sums) sums += R;
+  }
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
+      store_columns(job, row + r, panel * kPanel + 16 * (half + v), total[r][v]);
+}
+
+template <int BITS, int R>
+static void code_tile_halves(const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
+                             const float* offsets, int64_t row) {
+  constexpr int V = kGroupedVectors;
+  if constexpr (R <= 2 && Counted<BITS>::kThere) {
+    if (BITS == 8 || (offsets && job.w->counts)) {
+      for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, true>(job, panel, half, x, sums, offsets, row);
+      return;
+    }
+  }
+  if constexpr (R > 2 || BITS < 8 || !Counted<BITS>::kThere) {
+    for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, false>(job, panel, half, x, sums, offsets, row);
+  }
+}
+
+template <int BITS, int R = kGroupedRows>
+BG_INLINE void code_tile_rows(int64_t rows, const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
+                              const float* offsets, int64_t row) {
+  if (rows == R) code_tile_halves<BITS, R>(job, panel, x, sums, offsets, row);
+  else if constexpr (R > 1) code_tile_rows<BITS, R - 1>(rows, job, panel, x, sums, offsets, row);
+}
+
+// Many rows: weights that were unpacked once, [steps][2] vectors, against R rows; total += scale * sum.
+template <int R, int V>
+static void add_steps(const uint8_t* weights, const uint8_t* x, int64_t steps, const GroupScales* group,
+                      const float* sums, float* total) {
+  F32 sum[R][V];
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = zero_f();
+  for (int64_t i = 0; i < steps; ++i) {
+    Pair pair[V];
+    BG_UNROLL for (int v = 0; v < V; ++v) pair[v] = load_pair(weights + v * kWeightBytes);
+    weights += 2 * kWeightBytes;
+    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
+        add_product(sum[r][v], pair[v], x + kPairBytes * r);
+    x += kPairBytes * R;
+  }
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
+    float* to = total + kPanel * r + 16 * v;
+    F32 all = fma_f(sum[r][v], group[v].scale, load_f(to));
+    if (sums) all = fnma_f(group[v].shift, set_f(sums[r]), all);
+    store_f(to, all);
+  }
+}
+
+template <int R = kSingleRows>
+BG_INLINE void add_steps_rows(int64_t rows, const uint8_t* weights, const uint8_t* x, int64_t steps,
+                              const GroupScales* group, const float* sums, float* total) {
+  if (rows == R) {
+    for (int half = 0; half < 2; half += kSingleVectors) {
+      add_steps<R, kSingleVectors>(weights + half * kWeightBytes, x, steps, group + half, sums, total + 16 * half);
+    }
+  } else if constexpr (R > 1) {
+    add_steps_rows<R - 1>(rows, weights, x, steps, group, sums, total);
+  }
+}
+
+template <int BITS>
+static void code_panel(const CodePanelJob& job, int64_t panel) {
+  constexpr int kSteps = Looked<BITS>::kSteps, kHalf = Looked<BITS>::kVectors * 64;
+  const CodeWeights& w = *job.w;
+  const Numbers table = numbers_of(w);
+  const int64_t first_row = job.first_tile * job.rows;
+  const int64_t end = job.last_tile * job.rows, rows = (end < job.m ? end : job.m) - first_row;
+  for (int64_t i = 0; i < rows * kPanel; i += 16) store_f(job.totals + i, zero_f());
+
+  alignas(64) uint8_t buffer[kBufferSteps * 2 * kWeightBytes];
+  const uint8_t* at = w.panels + panel * w.panel_bytes;
+  int64_t step = 0;  // of all groups
+  for (int64_t s = 0; s < w.spans; ++s) {
+    const GroupScales group[2] = {group_scales(w, at, 0), group_scales(w, at, 16)};
+    const uint8_t* p = at + code_header_bytes(w.scale_type, w.zeros);
+    const int64_t steps = chunks_of(w, s) * kSteps;
+    for (int64_t i = 0; i < steps; i += kBufferSteps) {
+      const int64_t now = steps - i < kBufferSteps ? steps - i : kBufferSteps;
+      uint8_t* to = buffer;
+      for (int64_t j = 0; j < now; j += kSteps) {
+        BG_UNROLL for (int v = 0; v < 2; ++v) {
+          Pair pair[kSteps];
+          Looked<BITS>::unpack(p, table, pair);
+          BG_UNROLL for (int k = 0; k < kHalf / 64; ++k) prefetch(p + 4096 + 64 * k);
+          BG_UNROLL for (int k = 0; k < kSteps; ++k) store_pair(to + (2 * k + v) * kWeightBytes, pair[k]);
+          p += kHalf;
+        }
+        to += 2 * kSteps * kWeightBytes;
+      }
+      float* total = job.totals;
+      for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
+        const int64_t tile_rows = rows_of_tile(job.m, job.rows, tile);
+        const uint8_t* x = job.tiles + (tile * job.rows * w.steps + step * tile_rows) * kPairBytes;
+        const bool zeros = w.zeros != Zeros::constant && i == 0;
+        const float* sums = zeros ? job.sums + tile * job.rows * w.spans + s * tile_rows : nullptr;
+        add_steps_rows(tile_rows, buffer, x, now, group, sums, total);
+        total += tile_rows * kPanel;
+      }
+      step += now;
+    }
+    at = p;
+  }
+  for (int64_t r = 0; r < rows; ++r) BG_UNROLL for (int v = 0; v < 2; ++v)
+      store_columns(job, first_row + r, panel * kPanel + 16 * v, load_f(job.totals + r * kPanel + 16 * v));
+}
+
+template <int BITS>
+static void code_panels_of(const CodePanelJob& job, int64_t first, int64_t last) {
+  const int64_t tile_bytes = job.rows * job.w->steps * kPairBytes, tile_sums = job.rows * job.w->spans;
+  for (int64_t panel = first; panel < last; ++panel) {
+    if (job.totals) {
+      code_panel<BITS>(job, panel);
+      continue;
+    }
+    for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
+      code_tile_rows<BITS>(rows_of_tile(job.m, job.rows, tile), job, panel, job.tiles + tile * tile_bytes,
+                           job.sums ? job.sums + tile * tile_sums : nullptr,
+                           job.offsets ? job.offsets + tile * tile_sums : nullptr, tile * job.rows);
+    }
+  }
+}
+
+static void code_panels(const CodePanelJob& job, int64_t first, int64_t last) {
+  switch (job.w->bits) {
+    case 8: return code_panels_of<8>(job, first, last);
+    case 4: return code_panels_of<4>(job, first, last);
+    case 3: return code_panels_of<3>(job, first, last);
+    default: return code_panels_of<2>(job, first, last);
+  }
+}
+
+}  // namespace BG_ISA
+}  // namespace bitgrain

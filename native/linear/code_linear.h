@@ -1,0 +1,48 @@
+// y = x W^T + b with weights that are looked up in a table and inputs in bfloat16 or float32.
+#pragma once
+#include "common.h"
+#include "linear/code_weights.h"
+
+namespace bitgrain {
+
+// Inputs as the kernels read them: tiles of up to `rows` rows; a tile of R rows is [steps][R][2], two neighbouring
+// features of each row, in bfloat16 or float32 (Kernels::input_bytes). Groups are padded as those of the weights are,
+// with 0.
+struct InputJob {
+  const void* x;  // [m, k], rows `stride` elements apart
+  DType type;     // f32, bf16, f16
+  int64_t m, stride;
+  const CodeWeights* w;  // its groups
+  int64_t rows;          // of a tile
+  uint8_t* tiles;        // [tiles][rows * steps * 2] elements
+  float* sums;     // null, or [tiles][rows * spans], in a tile [spans][R]: of the features of a group, as rounded
+  float* offsets;  // null, or so: sums of each feature times what Counted (code_pairs.inl.h) adds to its codes
+};
+
+// Panels of one weight against all tiles [first_tile, last_tile) of inputs.
+struct CodePanelJob {
+  const CodeWeights* w;
+  const uint8_t* tiles;
+  const float *sums, *offsets;
+  int64_t m, rows, first_tile, last_tile;
+  float* totals;  // [rows of those tiles, 32], this thread's; null: sums stay in registers, each tile reads the panel
+  void* y;        // [m, n], rows `stride` elements apart
+  DType type;
+  int64_t stride;
+};
+
+// Several weights that read the same inputs (q, k and v of attention; gate and up of an MLP).
+struct CodeLinearCall {
+  const void* x;
+  DType x_type;
+  int64_t m, x_stride;
+  int64_t count;
+  const CodeWeights* const* weights;  // of the same k, group and bits
+  void* const* y;
+  const int64_t* y_stride;
+  DType y_type;
+};
+
+void code_linear(const CodeLinearCall& call, int threads);
+
+}  // namespace bitgrain

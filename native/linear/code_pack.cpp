@@ -1,0 +1,156 @@
+#include "floats.h"
+#include "linear/code_weights.h"
+
+namespace bitgrain {
+namespace {
+
+// One lane of a chunk: `code` as the words of the chunk's vectors, and back.
+template <int BITS>
+void fold(const uint8_t* code, uint32_t* lane) {
+  auto pair = [&](int i) { return (uint32_t)code[2 * i] | (uint32_t)code[2 * i + 1] << 16; };
+  constexpr uint32_t kMask = (0xffu >> (8 - BITS)) * 0x00010001u;
+  if (BITS == 3) {
+    for (int v = 0; v < 3; ++v) {
+      lane[v] = (pair(15) >> v & 0x00010001u) << 15;
+      for (int i = 0; i < 5; ++i) lane[v] |= (pair(5 * v + i) & kMask) << 3 * i;
+    }
+  } else {
+    lane[0] = 0;
+    for (int i = 0; i < 16 / BITS; ++i) lane[0] |= (pair(i) & kMask) << BITS * i;
+  }
+}
+template <int BITS>
+void unfold(const uint32_t* lane, uint8_t* code) {
+  auto put = [&](int i, uint32_t pair) { code[2 * i] = (uint8_t)pair, code[2 * i + 1] = (uint8_t)(pair >> 16); };
+  constexpr uint32_t kMask = (0xffu >> (8 - BITS)) * 0x00010001u;
+  if (BITS == 3) {
+    uint32_t last = 0;
+    for (int v = 0; v < 3; ++v) {
+      last |= (lane[v] >> 15 & 0x00010001u) << v;
+      for (int i = 0; i < 5; ++i) put(5 * v + i, lane[v] >> 3 * i & kMask);
+    }
+    put(15, last);
+  } else {
+    for (int i = 0; i < 16 / BITS; ++i) put(i, lane[0] >> BITS * i & kMask);
+  }
+}
+
+// Calls f(column of the panel, index of its scale, scales, zeros, its lane of the first chunk) for all columns and groups.
+template <typename P, typename F>
+void visit(const CodeWeights& w, P* at, int64_t panel, const F& f) {
+  const int64_t vectors = code_vectors(w.bits);
+  for (int64_t s = 0; s < w.spans; ++s) {
+    P *zeros = at + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.zeros);
+    for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
+      f(c, s, at, zeros, chunks + (c / 16) * vectors * 64 + (c % 16) * 4);
+    }
+    at = chunks + chunks_of(w, s) * vectors * 2 * 64;
+  }
+}
+
+template <int BITS>
+void pack_panel(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panel_at,
+                int64_t panel) {
+  constexpr int64_t kFeatures = code_features(BITS), kVectors = code_vectors(BITS);
+  const size_t size = size_of(w.scale_type);
+  std::memset(panel_at, 0, (size_t)w.panel_bytes);
+  visit(w, panel_at, panel, [&](int64_t c, int64_t s, uint8_t* scales, uint8_t* zeros, uint8_t* lane) {
+    const int64_t index = (panel * kPanel + c) * w.spans + s, count = features_of(w, s);
+    std::memcpy(scales + (size_t)c * size, (const uint8_t*)scale + (size_t)index * size, size);
+    if (w.zeros == Zeros::codes) zeros[c] = (uint8_t)zero[index];
+    if (w.zeros == Zeros::real) std::memcpy(zeros + 4 * c, &zero[index], 4);
+    const uint8_t* row = codes + c * w.k + s * w.group;
+    for (int64_t f = 0; f < count; f += kFeatures, lane += kVectors * 2 * 64) {
+      uint8_t some[kFeatures] = {};
+      uint32_t words[kVectors];
+      if (count - f >= kFeatures) std::memcpy(some, row + f, kFeatures);
+      else std::memcpy(some, row + f, (size_t)(count - f));
+      fold<BITS>(some, words);
+      for (int v = 0; v < kVectors; ++v) std::memcpy(lane + 64 * v, &words[v], 4);
+    }
+  });
+}
+
+template <int BITS>
+void unpack_panel(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t panel) {
+  constexpr int64_t kFeatures = code_features(BITS), kVectors = code_vectors(BITS);
+  const size_t size = size_of(w.scale_type);
+  visit(w, w.panels + panel * w.panel_bytes, panel,
+        [&](int64_t c, int64_t s, const uint8_t* scales, const uint8_t* zeros, const uint8_t* lane) {
+    const int64_t index = (panel * kPanel + c) * w.spans + s, count = features_of(w, s);
+    if (scale) std::memcpy((uint8_t*)scale + (size_t)index * size, scales + (size_t)c * size, size);
+    if (zero && w.zeros == Zeros::codes) zero[index] = zeros[c];
+    if (zero && w.zeros == Zeros::real) std::memcpy(&zero[index], zeros + 4 * c, 4);
+    uint8_t* row = codes + (panel * kPanel + c) * w.k + s * w.group;
+    for (int64_t f = 0; f < count; f += kFeatures, lane += kVectors * 2 * 64) {
+      uint8_t some[kFeatures];
+      uint32_t words[kVectors];
+      for (int v = 0; v < kVectors; ++v) std::memcpy(&words[v], lane + 64 * v, 4);
+      unfold<BITS>(words, some);
+      std::memcpy(row + f, some, (size_t)(count - f < kFeatures ? count - f : kFeatures));
+    }
+  });
+}
+
+void pack_one(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,
+              int64_t panel) {
+  uint8_t* at = panels + panel * w.panel_bytes;
+  switch (w.bits) {
+    case 8: return pack_panel<8>(w, codes, scale, zero, at, panel);
+    case 4: return pack_panel<4>(w, codes, scale, zero, at, panel);
+    case 3: return pack_panel<3>(w, codes, scale, zero, at, panel);
+    default: return pack_panel<2>(w, codes, scale, zero, at, panel);
+  }
+}
+
+}  // namespace
+
+int64_t lay_out(CodeWeights& w) {
+  w.spans = ceil_div(w.k, w.group);
+  int64_t chunks = 0;
+  for (int64_t s = 0; s < w.spans; ++s) chunks += chunks_of(w, s);
+  w.steps = chunks * code_features(w.bits) / 2;
+  w.panel_bytes = w.spans * code_header_bytes(w.scale_type, w.zeros) + chunks * code_vectors(w.bits) * 2 * 64;
+  return w.panel_bytes * ceil_div(w.n, kPanel);
+}
+
+void set_table(CodeWeights& w, const float* numbers, int64_t count) {
+  const int64_t period = int64_t{1} << (w.bits < 4 ? w.bits : 4);
+  for (int64_t i = 0; i < 32; ++i) {
+    const float number = i % period < count ? numbers[i % period] : 0.f;
+    w.table[i % 16] = number, w.words[i] = to_bf16(number);
+  }
+  w.counts = count > 0;
+  for (int64_t i = 1; i < count; ++i) w.counts = w.counts && numbers[i] == numbers[0] + (float)i;
+}
+
+void pack_panels(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,
+                 int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; ++p) pack_one(w, codes + p * kPanel * w.k, scale, zero, panels, p);
+}
+
+void pack_panels(const CodeWeights& w, const WordRows& words, const void* scale, const float* zero, uint8_t* panels,
+                 int64_t first, int64_t last) {
+  static thread_local Scratch memory;
+  uint8_t* codes = memory.get<uint8_t>(kPanel * w.k);
+  const uint8_t offset = w.bits == 8 ? (uint8_t)(1u << (words.bits - 1)) : 0;
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t c = 0; c < kPanel && p * kPanel + c < w.n; ++c) {
+      unpack_row(words, p * kPanel + c, w.k, offset, codes + c * w.k);
+    }
+    pack_one(w, codes, scale, zero, panels, p);
+  }
+}
+
+void unpack_panels(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; ++p) {
+    switch (w.bits) {
+      case 8: unpack_panel<8>(w, codes, scale, zero, p); break;
+      case 4: unpack_panel<4>(w, codes, scale, zero, p); break;
+      case 3: unpack_panel<3>(w, codes, scale, zero, p); break;
+      default: unpack_panel<2>(w, codes, scale, zero, p);
+    }
+  }
+}
+
+}  // namespace bitgrain

@@ -1,0 +1,73 @@
+// Weights [n, k] = table[code] * scale, packed for the kernels whose inputs have 16 or 32 bits; one layout for all
+// instruction sets.
+//
+// Columns (output features) lie in panels of 32. k is divided into groups of neighbouring input features that share a
+// scale; the last group may be shorter. A panel is its groups, one behind the other; a group is a header and chunks:
+//
+//   scales   32 x f32, bf16, f16, E8M0 or E4M3
+//   zeros    nothing | 32 x u8 codes, padded to 64 bytes | 32 x f32
+//   chunks   for each chunk, for each half panel of 16 columns, kVectors x 64 bytes; the 4 bytes of a lane belong to
+//            one column, the low half word to even features, the high one to odd features
+//
+// | bits | features of a chunk | vectors | bits of the low half word (the same of the high one: the next feature)      |
+// |    4 |                   8 |       1 | 4i .. 4i+3: feature 2i                                                      |
+// |    2 |                  16 |       1 | 2i, 2i+1: feature 2i                                                        |
+// |    3 |                  32 |       3 | of vector v: 3i .. 3i+2: feature 10v + 2i, for i < 5; bit 15: bit v of      |
+// |      |                     |         | feature 30                                                                  |
+// |    8 |                   4 |       1 | bytes: features 0 and 2, signed; no table                                   |
+//
+// The last chunk of a group is padded with codes 0, and meets inputs 0.
+#pragma once
+#include "common.h"
+#include "linear/int_weights.h"
+#include "linear/words.h"
+
+namespace bitgrain {
+
+struct CodeWeights {
+  int64_t n, k, group;
+  int32_t bits;
+  DType scale_type;
+  Zeros zeros;         // w = (table[code] - zero) * scale; a constant one is part of the table
+  float outer;         // what all scales are multiplied with
+  float table[16];     // entries repeat where codes have fewer than 4 bits: bits above a code do not matter
+  uint16_t words[32];  // the same in bfloat16, rounded
+  bool counts;         // whether table[i] is table[0] + i
+  int64_t spans;       // groups of a row
+  int64_t steps;       // padded features / 2
+  int64_t panel_bytes;
+  const uint8_t* panels;
+  const float* bias;  // [n] or null
+};
+
+constexpr int64_t code_features(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
+constexpr int64_t code_vectors(int bits) { return bits == 3 ? 3 : 1; }
+constexpr int64_t code_header_bytes(DType scale, Zeros zeros) { return scales_bytes(scale) + zeros_bytes(zeros); }
+
+// Features of group s, and its chunks.
+BG_INLINE int64_t features_of(const CodeWeights& w, int64_t s) {
+  return w.k - s * w.group < w.group ? w.k - s * w.group : w.group;
+}
+BG_INLINE int64_t chunks_of(const CodeWeights& w, int64_t s) {
+  return ceil_div(features_of(w, s), code_features(w.bits));
+}
+
+// Fills the sizes of `w` from n, k, group, bits, scale_type and zeros; returns the bytes of all panels.
+int64_t lay_out(CodeWeights& w);
+
+// The table of a weight: `count` numbers, 2**bits or fewer.
+void set_table(CodeWeights& w, const float* numbers, int64_t count);
+
+// Rows [first, last) of panels. codes: [n, k] bytes, unsigned (8 bits: signed); scale: [n, spans] of scale_type;
+// zero: [n, spans], f32, which holds codes for Zeros::codes.
+void pack_panels(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,
+                 int64_t first, int64_t last);
+
+// The same from rows as files hold them, of w.bits or fewer; for panels of 8 bits as code + 2**(words.bits - 1).
+void pack_panels(const CodeWeights& w, const WordRows& words, const void* scale, const float* zero, uint8_t* panels,
+                 int64_t first, int64_t last);
+
+// The inverse: codes, and scales and zeros where asked for (not null).
+void unpack_panels(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t first, int64_t last);
+
+}  // namespace bitgrain

@@ -1,0 +1,31 @@
+"""The twin of `kernels.embedding`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def look_up(
+    codes: Tensor,
+    scale: Tensor,
+    table: Sequence[float],
+    ids: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    group: int | None = None,
+    zero: Tensor | None = None,
+) -> Tensor:
+    """Rows `ids` of (table[code] - zero) * scale, in float32 and rounded once; equal to the kernel's, bit for bit.
+
+    codes [n, k] unsigned; the others as of `CodeEmbedding`.
+    """
+    k = codes.shape[1]
+
+    def spread(x: Tensor) -> Tensor:
+        return x[ids].to(torch.float32).repeat_interleave(group or k, -1)[..., :k]
+
+    numbers = torch.tensor(list(table), dtype=torch.float32)[codes[ids].long()]
+    return ((numbers if zero is None else numbers - spread(zero)) * spread(scale)).to(dtype)

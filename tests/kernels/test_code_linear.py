@@ -1,0 +1,115 @@
+"""Weights that are looked up in a table: every level equals the twin, whatever the shape."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitgrain.errors import KernelError
+from bitgrain.kernels.code_linear import SCALE_DTYPES, CodeLinear, rounds_inputs
+from bitgrain.kernels.int_linear import BITS
+from bitgrain.kernels.native import native
+from bitgrain.kernels.reference.code_linear import code_linear, dequantize
+from bitgrain.numerics.formats import FP4_E2M1, get_format
+from bitgrain.numerics.packing import pack
+
+pytest.importorskip("bitgrain._native", reason="the native module was not built")
+NF4 = get_format("nf4").grid().tolist()
+E2M1 = FP4_E2M1.decode(torch.arange(16, dtype=torch.uint8)).tolist()
+
+
+@st.composite
+def weights(draw):
+    """Positional and keyword arguments of `pack`."""
+    made = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    bits = draw(st.sampled_from(BITS))
+    n, k = draw(st.integers(1, 70)), draw(st.integers(1, 330))
+    group = draw(st.sampled_from([16, 32, 64, 128, 7, None]))
+    tables = {8: [None], 4: [NF4, E2M1, range(-8, 8)], 3: [NF4[4:12], range(-4, 4)], 2: [[-1.0, 0.0, 1.0], NF4[::5]]}
+    table = draw(st.sampled_from(tables[bits]))
+    codes = torch.randint(-128, 128, (n, k), generator=made).to(torch.int8)
+    if table is not None:
+        codes = torch.randint(0, len(table), (n, k), generator=made).to(torch.uint8)
+    shape = (n, -(-k // (group or k)))
+    dtype = draw(st.sampled_from(list(SCALE_DTYPES)))
+    scale = (torch.randn(shape, generator=made) if dtype.is_signed else torch.rand(shape, generator=made)).to(dtype)
+    kind = draw(st.sampled_from(["none", "codes", "real"]))
+    zero = torch.randint(0, 16, shape, generator=made).to(torch.uint8) if kind == "codes" else None
+    zero = torch.randn(shape, generator=made) if kind == "real" else zero
+    bias = torch.randn(n, generator=made) if draw(st.booleans()) else None
+    return (codes, scale, bits, table), {"group": group, "zero": zero, "outer": draw(st.sampled_from([1.0, 0.3]))}, bias
+
+
+@pytest.mark.parametrize("isa", native().isas())
+@settings(max_examples=60, deadline=None)
+@given(
+    weight=weights(),
+    m=st.sampled_from([0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 17, 40]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+def test_equals_its_twin(isa, weight, m, dtype, seed):
+    (codes, scale, bits, table), how, bias = weight
+    x = torch.randn(m, codes.shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
+    before = native().isa()
+    native().use_isa(isa)
+    try:
+        rounded = rounds_inputs()
+        y = CodeLinear.pack(codes, scale, bits, table, **how, bias=bias)(x)
+    finally:
+        native().use_isa(before)
+    assert rounded == (isa == "avx512bf16")
+    assert y.dtype == dtype
+    twin = code_linear(x.float(), codes, scale, table, **how, bias=bias, rounded=rounded)
+    same, nothing = {"group": how["group"], "outer": how["outer"]}, torch.zeros_like(codes)
+    magnitude = dequantize(codes, scale, table, **same).abs()
+    if how["zero"] is not None:
+        magnitude += dequantize(nothing, scale, [0.0], **same, zero=how["zero"]).abs()
+    if rounded and m <= 2 and (bits == 8 or isinstance(table, range) or bits == 2):  # counted from an offset
+        magnitude += dequantize(nothing, scale, [512.0 if bits == 8 else 144.0], **same).abs()
+    bound = x.float().abs().double() @ magnitude.T * (1 + 2.0**-7) + (0 if bias is None else bias.abs())
+    steps = (how["group"] or codes.shape[1]) + scale.shape[1] + 8
+    error = (y.double() - twin.double()).abs()
+    largest = torch.finfo(dtype).max
+    assert (
+        (error <= steps * 2.0**-24 * bound + torch.finfo(dtype).eps * twin.abs() + 1e-7)
+        .logical_or(twin.abs() >= largest)
+        .all()
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=weights())
+def test_unpacks_to_what_was_packed(weight):
+    (codes, scale, bits, table), how, _ = weight
+    found = CodeLinear.pack(codes, scale, bits, table, **how).unpack()
+    assert found[0].equal(codes)
+    assert found[1].view(torch.uint8).equal(scale.view(torch.uint8))
+    assert how["zero"] is None or (found[2] is not None and found[2].equal(how["zero"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(weight=weights(), bits=st.integers(1, 8), word=st.sampled_from([torch.uint8, torch.int32]))
+def test_words_are_packed_as_their_codes_are(weight, bits, word):
+    (codes, scale, _, _), how, _ = weight
+    codes = codes.view(torch.uint8) & (2**bits - 1)
+    table = NF4[: 2**bits] if bits <= 4 else None
+    wide = min(b for b in BITS if b >= bits)
+    plain = codes if bits <= 4 else (codes.int() - 2 ** (bits - 1)).to(torch.int8)
+    found = CodeLinear.pack_words(pack(codes, bits, word), scale, bits, table, k=codes.shape[1], **how)
+    assert found.panels.equal(CodeLinear.pack(plain, scale, wide, table, **how).panels)
+
+
+def test_wrong_inputs_are_told():
+    codes, scale = torch.ones(3, 8, dtype=torch.uint8), torch.ones(3, 1)
+    packed = CodeLinear.pack(codes, scale, 4, NF4)
+    with pytest.raises(KernelError, match="inputs have 7 features, the weight has 8"):
+        packed(torch.ones(2, 7))
+    with pytest.raises(KernelError, match="a table of 16"):
+        CodeLinear.pack(codes, scale, 3, NF4)
+    with pytest.raises(KernelError, match="a table of none"):
+        CodeLinear.pack(codes, scale, 4, None)
+    with pytest.raises(KernelError, match="do not fit codes"):
+        CodeLinear.pack(codes, scale, 4, NF4, group=4)
+    with pytest.raises(KernelError, match="5-bit"):
+        CodeLinear(3, 8, 5, None)
