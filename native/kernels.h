@@ -1,16 +1,16 @@
 // The kernels of one instruction set, each working on one thread; who calls them splits the work.
 #pragma once
-#include "attention/prefill.h"
 #include "attention/attention.h"
 #include "attention/packed.h"
+#include "attention/prefill.h"
+#include "decoder/dense_rows.h"
+#include "decoder/rows.h"
 #include "linear/activations.h"
 #include "linear/code_linear.h"
 #include "linear/int_linear.h"
 #include "solver/descend.h"
 #include "solver/gram.h"
 #include "solver/tile_search.h"
-#include "decoder/dense_rows.h"
-#include "decoder/rows.h"
 
 namespace bitgrain {
 

@@ -27,15 +27,46 @@ BG_INLINE void store_columns(const CodePanelJob& job, int64_t row, int64_t colum
   store_elements(job.y, job.type, row * job.stride + column, count, fma_f(total, set_f(w.outer), bias));
 }
 
-// R rows against V half panels, from half panel `half` on; weights go from memory to registers. COUNTED: by Counted.
-template <int BITS, int R, int V, bool COUNTED>
+template <int BITS>
+BG_INLINE int64_t chunks_in(const CodeWeights& w, int64_t s) {
+  return ceil_div(features_of(w, s), code_features(BITS));
+}
+
+template <int BITS, int V>
+BG_INLINE void load_codes(const uint8_t* p, I32 (&codes)[V][Looked<BITS>::kVectors]) {
+  constexpr int kVectors = Looked<BITS>::kVectors;
+  BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int i = 0; i < kVectors; ++i)
+      codes[v][i] = as_lanes(load_b(p + 64 * (v * kVectors + i)));
+}
+
+// A chunk of V half panels against R rows, from step I on.
+template <int BITS, bool SPLIT, int R, int V, int C, int I = 0>
+BG_INLINE void add_chunk(F32 (&sum)[R][V][C], const I32 (&codes)[V][Looked<BITS>::kVectors], const Numbers& table,
+                         const uint8_t* x) {
+  Pair pair[V];
+  BG_UNROLL for (int v = 0; v < V; ++v) {
+    if constexpr (SPLIT) pair[v] = Split<I>::low(codes[v]);
+    else pair[v] = Looked<BITS>::template step<I>(codes[v], table);
+  }
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
+      add_product(sum[r][v][I % C], pair[v], x + kPairBytes * r);
+  if constexpr (SPLIT) {
+    BG_UNROLL for (int v = 0; v < V; ++v) pair[v] = Split<I>::sign(codes[v]);
+    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
+        add_product(sum[r][v][(I + C / 2) % C], pair[v], x + kPairBytes * r);
+  }
+  if constexpr (I + 1 < Looked<BITS>::kSteps) {
+    add_chunk<BITS, SPLIT, R, V, C, I + 1>(sum, codes, table, x + kPairBytes * R);
+  }
+}
+
+// R rows against V half panels, from half panel `half` on; weights go from memory to registers.
+template <int BITS, int R, int V>
 BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const uint8_t* x, const float* sums,
-                         const float* offsets, int64_t row) {
+                         int64_t row) {
   const CodeWeights& w = *job.w;
   constexpr int kSteps = Looked<BITS>::kSteps, kHalf = Looked<BITS>::kVectors * 64, kChunk = 2 * kHalf;
-  constexpr int kWanted = R * V <= 2 ? 4 : R * V <= 6 ? 2 : 1;
-  constexpr int kChains = kWanted < kSteps ? kWanted : kSteps;  // sums apart, so that few rows do not wait for the last
-  constexpr int kTwice = COUNTED && BITS == 8 ? 2 : 1;
+  constexpr int kChains = R * V <= 2 ? 4 : R * V <= 6 ? 2 : 1;  // sums apart: few rows do not wait for the last product
   const uint8_t* at = w.panels + panel * w.panel_bytes;
   const Numbers table = numbers_of(w);
   F32 total[R][V];
@@ -43,30 +74,17 @@ BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const
 
   for (int64_t s = 0; s < w.spans; ++s) {
     F32 sum[R][V][kChains];
-    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) BG_UNROLL for (int c = 0; c < kChains; ++c)
-        sum[r][v][c] = zero_f();
-    if (COUNTED && BITS < 8) {
-      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
-          sum[r][v][0] = set_f(w.table[0] * sums[r] - offsets[r]);
-      offsets += R;
-    }
+    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v)
+        BG_UNROLL for (int c = 0; c < kChains; ++c) sum[r][v][c] = zero_f();
     const uint8_t *header = at, *p = at + code_header_bytes(w.scale_type, w.zeros) + half * kHalf;
-    const int64_t chunks = chunks_of(w, s);
+    const int64_t chunks = chunks_in<BITS>(w, s);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      Pair pair[V][kTwice * kSteps];
-      BG_UNROLL for (int v = 0; v < V; ++v) {
-        if constexpr (COUNTED) Counted<BITS>::unpack(p + v * kHalf, pair[v]);
-        else Looked<BITS>::unpack(p + v * kHalf, table, pair[v]);
-      }
+      I32 codes[V][Looked<BITS>::kVectors];
+      load_codes<BITS, V>(p, codes);
       if (R <= 2) BG_UNROLL for (int i = 0; i < V * kHalf / 64; ++i) prefetch(p + 4096 + 64 * i);
+      add_chunk<BITS, BITS == 8 && kSplits && R <= 2>(sum, codes, table, x);
       p += kChunk;
-      BG_UNROLL for (int i = 0; i < kSteps; ++i) {
-        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
-          add_product(sum[r][v][i % kChains], pair[v][i], x + kPairBytes * r);
-          if (kTwice == 2) add_product(sum[r][v][i % kChains], pair[v][kSteps + i], x + kPairBytes * r);
-        }
-        x += kPairBytes * R;
-      }
+      x += kPairBytes * R * kSteps;
     }
     at = p - half * kHalf;
     BG_UNROLL for (int v = 0; v < V; ++v) {
@@ -85,25 +103,16 @@ BG_INLINE void code_tile(const CodePanelJob& job, int64_t panel, int half, const
 }
 
 template <int BITS, int R>
-static void code_tile_halves(const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
-                             const float* offsets, int64_t row) {
+static void code_tile_halves(const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums, int64_t row) {
   constexpr int V = kGroupedVectors;
-  if constexpr (R <= 2 && Counted<BITS>::kThere) {
-    if (BITS == 8 || (offsets && job.w->counts)) {
-      for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, true>(job, panel, half, x, sums, offsets, row);
-      return;
-    }
-  }
-  if constexpr (R > 2 || BITS < 8 || !Counted<BITS>::kThere) {
-    for (int half = 0; half < 2; half += V) code_tile<BITS, R, V, false>(job, panel, half, x, sums, offsets, row);
-  }
+  for (int half = 0; half < 2; half += V) code_tile<BITS, R, V>(job, panel, half, x, sums, row);
 }
 
 template <int BITS, int R = kGroupedRows>
 BG_INLINE void code_tile_rows(int64_t rows, const CodePanelJob& job, int64_t panel, const uint8_t* x, const float* sums,
-                              const float* offsets, int64_t row) {
-  if (rows == R) code_tile_halves<BITS, R>(job, panel, x, sums, offsets, row);
-  else if constexpr (R > 1) code_tile_rows<BITS, R - 1>(rows, job, panel, x, sums, offsets, row);
+                              int64_t row) {
+  if (rows == R) code_tile_halves<BITS, R>(job, panel, x, sums, row);
+  else if constexpr (R > 1) code_tile_rows<BITS, R - 1>(rows, job, panel, x, sums, row);
 }
 
 // Many rows: weights that were unpacked once, [steps][2] vectors, against R rows; total += scale * sum.
@@ -140,6 +149,14 @@ BG_INLINE void add_steps_rows(int64_t rows, const uint8_t* weights, const uint8_
   }
 }
 
+template <int BITS, int I = 0>
+BG_INLINE void store_chunk(const I32 (&codes)[2][Looked<BITS>::kVectors], const Numbers& table, uint8_t* to) {
+  BG_UNROLL for (int v = 0; v < 2; ++v) {
+    store_pair(to + (2 * I + v) * kWeightBytes, Looked<BITS>::template step<I>(codes[v], table));
+  }
+  if constexpr (I + 1 < Looked<BITS>::kSteps) store_chunk<BITS, I + 1>(codes, table, to);
+}
+
 template <int BITS>
 static void code_panel(const CodePanelJob& job, int64_t panel) {
   constexpr int kSteps = Looked<BITS>::kSteps, kHalf = Looked<BITS>::kVectors * 64;
@@ -155,18 +172,16 @@ static void code_panel(const CodePanelJob& job, int64_t panel) {
   for (int64_t s = 0; s < w.spans; ++s) {
     const GroupScales group[2] = {group_scales(w, at, 0), group_scales(w, at, 16)};
     const uint8_t* p = at + code_header_bytes(w.scale_type, w.zeros);
-    const int64_t steps = chunks_of(w, s) * kSteps;
+    const int64_t steps = chunks_in<BITS>(w, s) * kSteps;
     for (int64_t i = 0; i < steps; i += kBufferSteps) {
       const int64_t now = steps - i < kBufferSteps ? steps - i : kBufferSteps;
       uint8_t* to = buffer;
       for (int64_t j = 0; j < now; j += kSteps) {
-        BG_UNROLL for (int v = 0; v < 2; ++v) {
-          Pair pair[kSteps];
-          Looked<BITS>::unpack(p, table, pair);
-          BG_UNROLL for (int k = 0; k < kHalf / 64; ++k) prefetch(p + 4096 + 64 * k);
-          BG_UNROLL for (int k = 0; k < kSteps; ++k) store_pair(to + (2 * k + v) * kWeightBytes, pair[k]);
-          p += kHalf;
-        }
+        I32 codes[2][Looked<BITS>::kVectors];
+        load_codes<BITS, 2>(p, codes);
+        BG_UNROLL for (int k = 0; k < 2 * kHalf / 64; ++k) prefetch(p + 4096 + 64 * k);
+        store_chunk<BITS>(codes, table, to);
+        p += 2 * kHalf;
         to += 2 * kSteps * kWeightBytes;
       }
       float* total = job.totals;
@@ -196,8 +211,7 @@ static void code_panels_of(const CodePanelJob& job, int64_t first, int64_t last)
     }
     for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
       code_tile_rows<BITS>(rows_of_tile(job.m, job.rows, tile), job, panel, job.tiles + tile * tile_bytes,
-                           job.sums ? job.sums + tile * tile_sums : nullptr,
-                           job.offsets ? job.offsets + tile * tile_sums : nullptr, tile * job.rows);
+                           job.sums ? job.sums + tile * tile_sums : nullptr, tile * job.rows);
     }
   }
 }

@@ -10,33 +10,30 @@ namespace {
 constexpr int64_t kInputsAtOnce = 384 << 10;
 // Where a panel is unpacked once for them all, it is the sums (32 a row) that stay there.
 constexpr int64_t kUnpackedRows = 384;
-// Few rows wait for memory, and for the table: then codes are counted from an offset instead.
-constexpr int64_t kCountedRows = 2;
+// From more rows on it is worth doing for 8-bit codes, which take longer than looking up does.
+constexpr int64_t kConvertedRows = 48;
 
 }  // namespace
 
 void code_linear(const CodeLinearCall& call, int threads) {
   if (call.m <= 0) return;
-  static thread_local Scratch tiles_memory, sums_memory, offsets_memory;
+  static thread_local Scratch tiles_memory, sums_memory;
   const Kernels& kernel = kernels();
   const CodeWeights& w = *call.weights[0];
-  const bool unpacked = call.m > (w.bits == 8 ? 2 * kernel.grouped_rows : kernel.packed_rows);
+  const bool convert = w.bits == 8 && call.m > kConvertedRows, unpacked = convert || call.m > kernel.packed_rows;
   int64_t tiles = ceil_div(call.m, unpacked ? kernel.single_rows : kernel.grouped_rows);
   const int64_t rows = ceil_div(call.m, tiles);  // of about one size, and no tile of few rows at the end
   tiles = ceil_div(call.m, rows);
 
-  bool zeros = false, counts = false;
+  bool zeros = false;
   int64_t panels = 0;
   for (int64_t i = 0; i < call.count; ++i) {
     zeros = zeros || call.weights[i]->zeros != Zeros::constant;
-    counts = counts || call.weights[i]->counts;
     panels += ceil_div(call.weights[i]->n, kPanel);
   }
-  counts = counts && call.m <= kCountedRows && kernel.input_bytes == 2;
-  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr, nullptr};
+  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr};
   inputs.tiles = tiles_memory.get<uint8_t>(tiles * rows * w.steps * 2 * kernel.input_bytes);
-  if (zeros || counts) inputs.sums = sums_memory.get<float>(tiles * rows * w.spans);
-  if (counts) inputs.offsets = offsets_memory.get<float>(tiles * rows * w.spans);
+  if (zeros) inputs.sums = sums_memory.get<float>(tiles * rows * w.spans);
   parallel_for(call.m < 8 ? 1 : threads, tiles, 1,
                [&](int64_t first, int64_t last) { kernel.arrange_inputs(inputs, first, last); });
 
@@ -59,8 +56,8 @@ void code_linear(const CodeLinearCall& call, int threads) {
         const CodeWeights& one = *call.weights[i];
         const int64_t own = ceil_div(one.n, kPanel), stop = to < own ? to : own;
         if (from < stop) {
-          kernel.code_panels({&one, inputs.tiles, inputs.sums, inputs.offsets, call.m, rows, first_tile, last_tile,
-                              totals, call.y[i], call.y_type, call.y_stride[i]},
+          kernel.code_panels({&one, inputs.tiles, inputs.sums, call.m, rows, first_tile, last_tile, totals, call.y[i],
+                              call.y_type, call.y_stride[i]},
                              from, stop);
         }
         from = from > own ? from - own : 0, to -= own;

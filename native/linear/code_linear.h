@@ -15,15 +15,14 @@ struct InputJob {
   const CodeWeights* w;  // its groups
   int64_t rows;          // of a tile
   uint8_t* tiles;        // [tiles][rows * steps * 2] elements
-  float* sums;     // null, or [tiles][rows * spans], in a tile [spans][R]: of the features of a group, as rounded
-  float* offsets;  // null, or so: sums of each feature times what Counted (code_pairs.inl.h) adds to its codes
+  float* sums;           // null, or [tiles][rows * spans], in a tile [spans][R]: of the features of a group, as rounded
 };
 
 // Panels of one weight against all tiles [first_tile, last_tile) of inputs.
 struct CodePanelJob {
   const CodeWeights* w;
   const uint8_t* tiles;
-  const float *sums, *offsets;
+  const float* sums;
   int64_t m, rows, first_tile, last_tile;
   float* totals;  // [rows of those tiles, 32], this thread's; null: sums stay in registers, each tile reads the panel
   void* y;        // [m, n], rows `stride` elements apart

@@ -35,7 +35,7 @@ void unfold(const uint32_t* lane, uint8_t* code) {
   }
 }
 
-// Calls f(column of the panel, index of its scale, scales, zeros, its lane of the first chunk) for all columns and groups.
+// Calls f(column of the panel, group, the group's scales and zeros, the column's lane of its first chunk) for all.
 template <typename P, typename F>
 void visit(const CodeWeights& w, P* at, int64_t panel, const F& f) {
   const int64_t vectors = code_vectors(w.bits);
@@ -120,8 +120,6 @@ void set_table(CodeWeights& w, const float* numbers, int64_t count) {
     const float number = i % period < count ? numbers[i % period] : 0.f;
     w.table[i % 16] = number, w.words[i] = to_bf16(number);
   }
-  w.counts = count > 0;
-  for (int64_t i = 1; i < count; ++i) w.counts = w.counts && numbers[i] == numbers[0] + (float)i;
 }
 
 void pack_panels(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,

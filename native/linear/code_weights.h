@@ -32,7 +32,6 @@ struct CodeWeights {
   float outer;         // what all scales are multiplied with
   float table[16];     // entries repeat where codes have fewer than 4 bits: bits above a code do not matter
   uint16_t words[32];  // the same in bfloat16, rounded
-  bool counts;         // whether table[i] is table[0] + i
   int64_t spans;       // groups of a row
   int64_t steps;       // padded features / 2
   int64_t panel_bytes;

@@ -1,7 +1,9 @@
-"""Layers that run packed weights: what the dense weight and simulated inputs give, and what a module must be able to."""
+"""Layers that run packed weights: what dense weights and simulated inputs give, and what modules must be able to."""
 
 import copy
 import io
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +76,9 @@ def test_quantized_inputs(name: str, reference: bool):
 def test_weights_alone(name: str, reference: bool):
     q, x = weight_of(CODES[name]), inputs(3, 192)
     layer = layer_of(q, None, bias_of(), reference)
-    close = {"rtol": 2e-2, "atol": 0.2} if rounds_inputs() and not reference else {"rtol": 1e-5, "atol": 1e-4}
+    close: dict[str, Any] = (
+        {"rtol": 2e-2, "atol": 0.2} if rounds_inputs() and not reference else {"rtol": 1e-5, "atol": 1e-4}
+    )
     torch.testing.assert_close(layer(x), nn.functional.linear(x, q.dequantize(), layer.bias), **close)
 
 
@@ -106,9 +110,7 @@ def test_static_inputs_and_clusters():
         torch.tensor([50, 90, 52, 0], dtype=torch.int32),
         torch.arange(192, dtype=torch.int16),
     )
-    rptq = InputQuantizer(
-        QuantSpec(get_format("int8"), per_tensor(), zero_point="integer", clusters=4), static=clusters
-    )
+    rptq = InputQuantizer(replace(spec, clusters=4), static=clusters)
     layer = layer_of(q, rptq)
     torch.testing.assert_close(layer(x), rptq(x) @ q.dequantize().T, rtol=1e-5, atol=1e-4)
     assert torch.equal(layer.qtensor().codes, q.codes)
@@ -119,7 +121,7 @@ def test_channels_and_columns_apart(dtype: torch.dtype):
     x = inputs(4, 192)
     x[1, 7], x[2, 100] = 9.0, -8.0
     x = x.to(dtype)
-    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
     threshold = InputQuantizer(PRESETS["LLM_INT8"].input or INT8_INPUTS)
     q = weight_of(PRESETS["LLM_INT8"].weight)
     torch.testing.assert_close(layer_of(q, threshold)(x).float(), threshold(x).float() @ q.dequantize().T, **close)

@@ -25,7 +25,7 @@ class CodeEmbedding:
 
     words  [n, ...], uint8 or int32: rows of unsigned codes as `numerics.packing.pack` has them
     scale  [n, ceil(k / group)]: float32, bfloat16, float16, float8_e8m0fnu or float8_e4m3fn
-    zero   None, or shaped as scale: float32, bfloat16, float16, uint8 or int8; what is subtracted from the table's number
+    zero   None, or shaped as scale: float32, bfloat16, float16, uint8 or int8; taken off the table's number
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class CodeEmbedding:
                 f"of {len(table)} do not fit {bits}-bit codes {(words.shape[0], k)} in groups of {group or k}"
             )
         if scale.dtype not in SCALE_DTYPES or (zero is not None and zero.dtype not in ZERO_DTYPES):
-            raise KernelError(f"no kernel for scales {scale.dtype} and zero points {zero.dtype if zero is not None else ''}")
+            raise KernelError(
+                f"no kernel for scales {scale.dtype} and zero points {zero.dtype if zero is not None else ''}"
+            )
         self.n, self.k = words.shape[0], k
         self.words, self.scale = words, scale.contiguous()
         self.zero = None if zero is None else zero.contiguous()
@@ -62,7 +64,7 @@ class CodeEmbedding:
         )  # fmt: skip
 
     def __call__(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ids [...] integers -> [..., k] in float32, bfloat16 or float16. Raises KernelError for an id that is no row."""
+        """ids [...] integers -> [..., k] in float32, bfloat16 or float16. Raises KernelError for unknown ids."""
         if dtype not in DTYPES:
             raise KernelError(f"rows are given in float32, bfloat16 or float16, not {dtype}")
         rows = ids.to(torch.int64).contiguous()

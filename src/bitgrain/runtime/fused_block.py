@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bitgrain.kernels import prefill_attention
 from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
@@ -115,10 +116,22 @@ class FusedForward:
         q, k, v = (one.unflatten(-1, (-1, plan.head_dim)).transpose(1, 2) for one in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, plan.layer)
+        if (
+            plan.plain
+            and implementation in _PLAIN_ATTENTION
+            and mask is None
+            and k.shape[2] == q.shape[2] > 1
+            and prefill_attention.serves(q, k, v)
+        ):
+            attended = prefill_attention.prefill_attention(q, k, v, scaling=plan.scale).flatten(2)
+            return self._finish(native, x, attended)
         interface = attention_interface(part, implementation)
         passed = {name: kwargs[name] for name in ("position_ids", "use_cache") if name in kwargs}
         attended, _ = interface(part, q, k, v, mask, dropout=0.0, scaling=plan.scale, **plan.extras, **passed)
-        attended = attended.reshape(*x.shape[:2], -1).contiguous()
+        return self._finish(native, x, attended.reshape(*x.shape[:2], -1).contiguous())
+
+    def _finish(self, native: DecoderBlock, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention."""
         y = native.finish(x, attended)
         if self.plan.mlp is None:
             norm, mlp = self.plan.rest

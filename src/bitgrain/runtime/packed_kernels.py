@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -121,11 +122,12 @@ class PackedKernel(ABC):
         return self.spec.describe() + inputs
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "call"}
+        state = {name: value for name, value in self.__dict__.items() if name != "call"}
+        return state if self._sparse is None else {**state, "_sparse": _outliers(self._sparse)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, _sparse(value, self.shape) if isinstance(value, Outliers) else value)
         self._settle()
 
 
@@ -212,8 +214,10 @@ def _signed(plain: Tensor, format: Format) -> Tensor:
 
 def _sparse(outliers: Outliers, shape: tuple[int, int]) -> Tensor:
     """float32 [out, in], compressed rows."""
-    columns = outliers.columns.to(torch.int32)
-    return torch.sparse_csr_tensor(outliers.starts, columns, outliers.values.float(), shape, check_invariants=False)
+    parts = (outliers.starts, outliers.columns.to(torch.int32), outliers.values.to(torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls the format a beta
+        return torch.sparse_csr_tensor(*parts, shape, check_invariants=False)
 
 
 def _outliers(sparse: Tensor) -> Outliers:

@@ -49,9 +49,8 @@ def code_linear(
     """Arguments as of `CodeLinear.pack`, x [m, k]; computed in float64 and rounded once to the dtype of x.
 
     rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does
-    The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| (|table| + |zero| + offset) |scale|, and
-    one rounding to its dtype. offset: 0; of integers at avx512bf16 with 1 or 2 rows, which are counted instead of looked
-    up, 144 (8 bits: 512): far below what rounding the inputs to 8 bits does.
+    The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| (|table| + |zero|) |scale|, and one
+    rounding to its dtype. With 1 or 2 rows avx512bf16 multiplies 8-bit codes in two parts, and 512 stands for the table.
     """
     weight = dequantize(codes, scale, table, group=group, zero=zero, outer=outer, rounded=rounded)
     y = (x.bfloat16() if rounded else x).double() @ weight.T

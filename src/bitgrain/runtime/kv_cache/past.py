@@ -30,30 +30,30 @@ _ABOUT = {
 class Past(Tensor):
     """Tokens of `held`: shape, dtype and device of keys or values that are not unpacked yet."""
 
-    _held: Tiled
-    _from: int  # the first token's number, counted from the first that the cache was ever given
-    _changes: int
+    held: Tiled
+    begin: int  # the first token's number, counted from the first that the cache was ever given
+    changes: int
 
     @staticmethod
     def of(held: Tiled, count: int, like: Tensor) -> Past:
         """The newest `count` tokens of `held`, in the dtype of `like`."""
         packed = held.packed
         past = like.new_full((1,), torch.nan).expand(packed.batch, packed.heads, count, packed.size).as_subclass(Past)
-        past._held, past._changes = held, held.changes
-        past._from = packed.start + packed.first + packed.tokens - count
+        past.held, past.changes = held, held.changes
+        past.begin = packed.start + packed.first + packed.tokens - count
         return past
 
     def place(self) -> tuple[int, int] | None:
         """(first, count) of its tokens in the memory now; None where the cache has moved on and they are gone."""
-        first = self._from - self._held.packed.start
-        return (first, self.shape[2]) if self._changes == self._held.changes and first >= 0 else None
+        first = self.begin - self.held.packed.start
+        return (first, self.shape[2]) if self.changes == self.held.changes and first >= 0 else None
 
     def numbers(self) -> Tensor:
         """All of them. Raises ModelError where the cache has moved on and they are gone."""
         place = self.place()
         if place is None:
             raise ModelError("these keys and values were returned before the cache was cropped, reordered or moved on")
-        return self._held.packed.read(self.dtype, place)
+        return self.held.packed.read(self.dtype, place)
 
     @classmethod
     def __torch_function__(
@@ -61,14 +61,12 @@ class Past(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _ABOUT:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
         if func is scaled_dot_product_attention:
             found = _attend(*args, **kwargs)
             if found is not None:
                 return found
-        args, kwargs = _plain(args), _plain(kwargs)
-        return func(*args, **kwargs)
+        return func(*(_plain(one) for one in args), **{name: _plain(one) for name, one in kwargs.items()})
 
 
 def _plain(given: Any) -> Any:
@@ -95,7 +93,7 @@ def _attend(
     """[batch, heads, queries, size], or None where no kernel serves this."""
     if not isinstance(key, Past) or not isinstance(value, Past) or isinstance(query, Past):
         return None
-    keys, values, place = key._held, value._held, key.place()
+    keys, values, place = key.held, value.held, key.place()
     if (
         dropout_p
         or is_causal
