@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from bitgrain.numerics import quantize
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.recipes.scheme import get_scheme
 from bitgrain.runtime.activations import InputQuantizer
-from bitgrain.runtime.linear_rows import find_linear, make_kernel
+from bitgrain.runtime.linear_rows import find_linear
 from bitgrain.runtime.low_bit_linear import put_in_place
 from bitgrain.runtime.operators import Operator
 from bitgrain.runtime.quant_linear import QuantLinear
@@ -23,8 +24,7 @@ def pack_linears(model: Any, scheme: str = "W4A8") -> Any:
     assert isinstance(row, Operator)
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and layer is not model.get_output_embeddings():
-            kernel = make_kernel(
-                row, quantize(layer.weight.detach().float(), preset.weight), InputQuantizer(preset.input)
-            )
+            q = quantize(layer.weight.detach().float(), preset.weight)
+            kernel = row.kernel(PackedMatrix.of(q), InputQuantizer(preset.input))
             put_in_place(model, path, QuantLinear(kernel, layer.bias, dtype=layer.weight.dtype))
     return model.requires_grad_(False)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from bitgrain.kernels.decoder import DecoderStack
 from bitgrain.models.fused_blocks import fuse_blocks
 from bitgrain.runtime.fused_block import FusedForward, is_fused, unfuse
 from bitgrain.runtime.kv_cache import use_cache
@@ -50,7 +51,7 @@ def logits(model: Any, ids: torch.Tensor, steps: int = 6, **kwargs: Any) -> torc
     return torch.cat(all_logits, 1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def llama():
     model = growing(model_of("llama"))
     assert fuse_blocks(model) == ["model.layers.0", "model.layers.1"]
@@ -192,6 +193,46 @@ def test_hidden_states_and_attentions_are_still_there(llama: Any):
         again = eager(ids).logits
     assert [one.shape for one in attentions] == [(2, 4, 24, 24)] * 2
     assert same(again, llama(ids).logits)
+    calls = count_calls(llama)
+    logits(llama, ids)  # what transformers leaves behind in the layers does not count
+    assert calls == [0]
+
+
+def test_layers_called_by_hand_give_their_own_results(llama: Any):
+    plain = copy.deepcopy(llama)
+    unfuse(plain)
+    x = torch.randn(1, 3, 128, generator=torch.Generator().manual_seed(1))
+    found: list[torch.Tensor] = []
+    for model in (llama, plain):
+        model(ids_for(model))
+        positions = model.model.rotary_emb(x, torch.arange(3)[None])
+        cache = GrowingCache(model.config)
+        with torch.no_grad():
+            found.append(model.model.layers[0](x, position_embeddings=positions, cache=cache, use_cache=True))
+        assert cache.get_seq_length(1) == 0
+    assert same(*found)
+
+
+def test_fewer_layers_than_there_are(llama: Any):
+    plain = copy.deepcopy(llama)
+    unfuse(plain)
+    llama.config.num_hidden_layers = plain.config.num_hidden_layers = 1
+    ids = ids_for(llama)
+    assert same(logits(llama, ids), logits(plain, ids))
+
+
+def test_all_layers_run_in_one_call(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    whole = DecoderStack.run
+    calls = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return whole(*args)
+
+    monkeypatch.setattr(DecoderStack, "run", counted)
+    logits(llama, ids_for(llama), steps=6)
+    assert calls == 6
 
 
 def test_what_is_changed_afterwards_counts(llama: Any):
@@ -214,7 +255,7 @@ def test_a_replaced_layer_runs(llama: Any):
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(128, 256, bias=False)
     found = logits(model, ids)
     unfuse(model)
-    assert found.equal(logits(model, ids))
+    assert same(found, logits(model, ids))
 
 
 def test_survives_pickling_and_casts(llama: Any):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bitgrain.errors import KernelError
 from bitgrain.kernels import prefill_attention
 from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
 from bitgrain.kernels.int_linear import IntLinear
@@ -67,7 +68,8 @@ class FusedForward:
             return hidden_states
         if args or torch.compiler.is_compiling() or not self._is_plain(hidden_states, kwargs):
             return self.original(hidden_states, *args, **kwargs)
-        native = self.native()
+        native = self._native
+        assert native is not None
         cos, sin = kwargs.get("position_embeddings") or (None, None)
         if not _fit(hidden_states, cos, sin, plan.attention):
             return self.original(hidden_states, *args, **kwargs)
@@ -149,21 +151,15 @@ class FusedForward:
             if value is not None and value is not False and name not in self.plan.arguments:
                 return False
         if guards is None or not guards.hold():
-            self._native = None
+            self._native = build(block, self.plan)
             guards = self._guards = Guards(block, self.plan.norms())
-        return guards.no_hooks()
+        return self._native is not None and guards.no_hooks()
 
-    def is_whole(self, x: Tensor) -> bool:
-        """Whether nobody would notice if this layer ran in one call with those around it."""
-        block = self.block
+    def whole(self, x: Tensor) -> DecoderBlock | None:
+        """The native block, if nobody would notice that this layer ran in one call with those around it."""
         plain = self.plan.attention.plain and self.plan.mlp is not None and self._is_plain(x, {})
-        return plain and self._guards is not None and not self._guards.looked_at(block)
-
-    def native(self) -> DecoderBlock:
-        """The native block, made when it is first needed and again when a weight was changed."""
-        if self._native is None:
-            self._native = build(self.block, self.plan)
-        return self._native
+        watched = self._guards is None or self._guards.looked_at(self.block)
+        return self._native if plain and not watched else None
 
 
 def fuse(block: nn.Module, plan: BlockPlan) -> None:
@@ -171,15 +167,9 @@ def fuse(block: nn.Module, plan: BlockPlan) -> None:
     cast(Any, block).forward = FusedForward(block, plan)
 
 
-def stack(blocks: Sequence[nn.Module]) -> None:
-    """Let fused layers that follow each other, and are all that their model has, run in one call."""
-    FusedStack([cast(FusedForward, block.__dict__["forward"]) for block in blocks])
-
-
-def unstack(blocks: Sequence[nn.Module]) -> None:
-    """Undo `stack`."""
-    for block in blocks:
-        block.__dict__["forward"].stack = None
+def stack(model: nn.Module, blocks: Sequence[nn.Module]) -> FusedStack:
+    """Let fused layers that follow each other, and are all that `model` runs, run in one call."""
+    return FusedStack(model, [cast(FusedForward, block.__dict__["forward"]) for block in blocks])
 
 
 def is_fused(block: nn.Module) -> bool:
@@ -194,21 +184,28 @@ def unfuse(module: nn.Module) -> None:
             del part.__dict__["forward"]
 
 
-def build(block: nn.Module, plan: BlockPlan) -> DecoderBlock:
-    """The native block of a plan. Raises KernelError where the parts do not fit."""
+def build(block: nn.Module, plan: BlockPlan) -> DecoderBlock | None:
+    """The native block of a plan; None where its layers are not packed or do not fit."""
     attention, mlp = plan.attention, plan.mlp
-    return DecoderBlock(
-        AttentionPart(
-            row_norm(block, attention.norm), _weights(block, attention.qkv), _weights(block, (attention.o,))[0],
-            attention.heads, attention.kv_heads, attention.head_dim, attention.rotary, attention.scale,
-            attention.q_norm and row_norm(block, attention.q_norm),
-            attention.k_norm and row_norm(block, attention.k_norm),
-        ),
-        mlp and MlpPart(
-            row_norm(block, mlp.norm), _weights(block, mlp.gate_up), _weights(block, (mlp.down,))[0], mlp.act,
-            mlp.joined,
-        ),
+    paths = (*attention.qkv, attention.o, *(() if mlp is None else (*mlp.gate_up, mlp.down)))
+    weights: dict[str, IntLinear] = {}
+    for path in paths:
+        found = packed_weight(block.get_submodule(path))
+        if found is None:
+            return None
+        weights[path] = found
+    part = AttentionPart(
+        row_norm(block, attention.norm), tuple(weights[path] for path in attention.qkv), weights[attention.o],
+        attention.heads, attention.kv_heads, attention.head_dim, attention.rotary, attention.scale,
+        attention.q_norm and row_norm(block, attention.q_norm), attention.k_norm and row_norm(block, attention.k_norm),
     )  # fmt: skip
+    behind = mlp and MlpPart(
+        row_norm(block, mlp.norm), tuple(weights[path] for path in mlp.gate_up), weights[mlp.down], mlp.act, mlp.joined
+    )
+    try:
+        return DecoderBlock(part, behind)
+    except KernelError:
+        return None
 
 
 def row_norm(block: nn.Module, plan: NormPlan) -> RowNorm:
@@ -232,10 +229,6 @@ def attention_interface(part: nn.Module, implementation: str) -> Callable[..., A
     """transformers' function for an attention module; its own file holds the one called eager."""
     own: Any = getattr(sys.modules[type(part).__module__], "eager_attention_forward", None)
     return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own))
-
-
-def _weights(block: nn.Module, paths: tuple[str, ...]) -> tuple[IntLinear, ...]:
-    return tuple(cast(IntLinear, packed_weight(block.get_submodule(path))) for path in paths)
 
 
 def _fit(x: Tensor, cos: Tensor | None, sin: Tensor | None, plan: AttentionPlan) -> bool:

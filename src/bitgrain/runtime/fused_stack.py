@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitgrain.kernels.decoder import DecoderStack
+from bitgrain.kernels.decoder import DecoderBlock, DecoderStack
 from bitgrain.runtime.kv_cache.growing import GrowingLayer
 
 if TYPE_CHECKING:
@@ -21,48 +21,85 @@ if TYPE_CHECKING:
 
 
 class FusedStack:
-    """forwards: of all layers of a model, in their order; the layers own them, and they own this."""
+    """forwards: of all layers that `model` runs, in their order; the layers own them, and they own this.
 
-    def __init__(self, forwards: Sequence[FusedForward]) -> None:
+    Only inside a call of `model`: who calls the layers by hand gets each one's own result. A copy of the model runs its
+    layers one by one.
+    """
+
+    def __init__(self, model: nn.Module, forwards: Sequence[FusedForward]) -> None:
         self._forwards = [ref(one) for one in forwards]
         self._native: DecoderStack | None = None
-        self._blocks: list[Any] = []
-        self._local = threading.local()
+        self._running = threading.local()
+        inside = _Inside(self._running)
+        self._hooks = [
+            model.register_forward_pre_hook(inside.enter),
+            model.register_forward_hook(inside.leave, always_call=True),
+        ]
         for place, one in enumerate(forwards):
             one.stack, one.place = self, place
 
+    def remove(self) -> None:
+        """Let the layers run one by one again."""
+        for hook in self._hooks:
+            hook.remove()
+        for one in self._forwards:
+            if (forward := one()) is not None:
+                forward.stack = None
+
     def hand_on(self, place: int, x: Tensor) -> bool:
         """Whether x is the result of all layers already, on its way through those behind the first."""
-        local = self._local
-        if getattr(local, "result", None) is not x or local.next != place:
+        running = self._running
+        if getattr(running, "result", None) is not x or running.next != place:
             return False
-        local.next += 1
-        if local.next == len(self._forwards):
-            local.result = None
+        running.next += 1
+        if running.next == len(self._forwards):
+            running.result = None
         return True
 
     def run(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Any, config: Any) -> Tensor | None:
         """The result of all layers for new tokens without a mask; None where they must run one by one."""
-        if config.num_hidden_layers != len(self._forwards):
+        if not getattr(self._running, "inside", False) or config.num_hidden_layers != len(self._forwards):
             return None
         layers: list[GrowingLayer] = []
-        blocks: list[Any] = []
+        blocks: list[DecoderBlock] = []
         for one in self._forwards:
             forward = one()
-            if forward is None or not forward.is_whole(x):
+            block = None if forward is None else forward.whole(x)
+            if forward is None or block is None:
                 return None
             layer = cache.layers[forward.plan.attention.layer]
             if not isinstance(layer, GrowingLayer) or (layer.keys is not None and layer.keys.dtype != x.dtype):
                 return None
             layers.append(layer)
-            blocks.append(forward.native())
-        if self._native is None or blocks != self._blocks:
-            self._native, self._blocks = DecoderStack(blocks), blocks
+            blocks.append(block)
+        if self._native is None or blocks != self._native.blocks:
+            self._native = DecoderStack(blocks)
         kept: list[tuple[Tensor, Tensor]] = []
         for layer, block in zip(layers, blocks, strict=True):
-            attention = block.attention
-            new = x.new_empty(x.shape[0], attention.kv_heads, x.shape[1], attention.head_dim)
+            part = block.attention
+            new = x.new_empty(x.shape[0], part.kv_heads, x.shape[1], part.head_dim)
             kept.append(layer.update(new, new, write=False))
         y = self._native.run(x, cos, sin, kept)
-        self._local.result, self._local.next = y, 1
+        self._running.result, self._running.next = y, 1
         return y
+
+
+class _Inside:
+    """Notes whether a model is being called, for each thread; a copy of it notes nothing that anybody asks for."""
+
+    def __init__(self, running: threading.local) -> None:
+        self._running = running
+
+    def __reduce__(self) -> Any:
+        return _Inside._nobody, ()
+
+    @staticmethod
+    def _nobody() -> _Inside:
+        return _Inside(threading.local())
+
+    def enter(self, *_: Any) -> None:
+        self._running.inside = True
+
+    def leave(self, *_: Any) -> None:
+        self._running.inside, self._running.result = False, None

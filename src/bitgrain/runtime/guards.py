@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from bitgrain.runtime.quant_linear import QuantLinear
 
@@ -50,8 +51,19 @@ class Guards:
 
     def no_hooks(self) -> bool:
         """Whether nobody looks into the block, and no module's forward is another one than its class has."""
-        return not any(self._hooks) and not any("forward" in own for own in self._own)
+        return all_idle(self._hooks) and not any("forward" in own for own in self._own)
 
     def looked_at(self, block: nn.Module) -> bool:
         """Whether somebody looks at the block itself."""
-        return bool(block._forward_hooks or block._forward_pre_hooks)
+        return not all_idle([block._forward_hooks, block._forward_pre_hooks])
+
+
+def all_idle(hooks: Sequence[Mapping[int, Any]]) -> bool:
+    """Whether there are no hooks, but those that transformers leaves behind once it was asked for hidden states or
+    attentions, while it is not asked."""
+    if not any(hooks):
+        return True
+    if any(getattr(hook, "__module__", "") != output_capturing.__name__ for own in hooks for hook in own.values()):
+        return False
+    collector: Any = getattr(output_capturing, "_active_collector", None)
+    return collector is not None and not collector.get()
