@@ -20,6 +20,9 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
 endif()
 
 set(BITGRAIN_LEVELS avx2 avxvnni avx512vnni avx512bf16 neon CACHE STRING "Levels to build beside the portable one")
+# the plain one takes compilers longest, and is not there for speed
+set_source_files_properties("${_native_dir}/isa/portable.cpp" PROPERTIES COMPILE_OPTIONS "-O2")
+
 set(BITGRAIN_ISAS "")
 foreach(isa ${BITGRAIN_LEVELS})
   if(DEFINED BITGRAIN_ISA_${isa} AND EXISTS "${_native_dir}/isa/${isa}.cpp")

@@ -64,7 +64,23 @@ BG_INLINE void product(I32& sum, const Bytes* w, const Bytes* x) {
   else dot4_small<STEPS>(sum, w, x);
 }
 
-// R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span. CONSTANT: they have one zero
+// Scales of the rows, the bias, and the type of y: of sums [rows][16 * halves] of the columns from `first` on.
+static __attribute__((noinline)) void finish_tile(const IntPanelJob& job, int64_t first, int64_t row, int rows,
+                                                  int halves, const float* sums) {
+  const IntWeights& w = *job.w;
+  for (int v = 0; v < halves; ++v) {
+    const int64_t column = first + 16 * v, left = w.n - column;
+    if (left <= 0) return;
+    const int64_t count = left < 16 ? left : 16;
+    const F32 bias = w.bias ? load_elements<DType::f32>(w.bias, column, count) : zero_f();
+    for (int r = 0; r < rows; ++r) {
+      const F32 y = fma_f(load_f(sums + (r * halves + v) * 16), set_f(job.scales[row + r]), bias);
+      store_elements(job.y, job.type, (row + r) * job.stride + column, count, y);
+    }
+  }
+}
+
+// R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span (8 bits). CONSTANT: they have one zero
 // point, or none. `ahead`: how far to prefetch weights.
 template <int BITS, int R, int V, bool SINGLE, bool CONSTANT>
 BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const uint8_t* a, const int32_t* sums,
@@ -134,16 +150,9 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
     sums += R;
   }
 
-  BG_UNROLL for (int v = 0; v < V; ++v) {
-    const int64_t column = panel * kPanel + 16 * (half + v), left = w.n - column;
-    if (left <= 0) return;
-    const int64_t count = left < 16 ? left : 16;
-    const F32 bias = w.bias ? load_elements<DType::f32>(w.bias, column, count) : zero_f();
-    BG_UNROLL for (int r = 0; r < R; ++r) {
-      const F32 y = fma_f(total[r][v], set_f(job.scales[row + r]), bias);
-      store_elements(job.y, job.type, (row + r) * job.stride + column, count, y);
-    }
-  }
+  alignas(64) float sums_of_rows[R][16 * V];
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) store_f(sums_of_rows[r] + 16 * v, total[r][v]);
+  finish_tile(job, panel * kPanel + 16 * half, row, R, V, sums_of_rows[0]);
 }
 
 template <int BITS, int R, bool SINGLE>
@@ -175,12 +184,12 @@ static void int_panels_of(const IntPanelJob& job, int64_t first, int64_t last) {
 }
 
 static void int_panels(const IntPanelJob& job, int64_t first, int64_t last) {
-  const bool single = job.w->spans == 1;
   switch (job.w->bits) {
-    case 8: return single ? int_panels_of<8, true>(job, first, last) : int_panels_of<8, false>(job, first, last);
-    case 4: return single ? int_panels_of<4, true>(job, first, last) : int_panels_of<4, false>(job, first, last);
-    case 3: return single ? int_panels_of<3, true>(job, first, last) : int_panels_of<3, false>(job, first, last);
-    default: return single ? int_panels_of<2, true>(job, first, last) : int_panels_of<2, false>(job, first, last);
+    case 8:
+      return job.w->spans == 1 ? int_panels_of<8, true>(job, first, last) : int_panels_of<8, false>(job, first, last);
+    case 4: return int_panels_of<4, false>(job, first, last);
+    case 3: return int_panels_of<3, false>(job, first, last);
+    default: return int_panels_of<2, false>(job, first, last);
   }
 }
 

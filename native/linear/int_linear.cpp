@@ -18,7 +18,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   static thread_local Scratch bytes_memory, sums_memory, scales_memory;
   const Kernels& kernel = kernels();
   const IntWeights& w = *call.weights[0];
-  const int64_t rows = w.spans == 1 ? kernel.single_rows : kernel.grouped_rows;
+  const int64_t rows = w.bits == 8 && w.spans == 1 ? kernel.single_rows : kernel.grouped_rows;
   const int64_t tiles = ceil_div(call.m, rows);
 
   ActivationJob acts{};
