@@ -136,7 +136,9 @@ class IntLinear:
         The others as of `pack`. Raises KernelError for shapes that do not fit.
         """
         stride = check_words(words, bits, k)
-        zero, wide = 2 ** (bits - 1) if zero is None else zero, min(b for b in BITS if b >= bits)
+        wide = min(b for b in BITS if b >= bits)
+        if zero is None:
+            zero = 2 ** (bits - 1)
         if wide == 8:  # these panels are signed
             zero = zero - 2 ** (bits - 1) if isinstance(zero, int) else zero.to(torch.float32) - 2 ** (bits - 1)
         made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, zero, scale_dtype, bias)
