@@ -137,12 +137,12 @@ class IntLinear:
         """
         stride = check_words(words, bits, k)
         wide = min(b for b in BITS if b >= bits)
-        if zero is None:
-            zero = 2 ** (bits - 1)
+        point: int | Tensor = 1 << (bits - 1) if zero is None else zero
         if wide == 8:  # these panels are signed
-            zero = zero - 2 ** (bits - 1) if isinstance(zero, int) else zero.to(torch.float32) - 2 ** (bits - 1)
-        made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, zero, scale_dtype, bias)
-        scale, zeros = scale.to(torch.float32).contiguous(), _floats(zero)
+            half = 1 << (bits - 1)
+            point = point - half if isinstance(point, int) else point.to(torch.float32) - half
+        made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, point, scale_dtype, bias)
+        scale, zeros = scale.to(torch.float32).contiguous(), _floats(point)
         made.handle.pack_words(
             words.data_ptr(), stride, bits, scale.data_ptr(), _address(zeros), made.panels.data_ptr(),
             torch.get_num_threads(),
