@@ -143,7 +143,8 @@ def test_copies_and_casts(quantizer: InputQuantizer | None):
     stream = io.BytesIO()
     torch.save(layer, stream)
     stream.seek(0)
-    for other in (copy.deepcopy(layer), torch.load(stream, weights_only=False)):
+    copies: list[Any] = [copy.deepcopy(layer), torch.load(stream, weights_only=False)]
+    for other in copies:
         layer_panels, panels = layer.kernel.tensors()["panels"], other.kernel.tensors()["panels"]
         assert torch.equal(other(x), expected)
         assert panels.data_ptr() != layer_panels.data_ptr()

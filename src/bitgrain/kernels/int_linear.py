@@ -136,12 +136,13 @@ class IntLinear:
         The others as of `pack`. Raises KernelError for shapes that do not fit.
         """
         stride = check_words(words, bits, k)
-        wide, offset = min(b for b in BITS if b >= bits), 2 ** (bits - 1)
-        origin = offset if zero is None else zero
+        wide = min(b for b in BITS if b >= bits)
+        point: int | Tensor = 1 << (bits - 1) if zero is None else zero
         if wide == 8:  # these panels are signed
-            origin = origin - offset if isinstance(origin, int) else origin.to(torch.float32) - offset
-        made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, origin, scale_dtype, bias)
-        scale, zeros = scale.to(torch.float32).contiguous(), _floats(origin)
+            half = 1 << (bits - 1)
+            point = point - half if isinstance(point, int) else point.to(torch.float32) - half
+        made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, point, scale_dtype, bias)
+        scale, zeros = scale.to(torch.float32).contiguous(), _floats(point)
         made.handle.pack_words(
             words.data_ptr(), stride, bits, scale.data_ptr(), _address(zeros), made.panels.data_ptr(),
             torch.get_num_threads(),

@@ -35,7 +35,7 @@ def native() -> Any:
     if _module is None:
         raise KernelError(
             f"the native kernels are not here ({_why}): with a C++17 compiler at hand, `make native` builds them in "
-            "a checkout and `pip install .` elsewhere; or ask for kernels='reference'"
+            "a checkout and `pip install .` elsewhere; or ask for execution='reference'"
         )
     return _module
 

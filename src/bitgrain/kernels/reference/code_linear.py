@@ -50,7 +50,7 @@ def code_linear(
 
     rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does
     The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| (|table| + |zero|) |scale|, and one
-    rounding to its dtype. With 1 or 2 rows avx512bf16 multiplies 8-bit codes in two parts, and 512 stands for the table.
+    rounding to its dtype. With 1 or 2 rows avx512bf16 multiplies 8-bit codes in two parts: 512 stands for the table.
     """
     weight = dequantize(codes, scale, table, group=group, zero=zero, outer=outer, rounded=rounded)
     y = (x.bfloat16() if rounded else x).double() @ weight.T
