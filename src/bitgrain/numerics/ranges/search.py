@@ -37,7 +37,7 @@ def real_elements(tiles: Tensor, importance: Tensor | None) -> tuple[Tensor, Ten
     return tiles.masked_fill(beyond, 0.0), weights.masked_fill(beyond, 0.0)
 
 
-def tile_pieces(count: int, size: int, native: bool = False) -> Iterator[slice]:
+def tile_pieces(count: int, size: int, *, native: bool = False) -> Iterator[slice]:
     """Slices of `count` tiles of `size` elements: as many tiles as make up one piece, at least one."""
     step = min(_NATIVE_PIECE // max(1, size), _NATIVE_TILES) if native else PIECE // max(1, size)
     step = max(1, step)
