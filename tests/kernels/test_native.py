@@ -20,8 +20,8 @@ def test_native_checks_pass_under_sanitizers(tmp_path):
         pytest.skip(f"the native tests are built with {', '.join(NEEDED)}; missing: {', '.join(missing)}")
     build = tmp_path / "build"
     options = ["-DBITGRAIN_NATIVE_TESTS=ON", "-DBITGRAIN_SANITIZE=address"]
-    # the widest of each machine, and the plain one: compiling the rest takes minutes, `make test-native` does
-    options += ["-DBITGRAIN_LEVELS=avx512bf16;neon"]
+    # the plain level, which reads and writes what the others do: those take minutes to compile, `make test-native` does
+    options += ["-DBITGRAIN_LEVELS=neon"]
     for command in (
         ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options],
         ["ninja", "-C", build],
