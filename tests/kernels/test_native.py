@@ -13,6 +13,10 @@ NEEDED = ("cmake", "ninja", "c++")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "BITGRAIN_NATIVE_TESTS" not in os.environ,
+    reason="compiles for minutes: set BITGRAIN_NATIVE_TESTS, or make test-native",
+)
 def test_native_checks_pass_under_sanitizers(tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     missing = [tool for tool in NEEDED if shutil.which(tool, path=path) is None]
