@@ -162,11 +162,15 @@ class Layer {
 void run_kernels(const Case& c, const Layer& layer, const uint8_t* x, uint8_t* y, int64_t x_stride, int64_t y_stride,
                  const std::vector<int32_t>& stored) {
   const IntWeights& w = layer.weights();
-  const int64_t rows = w.spans == 1 ? kernels().single_rows : kernels().grouped_rows, tiles = ceil_div(c.m, rows);
+  const int64_t rows = w.bits == 8 && w.spans == 1 ? kernels().single_rows : kernels().grouped_rows;
+  const int64_t tiles = ceil_div(c.m, rows);
   Guarded<uint8_t> bytes(c.m * 4 * w.steps, c.edge, 0x5a);
   Guarded<int32_t> sums(c.m * w.spans, c.edge);
   Guarded<float> scales(c.m, c.edge);
-  ActivationJob acts{x, c.x_type, c.m, x_stride, layer.spec(), &w, rows, bytes.data(), sums.data(), scales.data()};
+  ActivationJob acts{};
+  acts.x = x, acts.type = c.x_type, acts.m = c.m, acts.stride = x_stride, acts.spec = layer.spec(), acts.w = &w;
+  acts.rows = rows, acts.bytes = bytes.data(), acts.sums = sums.data(), acts.scales = scales.data();
+  acts.sum_factor = w.zeros == Zeros::constant ? -w.zero : 1;
   kernels().quantize_tiles(acts, 0, tiles);
   for (int64_t row = 0; row < c.m; ++row) {
     const int64_t tile = row / rows, height = rows_of_tile(c.m, rows, tile), r = row % rows;
