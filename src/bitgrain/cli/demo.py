@@ -173,7 +173,7 @@ def _measure(setup: _Setup, name: str, folder: Path) -> DemoRow:
     began = time.monotonic()
     plan = api.quantize(setup.model, folder / name, recipe=_recipe(name), device=setup.device).plan
     seconds = time.monotonic() - began
-    quantized = api.load(folder / name, device=setup.device, dtype=torch.float32)
+    quantized = api.load(folder / name, device=setup.device, dtype=torch.float32, execution="dequantize")
     reference = setup.reference
     found = evaluate_model(quantized, reference.windows, base=reference, batch_size=BATCH)
     scheme = next(iter(plan.quantized.values())).scheme
