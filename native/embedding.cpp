@@ -8,20 +8,14 @@ namespace {
 
 float number(const void* p, DType type, int64_t i) {
   switch (type) {
-    case DType::f32: return static_cast<const float*>(p)[i];
-    case DType::bf16: return from_bf16(static_cast<const uint16_t*>(p)[i]);
-    case DType::f16: return from_f16(static_cast<const uint16_t*>(p)[i]);
+    case DType::f32:
+    case DType::bf16:
+    case DType::f16: return load_number(p, type, i);
     case DType::s8: return static_cast<const int8_t*>(p)[i];
     case DType::e8m0: return from_e8m0(static_cast<const uint8_t*>(p)[i]);
     case DType::e4m3: return from_e4m3(static_cast<const uint8_t*>(p)[i]);
     default: return static_cast<const uint8_t*>(p)[i];
   }
-}
-
-template <DType T>
-void store(void* y, int64_t i, float x) {
-  if (T == DType::f32) static_cast<float*>(y)[i] = x;
-  else static_cast<uint16_t*>(y)[i] = T == DType::bf16 ? to_bf16(x) : to_f16(x);
 }
 
 template <DType T>
@@ -32,7 +26,7 @@ void look_up_row(const Embedding& e, int64_t row, void* y, uint8_t* codes) {
     const float scale = number(e.scale, e.scale_type, row * groups + g);
     const float zero = e.zero ? number(e.zero, e.zero_type, row * groups + g) : 0.f;
     const int64_t last = (g + 1) * e.group < e.k ? (g + 1) * e.group : e.k;
-    for (int64_t i = g * e.group; i < last; ++i) store<T>(y, i, (e.table[codes[i]] - zero) * scale);
+    for (int64_t i = g * e.group; i < last; ++i) store_number(y, T, i, (e.table[codes[i]] - zero) * scale);
   }
 }
 

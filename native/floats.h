@@ -53,4 +53,24 @@ BG_INLINE float from_e4m3(uint8_t x) {
   return float_of(sign | ((magnitude << 20) + (120u << 23)));
 }
 
+// One number of float32, bfloat16 or float16 memory.
+BG_INLINE float load_number(const void* p, DType type, int64_t at) {
+  if (type == DType::f32) {
+    float x;
+    std::memcpy(&x, (const uint8_t*)p + 4 * at, 4);
+    return x;
+  }
+  uint16_t half;
+  std::memcpy(&half, (const uint8_t*)p + 2 * at, 2);
+  return type == DType::bf16 ? from_bf16(half) : from_f16(half);
+}
+BG_INLINE void store_number(void* p, DType type, int64_t at, float x) {
+  if (type == DType::f32) {
+    std::memcpy((uint8_t*)p + 4 * at, &x, 4);
+    return;
+  }
+  const uint16_t half = type == DType::bf16 ? to_bf16(x) : to_f16(x);
+  std::memcpy((uint8_t*)p + 2 * at, &half, 2);
+}
+
 }  // namespace bitgrain

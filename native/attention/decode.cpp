@@ -10,11 +10,6 @@
 namespace bitgrain {
 namespace {
 
-void store(void* p, DType type, int64_t at, float x) {
-  if (type == DType::f32) static_cast<float*>(p)[at] = x;
-  else static_cast<uint16_t*>(p)[at] = type == DType::bf16 ? to_bf16(x) : to_f16(x);
-}
-
 int64_t offset(const int64_t* stride, int64_t row, int64_t head, int64_t query) {
   return row * stride[0] + head * stride[1] + query * stride[2];
 }
@@ -44,7 +39,7 @@ void merge(const AttentionJob& job, const float* parts, int64_t runs, int64_t ro
     }
     const float by = total == 0.f ? 0.f : 1.f / total;
     const int64_t to = offset(job.out_stride, row, head, r % job.queries);
-    for (int64_t c = 0; c < job.v_size; ++c) store(job.out, job.q_type, to + c, sum[c] * by);
+    for (int64_t c = 0; c < job.v_size; ++c) store_number(job.out, job.q_type, to + c, sum[c] * by);
   }
 }
 

@@ -6,12 +6,6 @@ BG_INLINE bool as_pairs(DType type) { return BG_HAS_BF16_DOT && type == DType::b
 
 static int64_t prefill_steps(DType type, int64_t features) { return as_pairs(type) ? ceil_div(features, 2) : features; }
 
-BG_INLINE float element(const void* x, DType type, int64_t at) {
-  if (type == DType::f32) return ((const float*)x)[at];
-  const uint16_t half = ((const uint16_t*)x)[at];
-  return type == DType::bf16 ? from_bf16(half) : from_f16(half);
-}
-
 // A number into its place among lanes: 4 bytes each, one float or two bfloat16.
 BG_INLINE void put(uint8_t* lanes, bool pairs, int64_t lane_stride, int64_t index, float x) {
   if (pairs) {
@@ -41,11 +35,11 @@ static void pack_past(const PrefillJob& one, int64_t first, int64_t last) {
       const bool real = token < past.tokens;
       if (real) {
         for (int64_t i = 0; i < job.k_size; ++i) {
-          put(k + 4 * t, pairs, 128, i, element(past.k, past.type, k_at + token * past.k_stride[2] + i));
+          put(k + 4 * t, pairs, 128, i, load_number(past.k, past.type, k_at + token * past.k_stride[2] + i));
         }
       }
       for (int64_t i = 0; i < features; ++i) {
-        const float x = real && i < job.v_size ? element(past.v, past.type, v_at + token * past.v_stride[2] + i) : 0.f;
+        const float x = real && i < job.v_size ? load_number(past.v, past.type, v_at + token * past.v_stride[2] + i) : 0.f;
         put(v + i / 32 * one.value_steps * 128 + i % 32 * 4, pairs, 128, token, x);
       }
     }
@@ -65,7 +59,7 @@ BG_INLINE void multiply(F32 sum[R][V], const uint8_t* w, const uint8_t* a, int64
         continue;
       }
 #endif
-      BG_UNROLL for (int j = 0; j < V; ++j) sum[r][j] = fma_f(as_floats(column[j]), as_floats(x), sum[r][j]);
+      BG_UNROLL for (int j = 0; j < V; ++j) sum[r][j] = fma_f(as_float(as_lanes(column[j])), as_float(as_lanes(x)), sum[r][j]);
     }
     w += 128, a += 4 * R;
   }
@@ -125,7 +119,7 @@ static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int
   for (int r = 0; r < R; ++r) {
     const int64_t at = row * job.q_stride[0] + head * job.q_stride[1] + (query + r) * job.q_stride[2];
     if (PAIRS && job.k_size % 2) std::memset(tile.q + ((one.k_steps - 1) * R + r) * 4, 0, 4);
-    for (int64_t i = 0; i < job.k_size; ++i) put(tile.q + 4 * r, PAIRS, 4 * R, i, element(job.q, job.q_type, at + i));
+    for (int64_t i = 0; i < job.k_size; ++i) put(tile.q + 4 * r, PAIRS, 4 * R, i, load_number(job.q, job.q_type, at + i));
     std::memset(tile.out[r], 0, (size_t)features * 4);
     tile.top[r] = kUnseen, tile.total[r] = 0.f;
   }

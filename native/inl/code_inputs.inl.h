@@ -7,7 +7,7 @@ static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float
   const CodeWeights& w = *job.w;
   constexpr size_t kPair = 2 * kInputBytes;
   for (int64_t s = 0; s < w.spans; ++s) {
-    const int64_t count = features_of(w, s), pairs = chunks_of(w, s) * code_features(w.bits) / 2;
+    const int64_t count = features_of(w, s), pairs = chunks_of(w, s) * chunk_features(w.bits) / 2;
     F32 sum = zero_f();
     for (int64_t p = 0; p < pairs; p += 8) {
       const int64_t left = count - 2 * p;

@@ -29,7 +29,7 @@ BG_INLINE void store_columns(const CodePanelJob& job, int64_t row, int64_t colum
 
 template <int BITS>
 BG_INLINE int64_t chunks_in(const CodeWeights& w, int64_t s) {
-  return ceil_div(features_of(w, s), code_features(BITS));
+  return ceil_div(features_of(w, s), chunk_features(BITS));
 }
 
 template <int BITS, int V>

@@ -186,7 +186,7 @@ static void int_panels_of(const IntPanelJob& job, int64_t first, int64_t last) {
 static void int_panels(const IntPanelJob& job, int64_t first, int64_t last) {
   switch (job.w->bits) {
     case 8:
-      return job.w->spans == 1 ? int_panels_of<8, true>(job, first, last) : int_panels_of<8, false>(job, first, last);
+      return has_one_span(*job.w) ? int_panels_of<8, true>(job, first, last) : int_panels_of<8, false>(job, first, last);
     case 4: return int_panels_of<4, false>(job, first, last);
     case 3: return int_panels_of<3, false>(job, first, last);
     default: return int_panels_of<2, false>(job, first, last);

@@ -1,6 +1,7 @@
 #include "linear/code_linear.h"
 
 #include "kernels.h"
+#include "linear/panels.h"
 #include "pool.h"
 
 namespace bitgrain {
@@ -29,7 +30,7 @@ void code_linear(const CodeLinearCall& call, int threads) {
   int64_t panels = 0;
   for (int64_t i = 0; i < call.count; ++i) {
     zeros = zeros || call.weights[i]->zeros != Zeros::constant;
-    panels += ceil_div(call.weights[i]->n, kPanel);
+    panels += panels_of(call.weights[i]->n);
   }
   InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr};
   inputs.tiles = tiles_memory.get<uint8_t>(tiles * rows * w.steps * 2 * kernel.input_bytes);
@@ -42,27 +43,14 @@ void code_linear(const CodeLinearCall& call, int threads) {
   const int64_t blocks = ceil_div(tiles, tiles_at_once);
   tiles_at_once = ceil_div(tiles, blocks);
 
-  // items: all panels against the first tiles, then all against the next ones
   const int64_t grain = call.m <= 16 ? (panels + 8 * threads - 1) / (8 * threads) : 1;
-  const int64_t runs = ceil_div(panels, grain);
-  parallel_for(threads, blocks * runs, 1, [&](int64_t first, int64_t last) {
+  for_panels(call.weights, call.count, blocks, grain, threads, [&](int64_t i, int64_t block, int64_t from, int64_t to) {
     static thread_local Scratch totals_memory;
+    const int64_t first = block * tiles_at_once, last = first + tiles_at_once < tiles ? first + tiles_at_once : tiles;
     float* totals = unpacked ? totals_memory.get<float>(tiles_at_once * rows * kPanel) : nullptr;
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t first_tile = item / runs * tiles_at_once;
-      const int64_t last_tile = first_tile + tiles_at_once < tiles ? first_tile + tiles_at_once : tiles;
-      int64_t from = (item % runs) * grain, to = from + grain < panels ? from + grain : panels;
-      for (int64_t i = 0; i < call.count && from < to; ++i) {
-        const CodeWeights& one = *call.weights[i];
-        const int64_t own = ceil_div(one.n, kPanel), stop = to < own ? to : own;
-        if (from < stop) {
-          kernel.code_panels({&one, inputs.tiles, inputs.sums, call.m, rows, first_tile, last_tile, totals, call.y[i],
-                              call.y_type, call.y_stride[i]},
-                             from, stop);
-        }
-        from = from > own ? from - own : 0, to -= own;
-      }
-    }
+    kernel.code_panels({call.weights[i], inputs.tiles, inputs.sums, call.m, rows, first, last, totals, call.y[i],
+                        call.y_type, call.y_stride[i]},
+                       from, to);
   });
 }
 

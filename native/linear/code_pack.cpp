@@ -1,5 +1,6 @@
 #include "floats.h"
 #include "linear/code_weights.h"
+#include "linear/panels.h"
 
 namespace bitgrain {
 namespace {
@@ -38,7 +39,7 @@ void unfold(const uint32_t* lane, uint8_t* code) {
 // Calls f(column of the panel, group, the group's scales and zeros, the column's lane of its first chunk) for all.
 template <typename P, typename F>
 void visit(const CodeWeights& w, P* at, int64_t panel, const F& f) {
-  const int64_t vectors = code_vectors(w.bits);
+  const int64_t vectors = chunk_vectors(w.bits);
   for (int64_t s = 0; s < w.spans; ++s) {
     P *zeros = at + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.zeros);
     for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
@@ -51,7 +52,7 @@ void visit(const CodeWeights& w, P* at, int64_t panel, const F& f) {
 template <int BITS>
 void pack_panel(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panel_at,
                 int64_t panel) {
-  constexpr int64_t kFeatures = code_features(BITS), kVectors = code_vectors(BITS);
+  constexpr int64_t kFeatures = chunk_features(BITS), kVectors = chunk_vectors(BITS);
   const size_t size = size_of(w.scale_type);
   std::memset(panel_at, 0, (size_t)w.panel_bytes);
   visit(w, panel_at, panel, [&](int64_t c, int64_t s, uint8_t* scales, uint8_t* zeros, uint8_t* lane) {
@@ -73,7 +74,7 @@ void pack_panel(const CodeWeights& w, const uint8_t* codes, const void* scale, c
 
 template <int BITS>
 void unpack_panel(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t panel) {
-  constexpr int64_t kFeatures = code_features(BITS), kVectors = code_vectors(BITS);
+  constexpr int64_t kFeatures = chunk_features(BITS), kVectors = chunk_vectors(BITS);
   const size_t size = size_of(w.scale_type);
   visit(w, w.panels + panel * w.panel_bytes, panel,
         [&](int64_t c, int64_t s, const uint8_t* scales, const uint8_t* zeros, const uint8_t* lane) {
@@ -95,12 +96,7 @@ void unpack_panel(const CodeWeights& w, uint8_t* codes, void* scale, float* zero
 void pack_one(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,
               int64_t panel) {
   uint8_t* at = panels + panel * w.panel_bytes;
-  switch (w.bits) {
-    case 8: return pack_panel<8>(w, codes, scale, zero, at, panel);
-    case 4: return pack_panel<4>(w, codes, scale, zero, at, panel);
-    case 3: return pack_panel<3>(w, codes, scale, zero, at, panel);
-    default: return pack_panel<2>(w, codes, scale, zero, at, panel);
-  }
+  with_bits(w.bits, [&](auto bits) { pack_panel<bits()>(w, codes, scale, zero, at, panel); });
 }
 
 }  // namespace
@@ -109,8 +105,8 @@ int64_t lay_out(CodeWeights& w) {
   w.spans = ceil_div(w.k, w.group);
   int64_t chunks = 0;
   for (int64_t s = 0; s < w.spans; ++s) chunks += chunks_of(w, s);
-  w.steps = chunks * code_features(w.bits) / 2;
-  w.panel_bytes = w.spans * code_header_bytes(w.scale_type, w.zeros) + chunks * code_vectors(w.bits) * 2 * 64;
+  w.steps = chunks * chunk_features(w.bits) / 2;
+  w.panel_bytes = w.spans * code_header_bytes(w.scale_type, w.zeros) + chunks * chunk_vectors(w.bits) * 2 * 64;
   return w.panel_bytes * ceil_div(w.n, kPanel);
 }
 
@@ -129,26 +125,14 @@ void pack_panels(const CodeWeights& w, const uint8_t* codes, const void* scale, 
 
 void pack_panels(const CodeWeights& w, const WordRows& words, const void* scale, const float* zero, uint8_t* panels,
                  int64_t first, int64_t last) {
-  static thread_local Scratch memory;
-  uint8_t* codes = memory.get<uint8_t>(kPanel * w.k);
-  const uint8_t offset = w.bits == 8 ? (uint8_t)(1u << (words.bits - 1)) : 0;
-  for (int64_t p = first; p < last; ++p) {
-    for (int64_t c = 0; c < kPanel && p * kPanel + c < w.n; ++c) {
-      unpack_row(words, p * kPanel + c, w.k, offset, codes + c * w.k);
-    }
-    pack_one(w, codes, scale, zero, panels, p);
-  }
+  unpack_words(w, words, first, last,
+               [&](const uint8_t* codes, int64_t p) { pack_one(w, codes, scale, zero, panels, p); });
 }
 
 void unpack_panels(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t first, int64_t last) {
-  for (int64_t p = first; p < last; ++p) {
-    switch (w.bits) {
-      case 8: unpack_panel<8>(w, codes, scale, zero, p); break;
-      case 4: unpack_panel<4>(w, codes, scale, zero, p); break;
-      case 3: unpack_panel<3>(w, codes, scale, zero, p); break;
-      default: unpack_panel<2>(w, codes, scale, zero, p);
-    }
-  }
+  with_bits(w.bits, [&](auto bits) {
+    for (int64_t p = first; p < last; ++p) unpack_panel<bits()>(w, codes, scale, zero, p);
+  });
 }
 
 }  // namespace bitgrain

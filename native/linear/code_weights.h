@@ -39,8 +39,6 @@ struct CodeWeights {
   const float* bias;  // [n] or null
 };
 
-constexpr int64_t code_features(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
-constexpr int64_t code_vectors(int bits) { return bits == 3 ? 3 : 1; }
 constexpr int64_t code_header_bytes(DType scale, Zeros zeros) { return scales_bytes(scale) + zeros_bytes(zeros); }
 
 // Features of group s, and its chunks.
@@ -48,7 +46,7 @@ BG_INLINE int64_t features_of(const CodeWeights& w, int64_t s) {
   return w.k - s * w.group < w.group ? w.k - s * w.group : w.group;
 }
 BG_INLINE int64_t chunks_of(const CodeWeights& w, int64_t s) {
-  return ceil_div(features_of(w, s), code_features(w.bits));
+  return ceil_div(features_of(w, s), chunk_features(w.bits));
 }
 
 // Fills the sizes of `w` from n, k, group, bits, scale_type and zeros; returns the bytes of all panels.

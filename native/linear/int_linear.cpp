@@ -1,6 +1,7 @@
 #include "linear/int_linear.h"
 
 #include "kernels.h"
+#include "linear/panels.h"
 #include "pool.h"
 
 namespace bitgrain {
@@ -18,7 +19,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   static thread_local Scratch bytes_memory, sums_memory, scales_memory;
   const Kernels& kernel = kernels();
   const IntWeights& w = *call.weights[0];
-  const int64_t rows = w.bits == 8 && w.spans == 1 ? kernel.single_rows : kernel.grouped_rows;
+  const int64_t rows = has_one_span(w) ? kernel.single_rows : kernel.grouped_rows;
   const int64_t tiles = ceil_div(call.m, rows);
 
   ActivationJob acts{};
@@ -40,32 +41,17 @@ void int_linear(const IntLinearCall& call, int threads) {
     }
   });
 
-  int64_t panels = 0;
-  for (int64_t i = 0; i < call.count; ++i) panels += ceil_div(call.weights[i]->n, kPanel);
   const int64_t tile_bytes = rows * 4 * w.steps;
   int64_t tiles_at_once = kActivationBytes / tile_bytes < 2 ? 2 : kActivationBytes / tile_bytes;
   const int64_t blocks = ceil_div(tiles, tiles_at_once);
   tiles_at_once = ceil_div(tiles, blocks);
 
-  // items: all panels against the first tiles, then all against the next ones
   const int64_t grain = call.m <= 16 ? ceil_div(kPanelBytes, w.panel_bytes) : 1;
-  const int64_t runs = ceil_div(panels, grain);
-  parallel_for(threads, blocks * runs, 1, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t block = item / runs;
-      int64_t from = (item % runs) * grain, to = from + grain < panels ? from + grain : panels;
-      for (int64_t i = 0; i < call.count && from < to; ++i) {
-        const IntWeights& one = *call.weights[i];
-        const int64_t own = ceil_div(one.n, kPanel), stop = to < own ? to : own;
-        if (from < stop) {
-          IntPanelJob job{&one, acts.bytes, acts.sums, acts.scales, call.m, rows, block * tiles_at_once, 0,
-                          call.y[i], call.y_type, call.y_stride[i]};
-          job.last_tile = job.first_tile + tiles_at_once < tiles ? job.first_tile + tiles_at_once : tiles;
-          kernel.int_panels(job, from, stop);
-        }
-        from = from > own ? from - own : 0, to -= own;
-      }
-    }
+  for_panels(call.weights, call.count, blocks, grain, threads, [&](int64_t i, int64_t block, int64_t from, int64_t to) {
+    const int64_t first = block * tiles_at_once, last = first + tiles_at_once < tiles ? first + tiles_at_once : tiles;
+    kernel.int_panels({call.weights[i], acts.bytes, acts.sums, acts.scales, call.m, rows, first, last, call.y[i],
+                       call.y_type, call.y_stride[i]},
+                      from, to);
   });
 }
 

@@ -1,5 +1,6 @@
 #include "floats.h"
 #include "linear/int_weights.h"
+#include "linear/panels.h"
 
 namespace bitgrain {
 namespace {
@@ -65,26 +66,6 @@ uint8_t code_at(int bits, const uint8_t* lane, int64_t f) {
   return (uint8_t)(lane[j] >> bits * i & ((1 << bits) - 1));
 }
 
-void store_scale(uint8_t* to, DType type, int64_t column, float value) {
-  if (type == DType::f32) {
-    std::memcpy(to + 4 * column, &value, 4);
-  } else {
-    const uint16_t half = type == DType::bf16 ? to_bf16(value) : to_f16(value);
-    std::memcpy(to + 2 * column, &half, 2);
-  }
-}
-
-float load_scale(const uint8_t* from, DType type, int64_t column) {
-  if (type == DType::f32) {
-    float value;
-    std::memcpy(&value, from + 4 * column, 4);
-    return value;
-  }
-  uint16_t half;
-  std::memcpy(&half, from + 2 * column, 2);
-  return type == DType::bf16 ? from_bf16(half) : from_f16(half);
-}
-
 // One panel; codes: of its columns, `w.k` bytes each.
 template <int BITS>
 void pack_panel(const IntWeights& w, const uint8_t* codes, const float* scale, const float* zero, uint8_t* at,
@@ -96,7 +77,7 @@ void pack_panel(const IntWeights& w, const uint8_t* codes, const float* scale, c
     uint8_t *sums = zeros + zeros_bytes(w.zeros), *chunks = sums + (w.sums ? kPanel * 4 : 0);
     for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
       const int64_t index = (panel * kPanel + c) * w.spans + s;
-      store_scale(scales, w.scale_type, c, scale[index]);
+      store_number(scales, w.scale_type, c, scale[index]);
       if (w.zeros == Zeros::codes) zeros[c] = (uint8_t)zero[index];
       if (w.zeros == Zeros::real) std::memcpy(zeros + 4 * c, &zero[index], 4);
       uint8_t* lane = chunks + (c / 16) * chunk_vectors(BITS) * 64 + (c % 16) * 4;
@@ -115,7 +96,7 @@ void unpack_panel(const IntWeights& w, uint8_t* codes, float* scale, float* zero
     const uint8_t* chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
     for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
       const int64_t column = panel * kPanel + c, index = column * w.spans + s;
-      if (scale) scale[index] = load_scale(scales, w.scale_type, c);
+      if (scale) scale[index] = load_number(scales, w.scale_type, c);
       if (zero && w.zeros == Zeros::codes) zero[index] = zeros[c];
       if (zero && w.zeros == Zeros::real) std::memcpy(&zero[index], zeros + 4 * c, 4);
       const uint8_t* lane = chunks + (c / 16) * chunk_vectors(BITS) * 64 + (c % 16) * 4;
@@ -127,12 +108,7 @@ void unpack_panel(const IntWeights& w, uint8_t* codes, float* scale, float* zero
 void pack_one(const IntWeights& w, const uint8_t* codes, const float* scale, const float* zero, uint8_t* panels,
               int64_t panel) {
   uint8_t* at = panels + panel * w.panel_bytes;
-  switch (w.bits) {
-    case 8: return pack_panel<8>(w, codes, scale, zero, at, panel);
-    case 4: return pack_panel<4>(w, codes, scale, zero, at, panel);
-    case 3: return pack_panel<3>(w, codes, scale, zero, at, panel);
-    default: return pack_panel<2>(w, codes, scale, zero, at, panel);
-  }
+  with_bits(w.bits, [&](auto bits) { pack_panel<bits()>(w, codes, scale, zero, at, panel); });
 }
 
 }  // namespace
@@ -160,26 +136,14 @@ void pack_panels(const IntWeights& w, const uint8_t* codes, const float* scale, 
 
 void pack_panels(const IntWeights& w, const WordRows& words, const float* scale, const float* zero, uint8_t* panels,
                  int64_t first, int64_t last) {
-  static thread_local Scratch memory;
-  uint8_t* codes = memory.get<uint8_t>(kPanel * w.k);
-  const uint8_t offset = w.bits == 8 ? (uint8_t)(1u << (words.bits - 1)) : 0;
-  for (int64_t p = first; p < last; ++p) {
-    for (int64_t c = 0; c < kPanel && p * kPanel + c < w.n; ++c) {
-      unpack_row(words, p * kPanel + c, w.k, offset, codes + c * w.k);
-    }
-    pack_one(w, codes, scale, zero, panels, p);
-  }
+  unpack_words(w, words, first, last,
+               [&](const uint8_t* codes, int64_t p) { pack_one(w, codes, scale, zero, panels, p); });
 }
 
 void unpack_panels(const IntWeights& w, uint8_t* codes, float* scale, float* zero, int64_t first, int64_t last) {
-  for (int64_t p = first; p < last; ++p) {
-    switch (w.bits) {
-      case 8: unpack_panel<8>(w, codes, scale, zero, p); break;
-      case 4: unpack_panel<4>(w, codes, scale, zero, p); break;
-      case 3: unpack_panel<3>(w, codes, scale, zero, p); break;
-      default: unpack_panel<2>(w, codes, scale, zero, p);
-    }
-  }
+  with_bits(w.bits, [&](auto bits) {
+    for (int64_t p = first; p < last; ++p) unpack_panel<bits()>(w, codes, scale, zero, p);
+  });
 }
 
 void dequantize_features(const IntWeights& w, const int64_t* features, int64_t count, float* to, int64_t first,
@@ -201,7 +165,7 @@ void dequantize_features(const IntWeights& w, const int64_t* features, int64_t c
         if (w.zeros == Zeros::codes) zero = zeros[c];
         if (w.zeros == Zeros::real) std::memcpy(&zero, zeros + 4 * c, 4);
         const float value = w.bits == 8 ? (float)(int8_t)code : (float)code;
-        to[i * w.n + panel * kPanel + c] = (value - zero) * load_scale(scales, w.scale_type, c);
+        to[i * w.n + panel * kPanel + c] = (value - zero) * load_number(scales, w.scale_type, c);
       }
     }
   }

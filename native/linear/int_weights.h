@@ -52,6 +52,9 @@ struct IntWeights {
   const float* bias;  // [n] or null
 };
 
+// Whether they run in taller tiles, whose sums need no place beside them: 8 bits, one scale a column.
+BG_INLINE bool has_one_span(const IntWeights& w) { return w.bits == 8 && w.spans == 1; }
+
 constexpr int64_t chunk_features(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
 constexpr int64_t chunk_vectors(int bits) { return bits == 3 ? 3 : 1; }
 

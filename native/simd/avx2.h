@@ -172,7 +172,6 @@ BG_INLINE Bytes repeat4(const uint8_t* p) {
   std::memcpy(&word, p, 4);
   return set_i(word);
 }
-BG_INLINE F32 as_floats(Bytes x) { return {_mm256_castsi256_ps(x.lo), _mm256_castsi256_ps(x.hi)}; }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
   const __m256i bits = _mm256_set1_epi8((char)mask);
   return {_mm256_and_si256(x.lo, bits), _mm256_and_si256(x.hi, bits)};
@@ -237,7 +236,7 @@ BG_INLINE I32 shift_right_signed_i(I32 x) {
   return {_mm256_srai_epi32(x.lo, COUNT), _mm256_srai_epi32(x.hi, COUNT)};
 }
 BG_INLINE I32 as_lanes(Bytes x) { return x; }
-BG_INLINE F32 as_float(I32 bits) { return as_floats(bits); }
+BG_INLINE F32 as_float(I32 bits) { return {_mm256_castsi256_ps(bits.lo), _mm256_castsi256_ps(bits.hi)}; }
 BG_INLINE I32 as_int(F32 x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
 
 struct Table {  // 16 floats

@@ -115,7 +115,6 @@ BG_INLINE Bytes repeat4(const uint8_t* p) {
   std::memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
-BG_INLINE F32 as_floats(Bytes x) { return _mm512_castsi512_ps(x); }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8((char)mask)); }
 BG_INLINE Bytes or_b(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 template <int COUNT>

@@ -226,11 +226,6 @@ BG_INLINE Bytes repeat4(const uint8_t* p) {
   const uint8x16_t one = vreinterpretq_u8_u32(vld1q_dup_u32((const uint32_t*)p));
   return {{one, one, one, one}};
 }
-BG_INLINE F32 as_floats(Bytes x) {
-  F32 r;
-  BG_QUARTERS r.v[i] = vreinterpretq_f32_u8(x.v[i]);
-  return r;
-}
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
   BG_QUARTERS x.v[i] = vandq_u8(x.v[i], vdupq_n_u8(mask));
   return x;

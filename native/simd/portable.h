@@ -223,11 +223,6 @@ BG_INLINE Bytes repeat4(const uint8_t* p) {  // the same four bytes in each lane
   BG_LANES std::memcpy(r.v + 4 * i, p, 4);
   return r;
 }
-BG_INLINE F32 as_floats(Bytes x) {  // the same bits
-  F32 r;
-  std::memcpy(r.v, x.v, 64);
-  return r;
-}
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) {
   for (int i = 0; i < 64; ++i) x.v[i] &= mask;
   return x;

@@ -162,7 +162,7 @@ class Layer {
 void run_kernels(const Case& c, const Layer& layer, const uint8_t* x, uint8_t* y, int64_t x_stride, int64_t y_stride,
                  const std::vector<int32_t>& stored) {
   const IntWeights& w = layer.weights();
-  const int64_t rows = w.bits == 8 && w.spans == 1 ? kernels().single_rows : kernels().grouped_rows;
+  const int64_t rows = has_one_span(w) ? kernels().single_rows : kernels().grouped_rows;
   const int64_t tiles = ceil_div(c.m, rows);
   Guarded<uint8_t> bytes(c.m * 4 * w.steps, c.edge, 0x5a);
   Guarded<int32_t> sums(c.m * w.spans, c.edge);
