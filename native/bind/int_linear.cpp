@@ -6,29 +6,22 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/packed_weight.h"
 #include "linear/int_linear.h"
-#include "pool.h"
 
 namespace nb = nanobind;
 using namespace bitgrain;
 
 namespace {
 
-// Weights and how their activations are quantized. The memory of panels and bias is the caller's.
-class IntWeight {
+// Weights and how their activations are quantized.
+class IntWeight : public PackedWeight<IntWeights, float> {
  public:
   IntWeight(int64_t n, int bits, int scale_type, int zeros, int zero, bool sums, const std::vector<int32_t>& lengths) {
     w_.n = n, w_.bits = bits, w_.scale_type = static_cast<DType>(scale_type), w_.zeros = static_cast<Zeros>(zeros);
     w_.zero = zero, w_.sums = sums;
     spans_.resize(lengths.size());
     nbytes_ = lay_out(w_, lengths.data(), static_cast<int32_t>(lengths.size()), spans_.data());
-  }
-  IntWeight(const IntWeight&) = delete;
-
-  int64_t nbytes() const { return nbytes_; }
-
-  void attach(uintptr_t panels, uintptr_t bias) {
-    w_.panels = reinterpret_cast<const uint8_t*>(panels), w_.bias = reinterpret_cast<const float*>(bias);
   }
 
   void set_inputs(bool fixed, float divisor, int low, int high, int shift, const std::vector<float>& scales,
@@ -38,33 +31,6 @@ class IntWeight {
       spans_[s].a_scale = fixed ? scales[s] : 1.f;
       spans_[s].a_zero = (fixed ? zeros[s] : 0) + shift;
     }
-  }
-
-  void pack(uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t panels, int threads) const {
-    nb::gil_scoped_release free;
-    parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
-      pack_panels(w_, reinterpret_cast<const uint8_t*>(codes), reinterpret_cast<const float*>(scale),
-                  reinterpret_cast<const float*>(zero), reinterpret_cast<uint8_t*>(panels), first, last);
-    });
-  }
-
-  // words: rows of `stride` bytes, each a stream of codes of `bits` bits
-  void pack_words(uintptr_t words, int64_t stride, int bits, uintptr_t scale, uintptr_t zero, uintptr_t panels,
-                  int threads) const {
-    nb::gil_scoped_release free;
-    const WordRows rows{reinterpret_cast<const uint8_t*>(words), stride, bits};
-    parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
-      pack_panels(w_, rows, reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(zero),
-                  reinterpret_cast<uint8_t*>(panels), first, last);
-    });
-  }
-
-  void unpack(uintptr_t codes, uintptr_t scale, uintptr_t zero, int threads) const {
-    nb::gil_scoped_release free;
-    parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
-      unpack_panels(w_, reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(scale),
-                    reinterpret_cast<float*>(zero), first, last);
-    });
   }
 
   void run(uintptr_t x, int x_type, int64_t m, int64_t x_stride, uintptr_t y, int y_type, int64_t y_stride,
@@ -77,21 +43,17 @@ class IntWeight {
   }
 
   void dequantize(uintptr_t features, int64_t count, uintptr_t to, int threads) const {
-    nb::gil_scoped_release free;
-    parallel_for(threads, ceil_div(w_.n, kPanel), 1, [&](int64_t first, int64_t last) {
+    for_all_panels(threads, [&](int64_t first, int64_t last) {
       dequantize_features(w_, reinterpret_cast<const int64_t*>(features), count, reinterpret_cast<float*>(to), first,
                           last);
     });
   }
 
-  const IntWeights& weights() const { return w_; }
   const ActivationSpec& spec() const { return spec_; }
 
  private:
-  IntWeights w_{};
   ActivationSpec spec_{};
   std::vector<Span> spans_;
-  int64_t nbytes_ = 0;
 };
 
 // Several weights that read the same inputs, in one call; the caller keeps them alive.

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.int_linear import BITS, Zeros
-from bitgrain.kernels.native import DTYPES, native, panel_memory, rows_of
+from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros
 from bitgrain.kernels.words import check_words
 
 SCALE_DTYPES = {**DTYPES, torch.float8_e8m0fnu: 6, torch.float8_e4m3fn: 7}
-_ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
 
 
 def rounds_inputs() -> bool:
@@ -33,11 +32,8 @@ def rounds_inputs() -> bool:
     return native().rounds_inputs()
 
 
-class CodeLinear:
-    """W [n, k] packed for the kernels, with a bias.
-
-    panels  uint8, as `pack` lays them out; the same for every instruction set
-    """
+class CodeLinear(PackedLinear):
+    """W [n, k] packed for the kernels, with a bias. Called with x [..., k] it gives [..., n]."""
 
     def __init__(
         self,
@@ -62,12 +58,10 @@ class CodeLinear:
         self.n, self.k, self.bits, self.group = n, k, bits, group or k
         self.table = None if table is None else tuple(float(number) for number in table)
         self.scale_dtype, self.zeros, self.outer = scale_dtype, zeros, outer
-        self.handle: Any = native().CodeWeight(
-            n, k, self.group, bits, list(self.table or ()), SCALE_DTYPES[scale_dtype], _ZEROS[zeros], outer
+        handle = native().CodeWeight(
+            n, k, self.group, bits, list(self.table or ()), SCALE_DTYPES[scale_dtype], ZEROS[zeros], outer
         )
-        self.panels = panel_memory(self.handle.nbytes()) if panels is None else panels
-        self._run = self.handle.run
-        self.set_bias(bias)
+        self._hold(handle, panels, bias)
 
     @classmethod
     def pack(
@@ -93,12 +87,7 @@ class CodeLinear:
         Raises KernelError for shapes that do not fit.
         """
         made = cls._for(codes.shape[0], codes.shape[1], scale, bits, table, group, zero, outer, bias)
-        codes, scale = codes.contiguous(), scale.contiguous()
-        zeros = None if zero is None else zero.to(torch.float32).contiguous()
-        made.handle.pack(
-            codes.data_ptr(), scale.data_ptr(), 0 if zeros is None else zeros.data_ptr(), made.panels.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        made._fill(codes, scale, zero)
         return made
 
     @classmethod
@@ -127,12 +116,7 @@ class CodeLinear:
         stride = check_words(words, bits, k)
         wide = min(b for b in BITS if b >= bits)
         made = cls._for(words.shape[0], k, scale, wide, table, group, zero, outer, bias)
-        scale = scale.contiguous()
-        zeros = None if zero is None else zero.to(torch.float32).contiguous()
-        made.handle.pack_words(
-            words.data_ptr(), stride, bits, scale.data_ptr(), 0 if zeros is None else zeros.data_ptr(),
-            made.panels.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        made._fill_from_words(words, stride, bits, scale, zero)
         return made
 
     @classmethod
@@ -157,30 +141,7 @@ class CodeLinear:
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """codes [n, k], scale and zero points [n, groups] (None if there are none), as they were packed."""
-        shape = (self.n, -(-self.k // self.group))
-        codes = torch.empty(self.n, self.k, dtype=torch.int8 if self.bits == 8 else torch.uint8)
-        scale = torch.empty(shape, dtype=self.scale_dtype)
-        zero = None if self.zeros == "constant" else torch.empty(shape)
-        self.handle.unpack(
-            codes.data_ptr(), scale.data_ptr(), 0 if zero is None else zero.data_ptr(), torch.get_num_threads()
-        )
-        return codes, scale, zero.to(torch.uint8) if zero is not None and self.zeros == "codes" else zero
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., k] float32, bfloat16 or float16 -> [..., n] in its dtype."""
-        shape, kind = x.shape, DTYPES.get(x.dtype)
-        if kind is None or shape[-1] != self.k or not x.is_cpu:
-            rows_of(x, self.k)  # says what is wrong
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = x.new_empty((*shape[:-1], self.n))
-        self._run(x.data_ptr(), kind, x.numel() // self.k, self.k, y.data_ptr(), kind, self.n, torch.get_num_threads())
-        return y
-
-    def set_bias(self, bias: Tensor | None) -> None:
-        """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
-        self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
-        self.handle.attach(self.panels.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+        return self._read(-(-self.k // self.group), self.scale_dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = (self.scale_dtype, self.zeros, self.outer, self.bias, self.panels)

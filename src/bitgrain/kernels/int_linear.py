@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import DTYPES, native, panel_memory, rows_of
+from bitgrain.kernels.native import DTYPES, native, rows_of
+from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros
 from bitgrain.kernels.words import check_words
-
-Zeros = Literal["constant", "codes", "real"]
-_ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
-BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,10 @@ class IntInputs:
         return -128 if self.high > 127 else 0
 
 
-class IntLinear:
+class IntLinear(PackedLinear):
     """W [n, k] packed for the kernels, with its inputs' quantization and a bias.
 
-    panels  uint8, as `pack` lays them out; the same for every instruction set
+    Called with x [..., k] it gives [..., n]; a row with NaN or Inf gives one of NaN.
     """
 
     def __init__(
@@ -75,14 +72,12 @@ class IntLinear:
         self.inputs, self.scale_dtype, self.zeros, self.zero = inputs, scale_dtype, zeros, zero
         shift = inputs.shift(bits)
         sums = shift != 0 or any(inputs.zeros)
-        self.handle: Any = native().IntWeight(n, bits, DTYPES[scale_dtype], _ZEROS[zeros], zero, sums, list(lengths))
+        handle = native().IntWeight(n, bits, DTYPES[scale_dtype], ZEROS[zeros], zero, sums, list(lengths))
         given = inputs.scales is not None
-        self.handle.set_inputs(
+        handle.set_inputs(
             given, inputs.divisor, inputs.low, inputs.high, shift, list(inputs.scales or ()), list(inputs.zeros)
         )
-        self.panels = panel_memory(self.handle.nbytes()) if panels is None else panels
-        self._run = self.handle.run
-        self.set_bias(bias)
+        self._hold(handle, panels, bias)
 
     @classmethod
     def pack(
@@ -106,10 +101,7 @@ class IntLinear:
         Raises KernelError for shapes that do not fit.
         """
         made = cls._for(codes.shape[0], codes.shape[1], scale, bits, inputs, lengths, zero, scale_dtype, bias)
-        codes, scale, zeros = codes.contiguous(), scale.to(torch.float32).contiguous(), _floats(zero)
-        made.handle.pack(
-            codes.data_ptr(), scale.data_ptr(), _address(zeros), made.panels.data_ptr(), torch.get_num_threads()
-        )
+        made._fill(codes, scale.to(torch.float32), None if isinstance(zero, int) else zero)
         return made
 
     @classmethod
@@ -142,11 +134,7 @@ class IntLinear:
             half = 1 << (bits - 1)
             point = point - half if isinstance(point, int) else point.to(torch.float32) - half
         made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, point, scale_dtype, bias)
-        scale, zeros = scale.to(torch.float32).contiguous(), _floats(point)
-        made.handle.pack_words(
-            words.data_ptr(), stride, bits, scale.data_ptr(), _address(zeros), made.panels.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        made._fill_from_words(words, stride, bits, scale.to(torch.float32), None if isinstance(point, int) else point)
         return made
 
     @classmethod
@@ -178,33 +166,13 @@ class IntLinear:
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """codes [n, k], scale [n, spans] float32 and zero points [n, spans] (None if constant), as they were packed."""
-        codes = torch.empty(self.n, self.k, dtype=torch.int8 if self.bits == 8 else torch.uint8)
-        scale = torch.empty(self.n, len(self.lengths))
-        zero = None if self.zeros == "constant" else torch.empty(self.n, len(self.lengths))
-        self.handle.unpack(codes.data_ptr(), scale.data_ptr(), _address(zero), torch.get_num_threads())
-        return codes, scale, zero.to(torch.uint8) if zero is not None and self.zeros == "codes" else zero
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., k] float32, bfloat16 or float16 -> [..., n] in its dtype. A row with NaN or Inf gives one of NaN."""
-        shape, kind = x.shape, DTYPES.get(x.dtype)
-        if kind is None or shape[-1] != self.k or not x.is_cpu:
-            rows_of(x, self.k)  # says what is wrong
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = x.new_empty((*shape[:-1], self.n))
-        self._run(x.data_ptr(), kind, x.numel() // self.k, self.k, y.data_ptr(), kind, self.n, torch.get_num_threads())
-        return y
+        return self._read(len(self.lengths), torch.float32)
 
     def dequantize_features(self, index: Tensor) -> Tensor:
         """Columns of the weight, dequantized: float32 [len(index), n]; index int64, each from 0 to k - 1."""
         found = torch.empty(len(index), self.n)
         self.handle.dequantize(index.data_ptr(), len(index), found.data_ptr(), torch.get_num_threads())
         return found
-
-    def set_bias(self, bias: Tensor | None) -> None:
-        """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
-        self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
-        self.handle.attach(self.panels.data_ptr(), _address(self.bias))
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = (self.scale_dtype, self.zeros, self.zero, self.bias, self.panels)
@@ -246,11 +214,3 @@ class IntLinears:
             x.data_ptr(), kind, x.numel() // self.k, self.k, [y.data_ptr() for y in ys], kind, torch.get_num_threads()
         )
         return ys
-
-
-def _floats(zero: int | Tensor) -> Tensor | None:
-    return None if isinstance(zero, int) else zero.to(torch.float32).contiguous()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

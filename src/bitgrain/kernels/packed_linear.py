@@ -1,0 +1,83 @@
+"""What packed weights share, whatever their panels hold: how they are filled, read back and multiplied."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitgrain.kernels.native import DTYPES, panel_memory, rows_of
+
+Zeros = Literal["constant", "codes", "real"]
+ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
+"""Kinds of zero points, as native/linear/int_weights.h numbers them."""
+BITS = (2, 3, 4, 8)
+"""Of codes in panels."""
+
+
+class PackedLinear:
+    """W [n, k] packed for the kernels, with a bias.
+
+    handle  of the native module
+    panels  uint8, as its `pack` lays them out; the same for every instruction set
+    """
+
+    n: int
+    k: int
+    bits: int
+    zeros: Zeros
+
+    def _hold(self, handle: Any, panels: Tensor | None, bias: Tensor | None) -> None:
+        """To be called once n, k, bits and zeros are there; panels None: memory for them."""
+        self.handle = handle
+        self.panels = panel_memory(handle.nbytes()) if panels is None else panels
+        self._run = handle.run
+        self.set_bias(bias)
+
+    def _fill(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        """Panels from codes [n, k]; scales in the dtype that the handle takes."""
+        codes, scale, zeros = codes.contiguous(), scale.contiguous(), _floats(zero)
+        self.handle.pack(
+            codes.data_ptr(), scale.data_ptr(), _address(zeros), self.panels.data_ptr(), torch.get_num_threads()
+        )
+
+    def _fill_from_words(self, words: Tensor, stride: int, bits: int, scale: Tensor, zero: Tensor | None) -> None:
+        """Panels from densely packed rows, `stride` bytes each."""
+        scale, zeros = scale.contiguous(), _floats(zero)
+        self.handle.pack_words(
+            words.data_ptr(), stride, bits, scale.data_ptr(), _address(zeros), self.panels.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _read(self, spans: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """codes [n, k], scale and zero points [n, spans] (None if constant), as they were packed."""
+        codes = torch.empty(self.n, self.k, dtype=torch.int8 if self.bits == 8 else torch.uint8)
+        scale = torch.empty(self.n, spans, dtype=scale_dtype)
+        zero = None if self.zeros == "constant" else torch.empty(self.n, spans)
+        self.handle.unpack(codes.data_ptr(), scale.data_ptr(), _address(zero), torch.get_num_threads())
+        return codes, scale, zero.to(torch.uint8) if zero is not None and self.zeros == "codes" else zero
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., k] float32, bfloat16 or float16 -> [..., n] in its dtype."""
+        shape, kind = x.shape, DTYPES.get(x.dtype)
+        if kind is None or shape[-1] != self.k or not x.is_cpu:
+            rows_of(x, self.k)  # says what is wrong
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*shape[:-1], self.n))
+        self._run(x.data_ptr(), kind, x.numel() // self.k, self.k, y.data_ptr(), kind, self.n, torch.get_num_threads())
+        return y
+
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
+        self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+        self.handle.attach(self.panels.data_ptr(), _address(self.bias))
+
+
+def _floats(zero: Tensor | None) -> Tensor | None:
+    return None if zero is None else zero.to(torch.float32).contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
