@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.native import DTYPES, address_of, native
 from bitgrain.kernels.packed_states import PackedStates
 
 MOST_QUERIES = 16
@@ -128,8 +128,8 @@ def job_of(
     b, t, h, _ = out.stride()
     job = native().AttentionJob.of(
         query.data_ptr(), _kind(query), query.stride()[:3], (batch, heads, past[1], queries), size, v_size, scaling,
-        softcap or 0.0, causal, kind, 0 if mask is None else mask.data_ptr(), mask_stride,
-        0 if sinks is None else sinks.data_ptr(), out.data_ptr(), (b, h, t),
+        softcap or 0.0, causal, kind, address_of(mask), mask_stride,
+        address_of(sinks), out.data_ptr(), (b, h, t),
     )  # fmt: skip
     return job, out, (query, mask, sinks)
 

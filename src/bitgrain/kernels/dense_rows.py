@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import DTYPES, native, rows_of
+from bitgrain.kernels.native import DTYPES, address_of, native, rows_of
 
 MOST_ROWS = 8
 """Beyond so many rows torch's product of matrices is faster."""
@@ -30,6 +30,6 @@ def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     native().dense_rows(
         weight.data_ptr(), DTYPES[weight.dtype], n, k, weight.stride(0), rows.data_ptr(), DTYPES[x.dtype], len(rows),
-        rows.stride(0), 0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        rows.stride(0), address_of(bias), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y

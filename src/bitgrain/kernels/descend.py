@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import native, panel_memory
+from bitgrain.kernels.native import address_of, native, panel_memory
 
 _PANEL = 48  # lanes, see native/solver/descend.h
 
@@ -54,7 +54,7 @@ class Descent:
         self._lanes, self._rows = lanes, int(self._tiles.max()) + 1 if columns else 0
         self._job = native().Descent(
             columns, lanes, self._panels.data_ptr(), factor.data_ptr(), self._tiles.data_ptr(), grid,
-            numbers.data_ptr(), self.loss.data_ptr(), _address(kept), _address(exact),
+            numbers.data_ptr(), self.loss.data_ptr(), address_of(kept), address_of(exact),
         )  # fmt: skip
         self._job.load(torch.get_num_threads())
 
@@ -65,7 +65,7 @@ class Descent:
             if not fits or table.dtype != torch.float32 or not table.is_contiguous():
                 raise KernelError(f"tables of scales are float32 [{self._rows} or more, {self._lanes}] in one piece")
         self._tables = scale, divisor, zero
-        self._job.set_tables(scale.data_ptr(), divisor.data_ptr(), _address(zero))
+        self._job.set_tables(scale.data_ptr(), divisor.data_ptr(), address_of(zero))
 
     def update(self, first: int, last: int) -> None:
         """Columns [first, last) of `numbers` become the weights after the errors of all columns before `first`."""
@@ -74,7 +74,3 @@ class Descent:
     def round(self, first: int, last: int, updated: bool = False) -> None:
         """Rounds columns [first, last), all columns before them being done; `updated`: `update` was called for them."""
         self._job.round(first, last, first if updated else 0, torch.get_num_threads())
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -73,6 +73,11 @@ def isa() -> str:
     return native().isa()
 
 
+def address_of(tensor: Tensor | None) -> int:
+    """Where its memory begins, for the native module; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def panel_memory(nbytes: int) -> Tensor:
     """uint8 [nbytes], in large pages where the system has them: fewer misses when weights stream from memory.
 

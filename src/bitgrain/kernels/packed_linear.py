@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitgrain.kernels.native import DTYPES, panel_memory, rows_of
+from bitgrain.kernels.native import DTYPES, address_of, panel_memory, rows_of
 
 Zeros = Literal["constant", "codes", "real"]
 ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
@@ -39,14 +39,14 @@ class PackedLinear:
         """Panels from codes [n, k]; scales in the dtype that the handle takes."""
         codes, scale, zeros = codes.contiguous(), scale.contiguous(), _floats(zero)
         self.handle.pack(
-            codes.data_ptr(), scale.data_ptr(), _address(zeros), self.panels.data_ptr(), torch.get_num_threads()
+            codes.data_ptr(), scale.data_ptr(), address_of(zeros), self.panels.data_ptr(), torch.get_num_threads()
         )
 
     def _fill_from_words(self, words: Tensor, stride: int, bits: int, scale: Tensor, zero: Tensor | None) -> None:
         """Panels from densely packed rows, `stride` bytes each."""
         scale, zeros = scale.contiguous(), _floats(zero)
         self.handle.pack_words(
-            words.data_ptr(), stride, bits, scale.data_ptr(), _address(zeros), self.panels.data_ptr(),
+            words.data_ptr(), stride, bits, scale.data_ptr(), address_of(zeros), self.panels.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
 
@@ -55,7 +55,7 @@ class PackedLinear:
         codes = torch.empty(self.n, self.k, dtype=torch.int8 if self.bits == 8 else torch.uint8)
         scale = torch.empty(self.n, spans, dtype=scale_dtype)
         zero = None if self.zeros == "constant" else torch.empty(self.n, spans)
-        self.handle.unpack(codes.data_ptr(), scale.data_ptr(), _address(zero), torch.get_num_threads())
+        self.handle.unpack(codes.data_ptr(), scale.data_ptr(), address_of(zero), torch.get_num_threads())
         return codes, scale, zero.to(torch.uint8) if zero is not None and self.zeros == "codes" else zero
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -72,12 +72,8 @@ class PackedLinear:
     def set_bias(self, bias: Tensor | None) -> None:
         """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
         self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
-        self.handle.attach(self.panels.data_ptr(), _address(self.bias))
+        self.handle.attach(self.panels.data_ptr(), address_of(self.bias))
 
 
 def _floats(zero: Tensor | None) -> Tensor | None:
     return None if zero is None else zero.to(torch.float32).contiguous()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

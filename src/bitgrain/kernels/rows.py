@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import DTYPES, native, rows_of
+from bitgrain.kernels.native import DTYPES, address_of, native, rows_of
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 ACTS: dict[Act, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu_squared": 4}
@@ -36,7 +36,7 @@ class RowNorm:
                 raise KernelError(f"a norm of {width} features has a weight of shape {tuple(given.shape)}")
         self.width, self.eps, self.centered = width, eps, centered
         self.weight, self.bias = _floats(weight), _floats(bias)
-        self.handle: Any = native().Norm(width, _address(self.weight), _address(self.bias), eps, centered)
+        self.handle: Any = native().Norm(width, address_of(self.weight), address_of(self.bias), eps, centered)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., width] float32, bfloat16 or float16 -> the same, normed. Raises KernelError for other inputs."""
@@ -59,7 +59,7 @@ def gated(gate: Tensor, up: Tensor | None, act: Act) -> Tensor:
         rows, other = rows.contiguous(), other.contiguous()
     y = torch.empty(gate.shape, dtype=gate.dtype)
     native().gated_rows(
-        rows.data_ptr(), _address(other), DTYPES[gate.dtype], len(rows), rows.stride(0), width, ACTS[act],
+        rows.data_ptr(), address_of(other), DTYPES[gate.dtype], len(rows), rows.stride(0), width, ACTS[act],
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -87,7 +87,3 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, norm: RowNorm |
 
 def _floats(given: Tensor | None) -> Tensor | None:
     return None if given is None else given.detach().to("cpu", torch.float32).contiguous().clone()
-
-
-def _address(given: Tensor | None) -> int:
-    return 0 if given is None else given.data_ptr()

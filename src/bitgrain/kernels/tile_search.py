@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import native
+from bitgrain.kernels.native import address_of, native
 
 
 def tile_sums(
@@ -27,8 +27,8 @@ def tile_sums(
     tiles, n = x.shape
     sums = torch.zeros(4 if products else 1, tiles, dtype=torch.float64)
     native().tile_sums(
-        x.data_ptr(), _address(weights), tiles, n, grid, scale.data_ptr(), _address(zero), sums.data_ptr(), products,
-        torch.get_num_threads(),
+        x.data_ptr(), address_of(weights), tiles, n, grid, scale.data_ptr(), address_of(zero), sums.data_ptr(),
+        products, torch.get_num_threads(),
     )  # fmt: skip
     return sums
 
@@ -47,7 +47,7 @@ def best_candidates(
         raise KernelError(f"errors are float64 [{tiles}], not {error.dtype} {tuple(error.shape)}")
     best = torch.empty(tiles, dtype=torch.int32)
     native().best_candidates(
-        x.data_ptr(), _address(weights), tiles, n, grid, scale.data_ptr(), _address(zero), scale.shape[0],
+        x.data_ptr(), address_of(weights), tiles, n, grid, scale.data_ptr(), address_of(zero), scale.shape[0],
         error.data_ptr(), best.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return best.long()
@@ -74,7 +74,3 @@ def _plain(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         raise KernelError(f"CPU kernels take tensors on the CPU, not on {tensor.device}")
     return tensor.to(torch.float32).contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

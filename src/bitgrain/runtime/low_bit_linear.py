@@ -6,7 +6,7 @@ No dense weight outlives a product, so that a frozen base costs its packed bytes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,29 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.packed import pack_qtensor, unpack_qtensor
 from bitgrain.runtime.activations import quantize_inputs
 from bitgrain.runtime.online import rotate_inputs
+from bitgrain.runtime.packed_layer import PackedLayer
 
 _PREFIX = "packed_"
 
 
-class LowBitLinear(nn.Linear):
+class LowBitLinear(PackedLayer):
     """x [.., in] -> x W^T + b, where W [out, in] is held as codes and scales.
 
-    q           the weight
-    bias        [out] or None, as it is
-    dtype       of the dense weight while it is there; follows `.to(dtype)` as a parameter would
-    stored      the dtype that the weight had when it was quantized: the dense weight is rounded to it first, as a
-                dequantized checkpoint is
-    transposed  the layer replaces a Conv1D, which keeps its dense weight [in, out]
+    q  the weight; the others as of `PackedLayer`
 
     Its state_dict holds the packed tensors as bytes (`numerics.packed`): no cast of the module touches them.
     """
-
-    like: Tensor  # empty: has the dtype and device of the dense weight, through every `.to`
 
     def __init__(
         self,
@@ -47,29 +40,16 @@ class LowBitLinear(nn.Linear):
         stored: torch.dtype | None = None,
         transposed: bool = False,
     ) -> None:
-        nn.Module.__init__(self)  # Linear's own would make a dense weight
-        self.out_features, self.in_features = q.shape
-        self.spec, self.stored, self.transposed = q.spec, stored or dtype, transposed
-        self.register_parameter("bias", bias)
+        super().__init__(q.shape, q.spec, bias, dtype, stored, transposed, q.codes.device)
         self._dtypes: dict[str, torch.dtype] = {}
         for name, tensor in pack_qtensor(q).items():
             self._dtypes[name] = tensor.dtype
             self.register_buffer(_PREFIX + name, tensor.clone().view(torch.uint8))
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=q.codes.device), persistent=False)
 
     def qtensor(self) -> QTensor:
         """The weight, unpacked."""
         parts = {name: getattr(self, _PREFIX + name).view(dtype) for name, dtype in self._dtypes.items()}
         return unpack_qtensor(parts, self.spec, (self.out_features, self.in_features))
-
-    def dequantize(self) -> Tensor:
-        """The dense weight [out, in]; a new tensor at every call."""
-        return self.qtensor().dequantize(self.stored).to(self.like.dtype)
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`dequantize`, for code that looks at a weight; what would write to it gets a SchemeError."""
-        return self.dequantize().as_subclass(ReadOnlyWeight)
 
     @property
     def packed_nbytes(self) -> int:
@@ -121,25 +101,6 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             bias = rows.sum(0)
         return x, bias, None
-
-
-class ReadOnlyWeight(Tensor):
-    """A dense copy of a packed weight: assigning to its `data` would be lost, and is refused."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if func == _SET_DATA:
-            raise SchemeError(
-                "this weight is kept in low bits and cannot be changed in place: merge adapters with a LoraConfig from "
-                "bitgrain.training.lora.lora_config, or make the layer dense first (LowBitLinear.to_dense)"
-            )
-        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
-            return func(*args, **(kwargs or {}))
-
-
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def hold_low_bit_(

@@ -17,25 +17,21 @@ from torch import Tensor, nn
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.packed import pack_qtensor, packed_matrix, packed_specs
-from bitgrain.runtime.low_bit_linear import ReadOnlyWeight
 from bitgrain.runtime.packed_kernels import PackedKernel
+from bitgrain.runtime.packed_layer import PackedLayer
 
 _PREFIX = "packed_"
 _KEYS = itertools.count()
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(PackedLayer):
     """x [.., in] float32, bfloat16 or float16 on the CPU -> x W^T + b in the dtype of x; W [out, in] is packed.
 
-    kernel      the weight and how inputs are quantized (`runtime.packed_kernels`)
-    bias        [out] or None; its values are taken over when the layer is made, cast or loaded
-    dtype       of the dense `weight` if it is asked for; follows `.to(dtype)`
-    stored      the dtype that the weight had when it was quantized: the dense weight is rounded to it first
-    transposed  the layer replaces a Conv1D
+    kernel  the weight and how inputs are quantized (`runtime.packed_kernels`)
+    bias    [out] or None; its values are taken over when the layer is made, cast or loaded
+    dtype, stored, transposed   as of `PackedLayer`
     Raises SchemeError where a gradient is asked for, or another device.
     """
-
-    like: Tensor  # empty: the dtype of the dense weight, through every `.to`
 
     def __init__(
         self,
@@ -46,11 +42,7 @@ class QuantLinear(nn.Linear):
         stored: torch.dtype | None = None,
         transposed: bool = False,
     ) -> None:
-        nn.Module.__init__(self)  # Linear's own would make a dense weight
-        self.out_features, self.in_features = kernel.shape
-        self.spec, self.stored, self.transposed = kernel.spec, stored or dtype, transposed
-        self.register_parameter("bias", bias)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        super().__init__(kernel.shape, kernel.spec, bias, dtype, stored, transposed)
         self._take(kernel)
 
     def _take(self, kernel: PackedKernel) -> None:
@@ -76,15 +68,6 @@ class QuantLinear(nn.Linear):
     def qtensor(self) -> QTensor:
         """The weight, unpacked."""
         return self.kernel.qtensor()
-
-    def dequantize(self) -> Tensor:
-        """The dense weight [out, in]; a new tensor at every call."""
-        return self.qtensor().dequantize(self.stored).to(self.like.dtype)
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`dequantize`, for code that looks at a weight; what would write to it gets a SchemeError."""
-        return self.dequantize().as_subclass(ReadOnlyWeight)
 
     @property
     def packed_nbytes(self) -> int:

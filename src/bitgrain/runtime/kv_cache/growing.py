@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from bitgrain.runtime.kv_cache.sliding import SlidingWindow
+
 _LEAST = 64
 """Tokens that memory is taken for at least."""
 
@@ -94,21 +96,12 @@ class GrowingLayer(DynamicLayer):
         self.values = self._rooms[1].cut(self.values, first, last)
 
 
-class GrowingSlidingLayer(GrowingLayer):
+class GrowingSlidingLayer(SlidingWindow, GrowingLayer):
     """In place of DynamicSlidingWindowLayer: the window moves through the memory, then back to its start."""
-
-    is_sliding = True
-    get_mask_sizes = DynamicSlidingWindowLayer.get_mask_sizes
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__()
-        self.sliding_window = sliding_window
-        self.cumulative_length = 0
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        """Drop nothing before the next `crop`."""
-        self.record_past = True
+        self._slide(sliding_window)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[2]
@@ -118,22 +111,9 @@ class GrowingSlidingLayer(GrowingLayer):
             self._shrink()
         return keys[:, :, -seen:], values[:, :, -seen:]
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_max_length(self) -> int:
-        return self.sliding_window
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.cumulative_length >= self.sliding_window and not self.record_past:
-            raise RuntimeError("tokens that the window has left are gone: call activate_past_recording before crop")
-        super().crop(tokens_to_remove)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
-        if self.is_initialized:
-            self._shrink()
-
     def _shrink(self) -> None:
-        assert self.keys is not None
+        if self.keys is None:
+            return
         tokens = self.keys.shape[2]
         self._cut(max(0, tokens - self.sliding_window + 1), tokens)
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from bitgrain.errors import ModelError, SchemeError
 from bitgrain.kernels.attention import MOST_QUERIES
 from bitgrain.runtime.kv_cache.held import Held
 from bitgrain.runtime.kv_cache.past import Past
 from bitgrain.runtime.kv_cache.schemes import CacheScheme, token_bits
+from bitgrain.runtime.kv_cache.sliding import SlidingWindow
 from bitgrain.runtime.kv_cache.tiled import Tiled, is_served
 
 
@@ -134,21 +135,12 @@ class QuantizedLayer(DynamicLayer):
         self.values = self.values.new_empty(batch, *self.values.shape[1:])
 
 
-class QuantizedSlidingLayer(QuantizedLayer):
+class QuantizedSlidingLayer(SlidingWindow, QuantizedLayer):
     """In place of DynamicSlidingWindowLayer: what the window has left is dropped, block by block."""
-
-    is_sliding = True
-    get_mask_sizes = DynamicSlidingWindowLayer.get_mask_sizes
 
     def __init__(self, scheme: CacheScheme, sliding_window: int, scales: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__(scheme, scales)
-        self.sliding_window = sliding_window
-        self.cumulative_length = 0
-        self.record_past = False
-
-    def activate_past_recording(self) -> None:
-        """Drop nothing before the next `crop`."""
-        self.record_past = True
+        self._slide(sliding_window)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[-2]
@@ -159,23 +151,6 @@ class QuantizedSlidingLayer(QuantizedLayer):
 
     def _seen(self, count: int) -> int:
         return min(self.held_keys.tokens, self.sliding_window - 1 + count)
-
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
-
-    def get_max_length(self) -> int:
-        return self.sliding_window
-
-    def reset(self) -> None:
-        super().reset()
-        self.cumulative_length = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.cumulative_length >= self.sliding_window and not self.record_past:
-            raise RuntimeError("tokens that the window has left are gone: call activate_past_recording before crop")
-        super().crop(tokens_to_remove)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
-        self._shrink()
 
     def _shrink(self) -> None:
         for held in (self.held_keys, self.held_values):
