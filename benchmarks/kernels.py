@@ -1,10 +1,12 @@
 """One linear layer at a time: bitgrain's kernels beside those of other libraries, and beside the machine's limits.
 
-    python benchmarks/kernels.py                                     # some six minutes
+    python benchmarks/kernels.py                                     # some fifteen minutes
     python benchmarks/kernels.py --shapes 4096x4096 --rows 1,16      # a part of it
     python benchmarks/kernels.py --all --minutes 30                  # the slow contestants too
 
-All contestants of a shape are measured in each round, beside memory bandwidth and the peak of int8 products.
+All contestants of a shape are measured in each round, beside memory bandwidth and the peak of int8 products. How fast
+memory is also depends on where a process finds it, for as long as the process lives: so all is measured by several
+generations of processes, and medians are taken over all their rounds.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def start(arguments: argparse.Namespace) -> tuple[dict[str, Contestant], dict[st
 def measure_cell(
     cell: tuple[int, int, int], who: dict[str, Contestant], arguments: argparse.Namespace, until: float
 ) -> dict[str, Any]:
-    """One shape: medians of the rounds, or of fewer (at least LEAST_ROUNDS) if it is later than `until`."""
+    """One shape in all rounds, or in fewer (at least LEAST_ROUNDS) if it is later than `until`."""
     k, n, m = cell
     failed: dict[str, str] = {}
     made: dict[str, dict[str, float]] = {}
@@ -97,35 +99,56 @@ def measure_cell(
         with busy(arguments.busy):
             for name in made if arguments.busy else ():
                 beside[name].append(who[name].ask("time", name=name, seconds=BUSY_SECONDS))
-    contestants: dict[str, dict[str, Any]] = {
-        name: {"ms": 1e3 * median(one), "all_ms": [1e3 * t for t in one], "nbytes": made[name]["nbytes"]}
-        for name, one in times.items()
+    contestants = {
+        name: {"all_ms": [1e3 * t for t in one], "nbytes": made[name]["nbytes"]} for name, one in times.items()
     }
     for name, one in beside.items():
         if one:
-            contestants[name]["busy_ms"] = 1e3 * median(one)
-    values: tuple[Any, ...] = (k, n, m, {key: median(one) for key, one in limits.items()}, contestants, failed)
-    return dict(zip(CELL_KEYS, values, strict=True))
+            contestants[name]["all_busy_ms"] = [1e3 * t for t in one]
+    return dict(zip(CELL_KEYS, (k, n, m, limits, contestants, failed), strict=True))
+
+
+def merge_cells(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One shape as several generations of processes measured it: medians over all rounds."""
+    contestants: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for cell in cells for name in cell["contestants"]):
+        found = [cell["contestants"][name] for cell in cells if name in cell["contestants"]]
+        all_ms = [one["all_ms"] for one in found]
+        contestants[name] = {
+            "ms": median([ms for one in all_ms for ms in one]),
+            "all_ms": all_ms,
+            "nbytes": found[0]["nbytes"],
+        }
+        if all("all_busy_ms" in one for one in found):
+            contestants[name]["busy_ms"] = median([ms for one in found for ms in one["all_busy_ms"]])
+    limits = {key: median([x for cell in cells for x in cell["limits"][key]]) for key in cells[0]["limits"]}
+    failed = {name: why for cell in cells for name, why in cell["failed"].items() if name not in contestants}
+    first = cells[0]
+    return dict(zip(CELL_KEYS, (first["k"], first["n"], first["m"], limits, contestants, failed), strict=True))
 
 
 def measure(arguments: argparse.Namespace, shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> dict[str, Any]:
     """All shapes; the time that is left is shared by the shapes that are left."""
-    who, versions, absent = start(arguments)
+    versions: dict[str, str] = {}
+    absent: dict[str, str] = {}
     ends = time.monotonic() + 60 * arguments.minutes
-    cells: list[dict[str, Any]] = []
-    left = len(shapes) * len(rows)
-    for k, n in shapes:
-        for m in rows:
-            until = time.monotonic() + (ends - time.monotonic()) / left
-            cells.append(measure_cell((k, n, m), who, arguments, until))
-            left -= 1
-            say(f"K {k}, N {n}, {m} rows: measured, {left} to go")
+    cells: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    left = len(shapes) * len(rows) * arguments.processes
+    for _ in range(arguments.processes):
+        who, versions, absent = start(arguments)
+        for k, n in shapes:
+            for m in rows:
+                until = time.monotonic() + (ends - time.monotonic()) / left
+                cells.setdefault((k, n, m), []).append(measure_cell((k, n, m), who, arguments, until))
+                left -= 1
+                say(f"K {k}, N {n}, {m} rows: measured, {left} to go")
+            for library in set(who.values()):
+                library.ask("free")
         for library in set(who.values()):
-            library.ask("free")
-    for library in set(who.values()):
-        library.close()
-    settings = {"threads": arguments.threads, "busy": arguments.busy}
-    return {"settings": settings, "versions": versions, "absent": absent, "cells": cells}
+            library.close()
+    settings = {"threads": arguments.threads, "busy": arguments.busy, "processes": arguments.processes}
+    merged = [merge_cells(one) for one in cells.values()]
+    return {"settings": settings, "versions": versions, "absent": absent, "cells": merged}
 
 
 def main() -> None:
@@ -135,7 +158,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.04, help="of a turn, or as long as one run takes")
     parser.add_argument("--all", action="store_true", help="the slow contestants too")
     parser.add_argument("--name", default="kernels", help="of the files in benchmarks/results")
-    add_options(parser, minutes=4.5)
+    parser.add_argument("--processes", type=int, default=3, help="generations of processes, one after the other")
+    add_options(parser, minutes=13.5)
     arguments = parser.parse_args()
     shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in arguments.shapes.split(","))]
     data = measure(arguments, shapes, [int(m) for m in arguments.rows.split(",")])

@@ -80,7 +80,8 @@ def report(data: dict[str, Any], where: str) -> str:
     ]
     return (
         "# Speed of linear layers\n\n"
-        f"{where}; {settings['threads']} threads. Medians of interleaved rounds. Ratio: our time / the best "
+        f"{where}; {settings['threads']} threads. Medians of interleaved rounds in "
+        f"{settings['processes']} generations of processes. Ratio: our time / the best "
         "peer's of as many bits (4 where none has fewer); below 1 we are faster.\n\n"
         + limits_line(data["cells"])
         + table(header, rows)
