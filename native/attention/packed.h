@@ -42,9 +42,9 @@ struct StatesJob {
   int64_t first, tokens;  // where they go or come from
 };
 
-// The queries of one batch row and group as sums of whole numbers: q = step sum_p kRadix^(planes - 1 - p) byte_p.
+// The queries of one batch row and group as sums of whole numbers: q = step sum_p 256^(planes - 1 - p) byte_p.
 // Products with codes are exact integers then. Two planes: an error of 1.6e-5 of the row's largest magnitude, which is
 // small beside the rounding of 16-bit floats; three: 6e-8 of it.
-constexpr int64_t kRadix = 254, kMostPlanes = 3;
+constexpr int64_t kMostPlanes = 3;
 
 }  // namespace bitgrain

@@ -53,56 +53,68 @@ BG_INLINE void load_mask(const AttentionJob& job, int64_t at, int64_t skip, int6
   }
 }
 
+// Scores of one row and a block of tokens [skip, stop), as the softmax takes them: scaled, capped, masked, and kUnseen for
+// tokens that are not seen. end: the last one that is; at: where the mask of the block's first token lies.
+static void masked_scores(const AttentionJob& job, float* score, int64_t at, int64_t skip, int64_t stop, int64_t end,
+                          F32* x) {
+  alignas(64) float added[kBlock] = {};
+  if (job.mask_kind != MaskKind::none) load_mask(job, at, skip, stop, added);
+  // what nobody wrote may be NaN
+  for (int64_t t = 0; t < skip; ++t) score[t] = 0.f;
+  for (int64_t t = stop; t < kBlock; ++t) score[t] = 0.f;
+  BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
+    F32 s = mul_f(load_f(score + 16 * i), set_f(job.scaling));
+    if (job.softcap != 0.f) s = mul_f(tanh_f(div_f(s, set_f(job.softcap))), set_f(job.softcap));
+    if (job.mask_kind != MaskKind::none) s = add_f(s, load_f(added + 16 * i));
+    if (16 * i < skip || 16 * i + 15 > end) {  // min(1, tokens beyond) kUnseen
+      static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const F32 lane = add_f(load_f(kLanes), set_f((float)(16 * i)));
+      const F32 beyond = max_f(sub_f(lane, set_f((float)end)), sub_f(set_f((float)skip), lane));
+      s = fma_f(min_f(max_f(beyond, zero_f()), set_f(1.f)), set_f(kUnseen), s);
+    }
+    x[i] = max_f(set_f(kUnseen), s);  // in this order NaN comes through
+  }
+}
+
 // Scores of rows [row, row + rows) and of a block, whose tokens [skip, stop) count and whose first one is number
 // `token` of the source, become exp(score - largest so far), 0 for tokens that are not seen; the largest, the sum and
 // the weighted values so far are brought up to date.
 static void scores_to_weights(const AttentionJob& job, const AttentionPart& part, int64_t row, int64_t rows,
                               int64_t token, int64_t skip, int64_t stop) {
   const int64_t shared = job.heads / job.groups, all = shared * job.queries, size = padded_size(job.v_size);
+  const bool plain = job.mask_kind == MaskKind::none && job.softcap == 0.f && skip == 0 && stop == kBlock;
   for (int64_t r = 0; r < rows && row + r < all; ++r) {
-    const int64_t head = part.group * shared + (row + r) / job.queries, query = (row + r) % job.queries;
+    const int64_t one = job.queries == 1 ? row + r : (row + r) / job.queries, query = row + r - one * job.queries;
     int64_t end = stop - 1;  // the last token that is seen
     if (job.causal) {
       const int64_t causal = part.tokens - job.queries + query - (part.position + token);
       end = causal < end ? causal : end;
     }
-    alignas(64) float added[kBlock] = {};
-    if (job.mask_kind != MaskKind::none) {
-      load_mask(job, part.row * job.mask_stride[0] + head * job.mask_stride[1] + query * job.mask_stride[2] +
-                part.position + token, skip, stop, added);
-    }
     float* score = part.scores + r * kBlock;
-    // what nobody wrote may be NaN
-    for (int64_t t = 0; t < skip; ++t) score[t] = 0.f;
-    for (int64_t t = stop; t < kBlock; ++t) score[t] = 0.f;
-    F32 most = set_f(kUnseen), x[kBlock / 16];
-    BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
-      F32 s = mul_f(load_f(score + 16 * i), set_f(job.scaling));
-      if (job.softcap != 0.f) s = mul_f(tanh_f(div_f(s, set_f(job.softcap))), set_f(job.softcap));
-      if (job.mask_kind != MaskKind::none) s = add_f(s, load_f(added + 16 * i));
-      if (16 * i < skip || 16 * i + 15 > end) {  // min(1, tokens beyond) kUnseen
-        static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const F32 at = add_f(load_f(kLanes), set_f((float)(16 * i)));
-        const F32 beyond = max_f(sub_f(at, set_f((float)end)), sub_f(set_f((float)skip), at));
-        s = fma_f(min_f(max_f(beyond, zero_f()), set_f(1.f)), set_f(kUnseen), s);
+    F32 x[kBlock / 16];
+    if (plain && end == kBlock - 1) {
+      BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
+        x[i] = max_f(set_f(kUnseen), mul_f(load_f(score + 16 * i), set_f(job.scaling)));
       }
-      x[i] = max_f(set_f(kUnseen), s);  // in this order NaN comes through
-      most = max_f(most, x[i]);
+    } else {
+      const int64_t head = part.group * shared + one;
+      masked_scores(job, score, part.row * job.mask_stride[0] + head * job.mask_stride[1] +
+                    query * job.mask_stride[2] + part.position + token, skip, stop, end, x);
     }
-    float top = max_of_f(most);
-    const float before = part.top[row + r];
-    if (top > before) {
-      part.top[row + r] = top;
-      const F32 fade = exp_f(set_f(before - top));
+    F32 most = x[0];
+    BG_UNROLL for (int i = 1; i < (int)kBlock / 16; ++i) most = max_f(most, x[i]);
+    float top = part.top[row + r];
+    if (any_greater(most, set_f(top))) {
+      const float before = top;
+      part.top[row + r] = top = max_of_f(most);
+      const F32 fade = exp_below_f(set_f(before - top));
       float *sum = part.sum + (row + r) * size, *total = part.total + (row + r) * 16;
       store_f(total, mul_f(load_f(total), fade));
       for (int64_t c = 0; c < size; c += 16) store_f(sum + c, mul_f(load_f(sum + c), fade));
-    } else {
-      top = before;
     }
     F32 total = load_f(part.total + (row + r) * 16);
     BG_UNROLL for (int i = 0; i < (int)kBlock / 16; ++i) {
-      const F32 weight = exp_f(sub_f(x[i], set_f(top)));
+      const F32 weight = exp_below_f(sub_f(x[i], set_f(top)));
       store_f(score + 16 * i, weight);
       total = add_f(total, weight);
     }

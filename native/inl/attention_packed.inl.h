@@ -19,34 +19,29 @@ BG_INLINE void unpack_codes(const uint8_t* p, Bytes* w) {
   }
 }
 
-// The bytes of 16 numbers in units of their step, |x| <= most_units(PLANES): plane p to to[p * stride]. digits: the same.
+// The bytes of 16 whole numbers, |x| <= most_units(PLANES), each from -128 to 127: plane p to to[p * stride].
 template <int PLANES>
-BG_INLINE void store_planes(F32 x, int8_t* to, int64_t stride, I32* digits) {
-  BG_UNROLL for (int p = 0; p < PLANES; ++p) {
-    if (p + 1 < PLANES) {
-      const float unit = PLANES - p == 3 ? (float)(kRadix * kRadix) : (float)kRadix;
-      digits[p] = round_to_int(mul_f(x, set_f(1.f / unit)));
-      x = fnma_f(to_float(digits[p]), set_f(unit), x);
-    } else {
-      digits[p] = round_to_int(x);
-    }
-    store_low_bytes(to + p * stride, digits[p]);
+BG_INLINE void store_planes(I32 x, int8_t* to, int64_t stride) {
+  BG_UNROLL for (int p = PLANES - 1; p >= 0; --p) {
+    store_low_bytes(to + p * stride, x);
+    if (p > 0) x = shift_right_signed_i<8>(add_i(x, set_i(128)));
   }
 }
 
-// A little less than what PLANES bytes hold, so that no digit is rounded up to 128.
+// A little less than 127 in each byte: quotients are rounded before they are whole.
 template <int PLANES>
 BG_INLINE float most_units() {
-  return PLANES == 3 ? 127.f * kRadix * kRadix + 120.f * kRadix : 127.f * kRadix + 120.f;
+  return PLANES == 3 ? 8355000.f : 32600.f;
 }
 
-// sum_p kRadix^(PLANES - 1 - p) x[p]
+// sum_p 256^(PLANES - 1 - p) x[p]
 template <int PLANES>
 BG_INLINE F32 join_planes(const I32* x) {
   F32 y = to_float(x[0]);
-  BG_UNROLL for (int p = 1; p < PLANES; ++p) y = fma_f(y, set_f((float)kRadix), to_float(x[p]));
+  BG_UNROLL for (int p = 1; p < PLANES; ++p) y = fma_f(y, set_f(256.f), to_float(x[p]));
   return y;
 }
+
 // The queries of a part to bytes: q_bytes [row][PLANES][kMostChannels], q_steps [row], q_sums [row][PLANES].
 template <int PLANES>
 static void split_queries(const AttentionJob& job, const AttentionPart& part) {
@@ -61,14 +56,15 @@ static void split_queries(const AttentionJob& job, const AttentionPart& part) {
     }
     const float most = max_of_f(largest), step = (most > 0.f ? most / most_units<PLANES>() : 1.f) + sum_f(bad);
     part.q_steps[r] = step;
-    I32 sums[PLANES], digits[PLANES];
-    BG_UNROLL for (int p = 0; p < PLANES; ++p) sums[p] = zero_i();
+    int8_t* bytes = part.q_bytes + r * PLANES * kMostChannels;
     for (int64_t c = 0; c < size; c += 16) {
-      store_planes<PLANES>(div_f(load_f(q + c), set_f(step)), part.q_bytes + r * PLANES * kMostChannels + c,
-                           kMostChannels, digits);
-      BG_UNROLL for (int p = 0; p < PLANES; ++p) sums[p] = add_i(sums[p], digits[p]);
+      store_planes<PLANES>(round_to_int(div_f(load_f(q + c), set_f(step))), bytes + c, kMostChannels);
     }
-    BG_UNROLL for (int p = 0; p < PLANES; ++p) part.q_sums[r * PLANES + p] = sum_i(sums[p]);
+    BG_UNROLL for (int p = 0; p < PLANES; ++p) {
+      I32 sum = zero_i();
+      for (int64_t c = 0; c < size; c += 16) sum = add_i(sum, load_s8_i(bytes + p * kMostChannels + c));
+      part.q_sums[r * PLANES + p] = sum_i(sum);
+    }
   }
 }
 
@@ -120,21 +116,23 @@ BG_INLINE void packed_scores(const AttentionPart& part, int64_t row, float* scor
 }
 
 // V times 16 channels of a tile, weighted: to[r] += step (sum_t weights[r][t] code[t] - shifts[r]).
-template <int BITS, int PLANES, int R, int V, int LINES>
+// Of PLANES bytes the last USED hold something.
+template <int BITS, int PLANES, int USED, int R, int V, int LINES>
 BG_INLINE void packed_values(const int8_t* weights, float step, const float* shifts, const uint8_t* at,
                              int64_t next, float* to, int64_t size) {
   constexpr int kSteps = 8 / BITS, kChunks = kBlock / (4 * kSteps);
-  I32 sum[R][V][PLANES];
-  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
+  I32 sum[R][V][USED];
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < USED; ++p) {
     BG_UNROLL for (int v = 0; v < V; ++v) sum[r][v][p] = zero_i();
   }
+  weights += (PLANES - USED) * kBlock;
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     Bytes code[V][kSteps];
     BG_UNROLL for (int v = 0; v < V; ++v) unpack_codes<BITS>(at + v * kChunks * 64, code[v]);
     BG_UNROLL for (int i = 0; i < LINES; ++i) prefetch(at + i * kChunks * 64 + next);
     at += 64;
     BG_UNROLL for (int i = 0; i < kSteps; ++i) {
-      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < PLANES; ++p) {
+      BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int p = 0; p < USED; ++p) {
         const Bytes x = repeat4((const uint8_t*)weights + (r * PLANES + p) * kBlock + 4 * i);
         BG_UNROLL for (int v = 0; v < V; ++v) dot4(sum[r][v][p], code[v][i], x);
       }
@@ -143,35 +141,49 @@ BG_INLINE void packed_values(const int8_t* weights, float step, const float* shi
   }
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
     float* y = to + r * size + 16 * v;
-    const F32 found = sub_f(join_planes<PLANES>(sum[r][v]), set_f(shifts[r]));
+    const F32 found = sub_f(join_planes<USED>(sum[r][v]), set_f(shifts[r]));
     store_f(y, fma_f(found, set_f(step), load_f(y)));
   }
 }
 
-// Weights of R rows, at most 1, times the scales of values, to bytes [R][PLANES][kBlock]; shifts: their products with
-// the zero points. Returns the step of all: that of the tile's largest scale.
+// The weights of R rows as bytes.
 template <int PLANES, int R>
-BG_INLINE float split_weights(const float* scores, const uint16_t* scales, const uint16_t* zeros, int8_t* weights,
-                              float* shifts) {
+struct SplitWeights {
+  alignas(64) int8_t bytes[R][PLANES][kBlock];
+  float shifts[R];  // their products with the zero points
+  float step;       // of all: that of the tile's largest scale
+};
+
+// Weights of R rows, at most 1, times the scales of values, to bytes. Returns, for each group of G rows, how many planes
+// hold something: 0, 1 or all.
+template <int PLANES, int R, int G>
+BG_INLINE void split_weights(const float* scores, const uint16_t* scales, const uint16_t* zeros,
+                             SplitWeights<PLANES, R>& split, int* used) {
   constexpr int kVectors = kBlock / 16;
   F32 scale[kVectors], zero[kVectors], largest = zero_f();
   BG_UNROLL for (int i = 0; i < kVectors; ++i) {
     scale[i] = load_f16(scales + 16 * i), zero[i] = load_f16(zeros + 16 * i);
     largest = max_f(largest, scale[i]);
   }
-  const float most = max_of_f(largest), step = most > 0.f ? most / most_units<PLANES>() : 1.f;
-  BG_UNROLL for (int i = 0; i < kVectors; ++i) scale[i] = mul_f(scale[i], set_f(1.f / step));
-  for (int r = 0; r < R; ++r) {
-    F32 shift = zero_f();
-    BG_UNROLL for (int i = 0; i < kVectors; ++i) {
-      I32 digits[PLANES];
-      const F32 x = mul_f(load_f(scores + r * kBlock + 16 * i), scale[i]);
-      store_planes<PLANES>(x, weights + r * PLANES * kBlock + 16 * i, kBlock, digits);
-      shift = fma_f(join_planes<PLANES>(digits), zero[i], shift);
+  const float most = max_of_f(largest);
+  split.step = most > 0.f ? most / most_units<PLANES>() : 1.f;
+  BG_UNROLL for (int i = 0; i < kVectors; ++i) scale[i] = mul_f(scale[i], set_f(1.f / split.step));
+  for (int group = 0; group < R / G; ++group) {
+    F32 heaviest = zero_f();
+    for (int r = group * G; r < group * G + G; ++r) {
+      F32 shift = zero_f();
+      BG_UNROLL for (int i = 0; i < kVectors; ++i) {
+        const F32 x = mul_f(load_f(scores + r * kBlock + 16 * i), scale[i]);
+        const I32 units = round_to_int(x);
+        heaviest = max_f(x, heaviest);  // in this order NaN, which rows of nobody may be, goes by
+        store_planes<PLANES>(units, split.bytes[r][0] + 16 * i, kBlock);
+        shift = fma_f(to_float(units), zero[i], shift);
+      }
+      split.shifts[r] = sum_f(shift);
     }
-    shifts[r] = sum_f(shift);
+    // half a unit is rounded to none; NaN is not greater than anything, and makes the row's total NaN
+    used[group] = any_greater(heaviest, set_f(127.f)) ? PLANES : any_greater(heaviest, set_f(0.5f)) ? 1 : 0;
   }
-  return step;
 }
 
 // One tile of tokens and R rows from `row` on.
@@ -185,6 +197,10 @@ static void packed_tile(const AttentionJob& job, const AttentionPart& part, cons
   const int64_t chunks = past.k.size * BITS / 32, run = kBlock * 16 * BITS / 8;
   const uint8_t *keys = past.k.codes + at * tile_bytes(past.k), *values = past.v.codes + at * tile_bytes(past.v);
   const int64_t k_next = past.k.pairs * tile_bytes(past.k), v_next = past.v.pairs * tile_bytes(past.v);
+  const uint16_t* numbers[] = {past.k.scales, past.k.zeros, past.v.scales, past.v.zeros};
+  BG_UNROLL for (int i = 0; i < 4; ++i) BG_UNROLL for (int line = 0; line < 2; ++line) {
+    prefetch(numbers[i] + (at + past.k.pairs) * kBlock + line * 32);
+  }
   for (int64_t token = 0; token < kBlock; token += 16 * V) {
     for (int r = 0; r < R; r += kRows) {
       const int64_t ahead = k_next + r / kRows * kLines % V * chunks * 64;
@@ -195,23 +211,21 @@ static void packed_tile(const AttentionJob& job, const AttentionPart& part, cons
   }
   scores_to_weights(job, part, row, R, tile * kBlock - past.first, skip, stop);
 
-  alignas(64) int8_t weights[R * PLANES * kBlock];
-  float shifts[R];
-  const float step = split_weights<PLANES, R>(part.scores, past.v.scales + at * kBlock, past.v.zeros + at * kBlock,
-                                              weights, shifts);
+  SplitWeights<PLANES, R> split;
+  int used[kGroups];
+  split_weights<PLANES, R, kRows>(part.scores, past.v.scales + at * kBlock, past.v.zeros + at * kBlock, split, used);
   const int64_t size = padded_size(job.v_size);
   for (int64_t c = 0; c < past.v.size;) {
     float* sum = part.sum + row * size + c;
     const uint8_t* codes = values + c / 16 * run;
     const bool two = kDotRows > 1 && c + 32 <= past.v.size;
-    for (int r = 0; r < R; r += kRows) {
-      const int8_t* own = weights + r * PLANES * kBlock;
-      if (two) {
-        const int64_t ahead = v_next + r / kRows * kPair % 2 * run;
-        packed_values<BITS, PLANES, kRows, 2, kPair>(own, step, shifts + r, codes, ahead, sum + r * size, size);
-      } else {
-        packed_values<BITS, PLANES, kRows, 1, 1>(own, step, shifts + r, codes, v_next, sum + r * size, size);
-      }
+    for (int group = 0; group < kGroups; ++group) {
+      const int r = group * kRows;
+      const int64_t ahead = v_next + (two ? group * kPair % 2 * run : 0);
+      const auto add = two ? used[group] == 1 ? packed_values<BITS, PLANES, 1, kRows, 2, kPair>
+                                              : packed_values<BITS, PLANES, PLANES, kRows, 2, kPair>
+                           : packed_values<BITS, PLANES, PLANES, kRows, 1, 1>;
+      if (used[group] > 0) add(split.bytes[r][0], split.step, split.shifts + r, codes, ahead, sum + r * size, size);
     }
     c += two ? 32 : 16;
   }

@@ -92,10 +92,10 @@ BG_INLINE void soften(QueryTile& tile, int r, int rows, float scaling, int64_t l
   }
   const float largest = max_of_f(most), before = tile.top[r], top = largest > before ? largest : before;
   alignas(64) float fade[16];
-  store_f(fade, exp_f(set_f(before - top)));
+  store_f(fade, exp_below_f(set_f(before - top)));
   F32 total = zero_f();
   BG_UNROLL for (int i = 0; i < (int)kKeysAtOnce / 16; ++i) {
-    const F32 weight = exp_f(sub_f(load_f(score + 16 * i), set_f(top)));
+    const F32 weight = exp_below_f(sub_f(load_f(score + 16 * i), set_f(top)));
     total = add_f(total, weight);
     alignas(64) uint8_t words[64];
     if (pairs) store_bf16(words, weight);

@@ -110,6 +110,10 @@ BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(x.lo, y.lo, _CMP_GT_OQ)),
           _mm256_blendv_ps(b.hi, a.hi, _mm256_cmp_ps(x.hi, y.hi, _CMP_GT_OQ))};
 }
+BG_INLINE bool any_greater(F32 x, F32 y) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.lo, y.lo, _CMP_GT_OQ),
+                                         _mm256_cmp_ps(x.hi, y.hi, _CMP_GT_OQ))) != 0;
+}
 BG_INLINE __m256 scale_half(__m256 x, __m256 n) {  // by two powers of two, neither of which overflows
   const __m256i whole = _mm256_cvtps_epi32(n), first = _mm256_srai_epi32(whole, 1);
   const __m256i second = _mm256_sub_epi32(whole, first), bias = _mm256_set1_epi32(127);

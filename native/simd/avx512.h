@@ -77,6 +77,7 @@ BG_INLINE F32 exponent_f(F32 x) {
 BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {
   return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), a);
 }
+BG_INLINE bool any_greater(F32 x, F32 y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) != 0; }
 BG_INLINE F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 BG_INLINE F32 load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));

@@ -155,6 +155,11 @@ BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {
   BG_QUARTERS b.v[i] = vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), a.v[i], b.v[i]);
   return b;
 }
+BG_INLINE bool any_greater(F32 x, F32 y) {
+  uint32x4_t found = vcgtq_f32(x.v[0], y.v[0]);
+  for (int i = 1; i < 4; ++i) found = vorrq_u32(found, vcgtq_f32(x.v[i], y.v[i]));
+  return vmaxvq_u32(found) != 0;
+}
 BG_INLINE F32 scale_f(F32 x, F32 n) {  // by two powers of two, neither of which overflows
   BG_QUARTERS {
     const int32x4_t whole = vcvtnq_s32_f32(n.v[i]), first = vshrq_n_s32(whole, 1), second = vsubq_s32(whole, first);

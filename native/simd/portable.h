@@ -170,6 +170,11 @@ BG_INLINE F32 select_greater(F32 x, F32 y, F32 a, F32 b) {  // a where x > y, el
   BG_LANES b.v[i] = x.v[i] > y.v[i] ? a.v[i] : b.v[i];
   return b;
 }
+BG_INLINE bool any_greater(F32 x, F32 y) {
+  int found = 0;
+  BG_LANES found |= x.v[i] > y.v[i];
+  return found != 0;
+}
 BG_INLINE F32 load_f16(const void* p) {
   F32 r;
   BG_LANES {
