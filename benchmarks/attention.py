@@ -7,7 +7,8 @@ Attention: one query token over 8192 tokens of the past, in the shapes of a 1.1B
 layers take turns, more than the processor's caches hold, and the memory's read bandwidth is measured in the same
 rounds. torch's scaled_dot_product_attention runs on a bfloat16 cache in the three ways that transformers may call it
 (enable_gqa, keys repeated, query heads as queries of their group); the fastest counts.
-Steps: a Llama of the 1.1B shape with few layers, random bfloat16 weights; the caches take turns token by token.
+Steps: a Llama of the 1.1B shape with few layers and random weights, in bfloat16 and in W4A8 (all decoder layers in one
+native call); the caches take turns token by token.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ from transformers.cache_utils import DynamicCache
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import machine_line, table, write_results
 
+import bitgrain
 from bitgrain.kernels.attention import attend_dense, attend_packed
 from bitgrain.kernels.packed_states import PackedStates
+from bitgrain.kernels.probes import measure_bandwidth
+from bitgrain.models.fused_blocks import fuse_blocks
 from bitgrain.runtime.kv_cache import KVCache, past_argument
 from bitgrain.runtime.kv_cache.growing import GrowingCache
 
 SHAPES = ((32, 4, 64), (32, 8, 128))
 """Heads of queries, heads of keys and values, channels."""
 BITS = (8, 4, 2)
+PLAIN = ("transformers' own", "growing")
+"""Caches in bfloat16; the faster one is what others are compared with."""
 MEMORY = 96 << 20
 """Bytes that the caches of one kind rotate through."""
 
@@ -70,18 +76,16 @@ def measure_attention(heads: int, groups: int, size: int, tokens: int, rounds: i
             caches.append(sides)
         held = sum(one.nbytes for one in caches[0])
         ways[f"bitgrain int{bits}"] = (lambda k, v: attend_packed(query, k, v, scaling=scaling), caches, held)
-    stream = torch.ones(MEMORY // 4)
-    times: dict[str, list[float]] = {name: [] for name in ("memory", *ways)}
+    memory, read = torch.ones(2 * MEMORY, dtype=torch.uint8), list[float]()
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        began = time.perf_counter()
-        stream.sum()
-        times["memory"].append(time.perf_counter() - began)
+        read.append(measure_bandwidth(memory, torch.get_num_threads()))
         for name, (run, past, _) in ways.items():
             began = time.perf_counter()
             for k, v in past:
                 run(k, v)
             times[name].append((time.perf_counter() - began) / len(past))
-    bandwidth = stream.nbytes / statistics.median(times["memory"])
+    bandwidth = statistics.median(read)
     medians = {name: statistics.median(times[name]) for name in ways}
     best = min(took for name, took in medians.items() if name.startswith("torch"))
     return [
@@ -105,14 +109,17 @@ def filled(cache: Any, config: LlamaConfig, tokens: int) -> Any:
 
 
 @torch.inference_mode()
-def measure_steps(layers: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """One row for each cache: milliseconds of a decode step."""
+def measure_steps(layers: int, tokens: int, rounds: int, weights: str) -> list[dict[str, Any]]:
+    """One row for each cache: milliseconds of a decode step. weights: "bfloat16" or "W4A8"."""
     config = LlamaConfig(
         vocab_size=1000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=4, max_position_embeddings=16384,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).bfloat16().eval()
+    if weights != "bfloat16":
+        bitgrain.quantize_(model, "w4a8", execution="kernels")
+        fuse_blocks(model)
     kinds: dict[str, Callable[[], Any]] = {
         "transformers' own": lambda: DynamicCache(config=config),
         "growing": lambda: GrowingCache(config),
@@ -126,9 +133,9 @@ def measure_steps(layers: int, tokens: int, rounds: int) -> list[dict[str, Any]]
             model(input_ids=torch.tensor([[turn]]), use_cache=True, **{past_argument(model): cache})
             if turn:  # the first one warms up
                 times[name].append(1e3 * (time.perf_counter() - began))
-    plain = statistics.median(times["transformers' own"])
+    plain = min(statistics.median(times[name]) for name in PLAIN)
     return [
-        {"tokens": tokens, "layers": layers, "cache": name, "ms": statistics.median(took)}
+        {"weights": weights, "tokens": tokens, "layers": layers, "cache": name, "ms": statistics.median(took)}
         | {"of_plain": statistics.median(took) / plain}
         for name, took in times.items()
     ]
@@ -143,15 +150,18 @@ def report(attention: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
         ]
         for row in attention
     ]  # fmt: skip
-    second = [[str(row["tokens"]), row["cache"], f"{row['ms']:.2f}", f"{row['of_plain']:.2f}"] for row in steps]
+    second = [
+        [row["weights"], str(row["tokens"]), row["cache"], f"{row['ms']:.2f}", f"{row['of_plain']:.2f}"]
+        for row in steps
+    ]
     return (
         "# Decode attention\n\n"
         f"{machine_line()}, {torch.get_num_threads()} threads. One query token over {attention[0]['tokens']} tokens; "
         "medians, and the read bandwidth of memory in the same rounds "
         f"({statistics.median(row['memory_gbs'] for row in attention):.0f} GB/s).\n\n"
         + table(["shape", "way", "ms", "times the best of torch", "GB/s", "of memory's"], first)
-        + f"\nA whole decode step of a random bfloat16 Llama with {steps[0]['layers']} layers of the 1.1B shape.\n\n"
-        + table(["tokens held", "cache", "ms a step", "of transformers' own"], second)
+        + f"\nA whole decode step of a random Llama with {steps[0]['layers']} layers of the 1.1B shape.\n\n"
+        + table(["weights", "tokens held", "cache", "ms a step", "of the best bfloat16 cache"], second)
     )
 
 
@@ -167,8 +177,9 @@ def main() -> None:
     for heads, groups, size in SHAPES:
         attention += measure_attention(heads, groups, size, arguments.tokens, arguments.rounds)
     steps: list[dict[str, Any]] = []
-    for tokens in map(int, arguments.steps.split(",")):
-        steps += measure_steps(arguments.layers, tokens, 3 * arguments.rounds)
+    for weights in ("bfloat16", "W4A8"):
+        for tokens in map(int, arguments.steps.split(",")):
+            steps += measure_steps(arguments.layers, tokens, 3 * arguments.rounds, weights)
     write_results(arguments.name, {"attention": attention, "steps": steps}, report(attention, steps))
 
 

@@ -17,6 +17,7 @@ enum class MaskKind : int32_t { none = 0, seen = 1, added = 2 };  // bytes 0 and
 struct AttentionJob {
   const void* q;  // [batch, heads, queries, k_size], the last axis contiguous; strides in elements
   DType q_type;
+  int32_t planes;  // for packed keys and values: bytes of what is multiplied by codes (attention/packed.h)
   int64_t q_stride[3];
   int64_t batch, heads, groups, queries;  // groups: heads of keys and values
   int64_t k_size, v_size;

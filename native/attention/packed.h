@@ -47,4 +47,6 @@ struct StatesJob {
 // small beside the rounding of 16-bit floats; three: 6e-8 of it.
 constexpr int64_t kMostPlanes = 3;
 
+static inline constexpr int32_t planes_of(DType type) { return type == DType::f32 ? 3 : 2; }
+
 }  // namespace bitgrain

@@ -24,7 +24,7 @@ AttentionJob job_of(uintptr_t q, int type, const Three& q_stride, const std::arr
                     int64_t v_size, float scaling, float softcap, bool causal, int mask_kind, uintptr_t mask,
                     const Three& mask_stride, uintptr_t sinks, uintptr_t out, const Three& out_stride) {
   AttentionJob job{};
-  job.q = at<void>(q), job.q_type = static_cast<DType>(type);
+  job.q = at<void>(q), job.q_type = static_cast<DType>(type), job.planes = planes_of(job.q_type);
   job.batch = shape[0], job.heads = shape[1], job.groups = shape[2], job.queries = shape[3];
   job.k_size = k_size, job.v_size = v_size, job.scaling = scaling, job.softcap = softcap, job.causal = causal;
   job.mask_kind = static_cast<MaskKind>(mask_kind), job.mask = at<void>(mask), job.sinks = at<float>(sinks);
@@ -52,6 +52,7 @@ void bind_attention(nb::module_& m) {
       .def("attach", [](PackedSide& side, uintptr_t codes, uintptr_t scales, uintptr_t zeros) {
         side.codes = at<uint8_t>(codes), side.scales = at<uint16_t>(scales), side.zeros = at<uint16_t>(zeros);
       })
+      .def("at", [](const PackedSide& side) { return reinterpret_cast<uintptr_t>(&side); })
       .def("pack", [](const PackedSide& side, uintptr_t x, int type, int64_t heads, const Three& stride, int64_t first,
                       int64_t tokens, int threads) {
         nb::gil_scoped_release free;

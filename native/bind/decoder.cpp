@@ -18,6 +18,24 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A cache as Python tells of it: whether it is packed, tokens, the addresses of keys and values, and their strides of
+// batch and head; of packed ones the first token in their memory.
+constexpr size_t kCacheNumbers = 8;
+
+KeysValues cache_of(const int64_t* one) {
+  KeysValues cache{};
+  cache.tokens = one[1];
+  void *keys = at<void>((uintptr_t)one[2]), *values = at<void>((uintptr_t)one[3]);
+  if (one[0]) {
+    cache.packed_keys = static_cast<const PackedSide*>(keys), cache.packed_values = static_cast<const PackedSide*>(values);
+    cache.first = one[4];
+  } else {
+    cache.keys = keys, cache.values = values;
+    for (int i = 0; i < 2; ++i) cache.k_stride[i] = one[4 + i], cache.v_stride[i] = one[6 + i];
+  }
+  return cache;
+}
+
 // A decoder block; what it points to is held by its owner in Python.
 class DecoderBlock {
  public:
@@ -48,15 +66,13 @@ class DecoderBlock {
     finish_block(attention_, mlp(), at<void>(x), DType(type), m, at<void>(attended), DType(type), at<void>(y), threads);
   }
 
-  void run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
-           int64_t cos_rows, int64_t rotary_dim, uintptr_t keys, uintptr_t values, int64_t k_batch,
-           int64_t k_head, int64_t v_batch, int64_t v_head, int64_t past_and_new, int mask_kind, uintptr_t mask, int64_t mask_0, int64_t mask_1,
-           int64_t mask_2, uintptr_t y, int threads) const {
+  bool run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
+           int64_t cos_rows, int64_t rotary_dim, const std::vector<int64_t>& cache, int mask_kind, uintptr_t mask,
+           int64_t mask_0, int64_t mask_1, int64_t mask_2, uintptr_t y, int threads) const {
     nb::gil_scoped_release free;
-    run_block(attention_, mlp(), at<void>(x), DType(type), batch, tokens,
-              {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim},
-              {at<void>(keys), at<void>(values), {k_batch, k_head}, {v_batch, v_head}, past_and_new},
-              {MaskKind(mask_kind), at<void>(mask), {mask_0, mask_1, mask_2}}, at<void>(y), threads);
+    return run_block(attention_, mlp(), at<void>(x), DType(type), batch, tokens,
+                     {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim}, cache_of(cache.data()),
+                     {MaskKind(mask_kind), at<void>(mask), {mask_0, mask_1, mask_2}}, at<void>(y), threads);
   }
 
  private:
@@ -76,19 +92,15 @@ class DecoderStack {
     for (const DecoderBlock* one : blocks) blocks_.push_back({&one->attention_, one->mlp()});
   }
 
-  // caches: for each block the addresses of keys and values, their strides of batch and head, and the tokens
-  void run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
-           int64_t cos_rows, int64_t rotary_dim, const std::vector<int64_t>& caches, int mask_kind, uintptr_t mask,
-           int64_t mask_0, int64_t mask_1, int64_t mask_2, uintptr_t y, int threads) const {
+  // caches: as of one block, one behind the other
+  bool run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
+           int64_t cos_rows, int64_t rotary_dim, const std::vector<int64_t>& caches, uintptr_t y, int threads) const {
     nb::gil_scoped_release free;
     std::vector<KeysValues> all;
-    for (size_t i = 0; i < blocks_.size(); ++i) {
-      const int64_t* one = &caches[7 * i];
-      all.push_back({at<void>((uintptr_t)one[0]), at<void>((uintptr_t)one[1]), {one[2], one[3]}, {one[4], one[5]}, one[6]});
-    }
-    run_stack(blocks_, at<void>(x), DType(type), batch, tokens,
-              {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim}, all,
-              {MaskKind(mask_kind), at<void>(mask), {mask_0, mask_1, mask_2}}, at<void>(y), threads);
+    for (size_t i = 0; i < blocks_.size(); ++i) all.push_back(cache_of(&caches[kCacheNumbers * i]));
+    return run_stack(blocks_, at<void>(x), DType(type), batch, tokens,
+                     {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim}, all, Mask{}, at<void>(y),
+                     threads);
   }
 
  private:

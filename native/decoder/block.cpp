@@ -20,6 +20,30 @@ void add_to(const Products& products, const Rows& rows, int64_t m, float* y, int
   products.run(rows, m, to, DType::f32, width, threads);
 }
 
+// Keys and values of the new tokens to where they are kept.
+bool keep(const AttentionStage& attention, float* qkv, DType type, int64_t batch, int64_t tokens,
+          const KeysValues& cache, int threads) {
+  const int64_t size = attention.head_dim, width = attention.qkv_width, past = cache.tokens - tokens;
+  if (cache.packed_keys) {
+    const auto pack = [&](const PackedSide* side, int64_t at) {
+      return pack_states({side, qkv + at, DType::f32, attention.kv_heads, {tokens * width, size, width},
+                          cache.first + past, tokens}, threads);
+    };
+    return pack(cache.packed_keys, attention.at[1]) && pack(cache.packed_values, attention.at[2]);
+  }
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    for (int64_t head = 0; head < attention.kv_heads; ++head) {
+      const float* from = qkv + row * width + head * size;
+      const auto place = [&](const int64_t* stride) {
+        return row / tokens * stride[0] + head * stride[1] + (past + row % tokens) * size;
+      };
+      kernels().add_row(from, DType::f32, attention.at[1], nullptr, size, cache.keys, type, place(cache.k_stride));
+      kernels().add_row(from, DType::f32, attention.at[2], nullptr, size, cache.values, type, place(cache.v_stride));
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 void start_attention(const AttentionStage& part, const void* x, DType type, int64_t m, const Positions& positions,
@@ -89,29 +113,19 @@ void finish_block(const AttentionStage& attention, const MlpStage* mlp, const vo
   }
 }
 
-void run_block(const AttentionStage& attention, const MlpStage* mlp, const void* x, DType type, int64_t batch,
+bool run_block(const AttentionStage& attention, const MlpStage* mlp, const void* x, DType type, int64_t batch,
                int64_t tokens, const Positions& positions, const KeysValues& cache, const Mask& mask, void* y,
                int threads) {
   static thread_local Scratch qkv_memory, attended_memory;
-  const Kernels& kernel = kernels();
-  const int64_t size = attention.head_dim, width = attention.qkv_width, past = cache.tokens - tokens;
+  const int64_t size = attention.head_dim, width = attention.qkv_width;
   float* qkv = qkv_memory.get<float>(batch * tokens * width);
   start_attention(attention, x, type, batch * tokens, positions, qkv, DType::f32, threads);
-  for (int64_t row = 0; row < batch * tokens; ++row) {
-    for (int64_t head = 0; head < attention.kv_heads; ++head) {
-      const float* from = qkv + row * width + head * size;
-      const auto place = [&](const int64_t* stride) {
-        return row / tokens * stride[0] + head * stride[1] + (past + row % tokens) * size;
-      };
-      kernel.add_row(from, DType::f32, attention.at[1], nullptr, size, cache.keys, type, place(cache.k_stride));
-      kernel.add_row(from, DType::f32, attention.at[2], nullptr, size, cache.values, type, place(cache.v_stride));
-    }
-  }
+  if (!keep(attention, qkv, type, batch, tokens, cache, threads)) return false;
 
   const int64_t attended_width = attention.heads * size;
   float* attended = attended_memory.get<float>(batch * tokens * attended_width);
   AttentionJob job{};
-  job.q = qkv + attention.at[0], job.q_type = DType::f32;
+  job.q = qkv + attention.at[0], job.q_type = DType::f32, job.planes = planes_of(type);
   job.q_stride[0] = tokens * width, job.q_stride[1] = size, job.q_stride[2] = width;
   job.batch = batch, job.heads = attention.heads, job.groups = attention.kv_heads, job.queries = tokens;
   job.k_size = job.v_size = size, job.scaling = attention.scale, job.causal = mask.kind == MaskKind::none;
@@ -119,11 +133,15 @@ void run_block(const AttentionStage& attention, const MlpStage* mlp, const void*
   for (int i = 0; i < 3; ++i) job.mask_stride[i] = mask.stride[i];
   job.out = attended;
   job.out_stride[0] = tokens * attended_width, job.out_stride[1] = size, job.out_stride[2] = attended_width;
-  const DenseTokens past_and_new{cache.tokens, type, cache.keys, cache.values,
-                                 {cache.k_stride[0], cache.k_stride[1], size},
-                                 {cache.v_stride[0], cache.v_stride[1], size}};
-  decode_attention(job, PackedTokens{}, past_and_new, threads);
+  if (cache.packed_keys) {
+    decode_attention(job, {cache.first, cache.tokens, *cache.packed_keys, *cache.packed_values}, DenseTokens{}, threads);
+  } else {
+    const DenseTokens dense{cache.tokens, type, cache.keys, cache.values, {cache.k_stride[0], cache.k_stride[1], size},
+                            {cache.v_stride[0], cache.v_stride[1], size}};
+    decode_attention(job, PackedTokens{}, dense, threads);
+  }
   finish_block(attention, mlp, x, type, batch * tokens, attended, DType::f32, y, threads);
+  return true;
 }
 
 }  // namespace bitgrain

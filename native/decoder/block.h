@@ -5,7 +5,7 @@
 //
 // Weights of one stage may be joined in memory (one qkv weight): what counts is where their columns lie in a row.
 #pragma once
-#include "attention/attention.h"
+#include "attention/packed.h"
 #include "decoder/products.h"
 #include "decoder/rows.h"
 
@@ -40,11 +40,13 @@ struct Positions {  // what the model gives its blocks
   int64_t rows, rotary_dim;
 };
 
-struct KeysValues {  // [batch, kv_heads, tokens, head_dim], of the type of x; room for the new tokens is at the end
-  void* keys;
+struct KeysValues {  // of past and new tokens; there is room for the new ones at the end
+  int64_t tokens;
+  void* keys;  // [batch, kv_heads, tokens, head_dim], of the type of x
   void* values;
   int64_t k_stride[2], v_stride[2];  // of batch and head
-  int64_t tokens;
+  const PackedSide *packed_keys, *packed_values;  // or null: in place of those
+  int64_t first;                                  // token in their memory
 };
 
 struct Mask {  // as in AttentionJob
@@ -69,8 +71,8 @@ void finish_block(const AttentionStage& attention, const MlpStage* mlp, const vo
                   const void* attended, DType attended_type, void* y, int threads);
 
 // A few new tokens of each sequence, x [batch, tokens, hidden]: their keys and values are written to the cache, and
-// without a mask each sees what stands before it.
-void run_block(const AttentionStage& attention, const MlpStage* mlp, const void* x, DType type, int64_t batch,
+// without a mask each sees what stands before it. False where they cannot be packed: NaN, Inf, or scales beyond float16.
+bool run_block(const AttentionStage& attention, const MlpStage* mlp, const void* x, DType type, int64_t batch,
                int64_t tokens, const Positions& positions, const KeysValues& cache, const Mask& mask, void* y,
                int threads);
 

@@ -252,15 +252,14 @@ static void attend_packed_of(const AttentionJob& job, const PackedTokens& past, 
   }
 }
 
-// Three planes for queries in float32, two for those of 16 bits.
 static void split_queries_of(const AttentionJob& job, const AttentionPart& part) {
-  if (job.q_type == DType::f32) split_queries<3>(job, part);
+  if (job.planes == 3) split_queries<3>(job, part);
   else split_queries<2>(job, part);
 }
 
 static void attend_packed(const AttentionJob& job, const PackedTokens& past, AttentionPart& part) {
   clear_part(job, part);
-  if (job.q_type == DType::f32) {
+  if (job.planes == 3) {
     if (past.k.bits == 8) attend_packed_of<8, 3>(job, past, part);
     else if (past.k.bits == 4) attend_packed_of<4, 3>(job, past, part);
     else attend_packed_of<2, 3>(job, past, part);

@@ -11,11 +11,13 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from bitgrain.errors import NumericsError
 from bitgrain.kernels.decoder import DecoderStack
 from bitgrain.models.fused_blocks import fuse_blocks
 from bitgrain.runtime.fused_block import FusedForward, is_fused, unfuse
-from bitgrain.runtime.kv_cache import use_cache
+from bitgrain.runtime.kv_cache import KVCache, use_cache
 from bitgrain.runtime.kv_cache.growing import GrowingCache
+from bitgrain.runtime.kv_cache.layers import QuantizedLayer
 from bitgrain.runtime.quant_linear import QuantLinear
 from packed_layers import pack_linears
 from zoo import GROUPED, build, ids_for
@@ -71,6 +73,52 @@ def test_fused_layers_give_what_their_modules_give(name: str, dtype: torch.dtype
     assert same(after.float(), before.float(), CLOSE if dtype == torch.float32 else 3 * CLOSE)
     unfuse(model)
     assert logits(model, ids).equal(before)
+
+
+@torch.inference_mode()
+def test_a_model_made_under_inference_mode():
+    model = growing(model_of("llama"))
+    before = logits(model, ids_for(model))
+    assert len(fuse_blocks(model)) == 2
+    assert same(logits(model, ids_for(model)), before)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_caches_are_read_and_written_by_the_native_calls(name: str, scheme: str, monkeypatch: Any):
+    model = model_of(name)
+    config = model.config
+    use_cache(model, lambda: KVCache(scheme, config))
+    ids = ids_for(model)
+    before = logits(model, ids)
+    assert len(fuse_blocks(model)) == 2
+    with monkeypatch.context() as patch:
+        updates: list[int] = []
+        update = QuantizedLayer.update
+
+        def counted(self: Any, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            updates.append(key_states.shape[2])
+            return update(self, key_states, *args, **kwargs)
+
+        patch.setattr(QuantizedLayer, "update", counted)
+        after = logits(model, ids)
+    assert updates == [ids.shape[1]] * 2  # the text; what follows goes past Python
+    # keys and values are packed before they are rounded to the model's dtype, or one code apart
+    assert same(after, before, CLOSE if scheme == "int8" else 5 * CLOSE)
+
+
+def test_a_packed_cache_refuses_what_it_cannot_hold():
+    model = model_of("llama")
+    config = model.config
+    use_cache(model, lambda: KVCache("int8", config))
+    assert fuse_blocks(model)
+    with torch.no_grad():
+        cache = model(ids_for(model), use_cache=True).cache
+        held = cache.get_seq_length()
+        model.model.layers[1].input_layernorm.weight.fill_(1e30)
+        with pytest.raises(NumericsError, match="bfloat16 or float32"):
+            model(torch.tensor([[1], [2]]), cache=cache, use_cache=True)
+        assert cache.layers[1].held_keys.tokens == held
 
 
 def count_calls(model: Any) -> list[int]:

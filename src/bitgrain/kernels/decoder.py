@@ -17,6 +17,7 @@ from torch import Tensor
 from bitgrain.errors import KernelError
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.packed_states import PackedStates
 from bitgrain.kernels.rows import ACTS, MAX_HEAD, ROTARY, Act, Rotary, RowNorm
 
 
@@ -58,6 +59,66 @@ class MlpPart:
     down: IntLinear
     act: Act
     joined: bool = False
+
+
+@dataclass(frozen=True)
+class DenseCache:
+    """keys, values [batch, kv_heads, past and new tokens, head_dim] of the dtype of x, whole rows side by side."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Past and new."""
+        return self.keys.shape[2]
+
+    def place(self, x: Tensor, part: AttentionPart) -> list[int]:
+        """As native code is told. Raises KernelError for keys and values that do not fit x."""
+        shape = (x.shape[0], part.kv_heads, self.tokens, part.head_dim)
+        for one in (self.keys, self.values):
+            rows = one.shape == shape and one.stride()[2:] == (part.head_dim, 1) and shape[2] >= x.shape[1]
+            if not rows or one.dtype != x.dtype:
+                raise KernelError(f"a cache {tuple(one.shape)} {one.dtype} does not fit {_wanted(x, part)}")
+        (a, b, _, _), (c, d, _, _) = self.keys.stride(), self.values.stride()
+        return [0, self.tokens, self.keys.data_ptr(), self.values.data_ptr(), a, b, c, d]
+
+    def written(self) -> None:
+        """The new tokens are there."""
+
+
+@dataclass(frozen=True)
+class PackedCache:
+    """Keys and values in few bits, to which `new` tokens are added once they are packed."""
+
+    keys: PackedStates
+    values: PackedStates
+    new: int
+
+    @property
+    def tokens(self) -> int:
+        """Past and new."""
+        return self.keys.tokens + self.new
+
+    def place(self, x: Tensor, part: AttentionPart) -> list[int]:
+        """As native code is told, with room for the new tokens. Raises KernelError where they do not fit x."""
+        wanted = (x.shape[0], part.kv_heads, part.head_dim)
+        for one in (self.keys, self.values):
+            if (one.batch, one.heads, one.size) != wanted or self.new != x.shape[1]:
+                raise KernelError(f"a cache of {(one.batch, one.heads, one.size)} does not fit {_wanted(x, part)}")
+            one.make_room(self.new)
+        keys, values = self.keys, self.values
+        if (keys.first, keys.tokens, keys.bits) != (values.first, values.tokens, values.bits):
+            raise KernelError("packed keys and values do not belong together")
+        return [1, self.tokens, keys.handle.at(), values.handle.at(), keys.first, 0, 0, 0]
+
+    def written(self) -> None:
+        """The new tokens are there."""
+        self.keys.tokens += self.new
+        self.values.tokens += self.new
+
+
+BlockCache = DenseCache | PackedCache
 
 
 class DecoderBlock:
@@ -110,47 +171,36 @@ class DecoderBlock:
         x: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
+        cache: BlockCache,
         mask: Tensor | None = None,
-    ) -> Tensor:
-        """x [batch, tokens, hidden], contiguous -> the block's output.
+    ) -> Tensor | None:
+        """x [batch, tokens, hidden], contiguous -> the block's output; None where keys or values cannot be packed, and
+        then nothing is added to the cache.
 
-        keys, values  [batch, kv_heads, past and new tokens, head_dim] of the dtype of x, with whole rows side by side;
-                      those of the new tokens are written to the end
-        mask          bool [batch or 1, heads or 1, tokens or 1, past and new], True where a token is seen; without
-                      one each token sees those before it
+        cache  keys and values of past and new tokens; those of the new ones are written to the end
+        mask   bool [batch or 1, heads or 1, tokens or 1, past and new], True where a token is seen; without one each
+               token sees those before it
         """
         self._check(x)
-        self.check_cache(x, keys, values)
+        place = cache.place(x, self.attention)
         y = torch.empty_like(x)
         kind, address, strides = 0, 0, (0, 0, 0)
         if mask is not None:
-            full = (x.shape[0], self.attention.heads, x.shape[1], keys.shape[2])
+            full = (x.shape[0], self.attention.heads, x.shape[1], cache.tokens)
             fits = mask.ndim == 4 and all(a in (1, b) for a, b in zip(mask.shape, full, strict=True))
             if not fits or mask.shape[3] != full[3] or mask.dtype != torch.bool or mask.stride(3) != 1:
                 raise KernelError(f"a mask {tuple(mask.shape)} {mask.dtype} does not fit {full}")
             kind, address = 1, mask.data_ptr()
             a, b, c = (0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
             strides = (a, b, c)
-        self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), keys.data_ptr(),
-            values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), keys.shape[2], kind,
-            address, *strides, y.data_ptr(), torch.get_num_threads(),
+        good = self.handle.run(
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), place, kind, address,
+            *strides, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        if not good:
+            return None
+        cache.written()
         return y
-
-    def check_cache(self, x: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Raises KernelError for keys and values that do not fit x."""
-        part = self.attention
-        shape = (x.shape[0], part.kv_heads, keys.shape[2], part.head_dim)
-        for one in (keys, values):
-            rows = one.shape == shape and one.stride()[2:] == (part.head_dim, 1) and shape[2] >= x.shape[1]
-            if not rows or one.dtype != x.dtype:
-                raise KernelError(
-                    f"a cache {tuple(one.shape)} {one.dtype} does not fit {part.kv_heads} heads of {part.head_dim} for "
-                    f"inputs {tuple(x.shape)} {x.dtype}: make a new one for each batch"
-                )
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[2] != self.hidden or not x.is_contiguous() or x.dtype not in DTYPES:
@@ -173,20 +223,27 @@ class DecoderStack:
         self.blocks = list(blocks)
         self.handle: Any = native().DecoderStack([one.handle for one in blocks])
 
-    def run(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """As `DecoderBlock.run` of each, bit for bit; caches: keys and values of each."""
+    def run(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[BlockCache]) -> Tensor | None:
+        """As `DecoderBlock.run` of each, bit for bit; caches: of each."""
         y = torch.empty_like(x)
         places: list[int] = []
-        for block, (keys, values) in zip(self.blocks, caches, strict=True):
-            block.check_cache(x, keys, values)
-            a, b, _, _ = keys.stride()
-            c, d, _, _ = values.stride()
-            places += (keys.data_ptr(), values.data_ptr(), a, b, c, d, keys.shape[2])
-        self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, 0, 0, 0, 0, 0,
-            y.data_ptr(), torch.get_num_threads(),
+        for block, cache in zip(self.blocks, caches, strict=True):
+            places += cache.place(x, block.attention)
+        good = self.handle.run(
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, y.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
+        if not good:
+            return None
+        for cache in caches:
+            cache.written()
         return y
+
+
+def _wanted(x: Tensor, part: AttentionPart) -> str:
+    return (
+        f"{part.kv_heads} heads of {part.head_dim} for inputs {tuple(x.shape)} {x.dtype}: make a new one for each batch"
+    )
 
 
 def _positions(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, int, int]:

@@ -57,10 +57,9 @@ class PackedStates:
         a scale beyond float16."""
         if x.shape[:2] != (self.batch, self.heads) or x.shape[3] != self.size or x.dtype not in DTYPES:
             raise KernelError(f"states {list(x.shape)} {x.dtype} do not fit {self.batch} texts, {self.heads} heads")
-        count, last = x.shape[2], self.first + self.tokens
-        if last + count > self.tiles * TILE:
-            self._make_room(count)
-            last = self.first + self.tokens
+        count = x.shape[2]
+        self.make_room(count)
+        last = self.first + self.tokens
         x = x if x.stride(3) == 1 else x.contiguous()
         strides = x.stride()[:3]
         threads = torch.get_num_threads()
@@ -103,8 +102,10 @@ class PackedStates:
         if self._memory is not None:
             self._attach(*self._memory)
 
-    def _make_room(self, count: int) -> None:
+    def make_room(self, count: int) -> None:
         """Memory for so many more tokens; what was dropped at the front is given back, tile by tile."""
+        if self.first + self.tokens + count <= self.tiles * TILE:
+            return
         gone, used = self.first // TILE, -(-(self.first + self.tokens) // TILE)
         self.first, self.start = self.first - gone * TILE, self.start + gone * TILE
         needed = -(-(self.first + self.tokens + count) // TILE)

@@ -23,10 +23,10 @@ from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
 from bitgrain.kernels.rows import RowNorm
+from bitgrain.runtime.block_caches import kind_of, with_room
 from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, NormPlan
 from bitgrain.runtime.fused_stack import FusedStack
 from bitgrain.runtime.guards import Guards
-from bitgrain.runtime.kv_cache.growing import GrowingLayer
 from bitgrain.runtime.packed_kernels import IntKernel
 from bitgrain.runtime.quant_linear import QuantLinear
 
@@ -85,17 +85,16 @@ class FusedForward:
             and attention.plain
             and plan.mlp is not None
             and implementation in _PLAIN_ATTENTION
-            and isinstance(layer := cache.layers[attention.layer], GrowingLayer)
-            and (layer.keys is None or layer.keys.dtype == x.dtype)
+            and kind_of(layer := cache.layers[attention.layer], x, native.attention) is not None
             and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.stride(3) == 1))
         ):
             if stack is not None and self.place == 0 and mask is None:
                 y = stack.run(x, cos, sin, cache, part.config)
                 if y is not None:
                     return y
-            new = x.new_empty(x.shape[0], attention.kv_heads, x.shape[1], attention.head_dim)
-            keys, values = layer.update(new, new, write=False)
-            return native.run(x, cos, sin, keys, values, mask)
+            y = native.run(x, cos, sin, with_room(layer, x, native.attention), mask)
+            if y is not None:
+                return y
         return self._by_interface(native, part, implementation, x, cos, sin, mask, cache, kwargs)
 
     def _by_interface(

@@ -14,7 +14,7 @@ from weakref import ref
 from torch import Tensor, nn
 
 from bitgrain.kernels.decoder import DecoderBlock, DecoderStack
-from bitgrain.runtime.kv_cache.growing import GrowingLayer
+from bitgrain.runtime.block_caches import kind_of, with_room
 
 if TYPE_CHECKING:
     from bitgrain.runtime.fused_block import FusedForward
@@ -61,26 +61,24 @@ class FusedStack:
         """The result of all layers for new tokens without a mask; None where they must run one by one."""
         if not getattr(self._running, "inside", False) or config.num_hidden_layers != len(self._forwards):
             return None
-        layers: list[GrowingLayer] = []
+        layers: list[Any] = []
         blocks: list[DecoderBlock] = []
         for one in self._forwards:
             forward = one()
             block = None if forward is None else forward.whole(x)
             if forward is None or block is None:
                 return None
-            layer = cache.layers[forward.plan.attention.layer]
-            if not isinstance(layer, GrowingLayer) or (layer.keys is not None and layer.keys.dtype != x.dtype):
-                return None
-            layers.append(layer)
+            layers.append(cache.layers[forward.plan.attention.layer])
             blocks.append(block)
+        kinds = {kind_of(layer, x, block.attention) for layer, block in zip(layers, blocks, strict=True)}
+        if len(kinds) != 1 or None in kinds:
+            return None
         if self._native is None or blocks != self._native.blocks:
             self._native = DecoderStack(blocks)
-        kept: list[tuple[Tensor, Tensor]] = []
-        for layer, block in zip(layers, blocks, strict=True):
-            part = block.attention
-            new = x.new_empty(x.shape[0], part.kv_heads, x.shape[1], part.head_dim)
-            kept.append(layer.update(new, new, write=False))
-        y = self._native.run(x, cos, sin, kept)
+        room = [with_room(layer, x, block.attention) for layer, block in zip(layers, blocks, strict=True)]
+        y = self._native.run(x, cos, sin, room)
+        if y is None:
+            return None
         self._running.result, self._running.next = y, 1
         return y
 

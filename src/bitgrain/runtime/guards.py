@@ -41,7 +41,8 @@ class Guards:
         parameters = self._parameters
         return (
             [id(own[name]) if name in own else 0 for own, name in self._places],
-            [one._version for one in parameters],
+            # tensors made under inference_mode count no changes
+            [0 if one.is_inference() else one._version for one in parameters],
             [one.data_ptr() for one in parameters],
         )
 
