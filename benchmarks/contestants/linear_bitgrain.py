@@ -9,7 +9,8 @@ import torch
 
 from bitgrain.kernels.code_linear import CodeLinear
 from bitgrain.kernels.int_linear import IntInputs, IntLinear
-from bitgrain.kernels.native import DTYPES, isa, panel_memory
+from bitgrain.kernels.memory import large_memory
+from bitgrain.kernels.native import DTYPES, isa
 from bitgrain.kernels.probes import measure_bandwidth, measure_bf16_peak, measure_int8_peak
 from contestants.linear import LinearService, Ready, Shape
 
@@ -24,7 +25,7 @@ class Service(LinearService):
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         torch.set_num_threads(threads)
-        self.memory = panel_memory(PROBE_BYTES).fill_(1)
+        self.memory = large_memory(PROBE_BYTES).fill_(1)
         self.makers = {
             "W8A8": partial(self.make_ready, torch.float32, partial(int_weight, 8)),
             "W4A8 g128": partial(self.make_ready, torch.float32, partial(int_weight, 4)),

@@ -6,6 +6,7 @@ void bind_int_linear(nanobind::module_& m);
 void bind_prefill(nanobind::module_& m);
 void bind_code_linear(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
+void bind_memory(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_solver(nanobind::module_& m);
 void bind_probes(nanobind::module_& m);

@@ -1,6 +1,5 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
-#include <sys/mman.h>
 
 #include <memory>
 #include <vector>
@@ -102,10 +101,4 @@ void bind_int_linear(nb::module_& m) {
   nb::class_<IntGroup>(m, "IntGroup")
       .def(nb::init<const std::vector<const IntWeight*>&>())
       .def("run", &IntGroup::run);
-  m.def("use_huge_pages", [](uintptr_t memory, size_t bytes) {
-    const uintptr_t page = 2 << 20, first = (memory + page - 1) / page * page, last = (memory + bytes) / page * page;
-#ifdef MADV_HUGEPAGE
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  }, "Ask for large pages inside this memory, which nothing was written to yet.");
 }

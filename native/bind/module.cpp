@@ -22,6 +22,7 @@ NB_MODULE(_native, m) {
   bind_prefill(m);
   bind_code_linear(m);
   bind_decoder(m);
+  bind_memory(m);
   bind_attention(m);
   bind_solver(m);
   bind_probes(m);

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import address_of, native, panel_memory
+from bitgrain.kernels.memory import large_memory
+from bitgrain.kernels.native import address_of, native
 
 _PANEL = 48  # lanes, see native/solver/descend.h
 
@@ -49,7 +50,7 @@ class Descent:
         panels = -(-lanes // _PANEL)
         self.loss = torch.zeros(lanes, dtype=torch.float64)
         self._tiles = torch.tensor(tiles, dtype=torch.int32)
-        self._panels = panel_memory(4 * panels * columns * _PANEL)
+        self._panels = large_memory(4 * panels * columns * _PANEL)
         self._alive: list[Any] = [numbers, factor, kept, exact, grid]  # whose memory the loop works on
         self._lanes, self._rows = lanes, int(self._tiles.max()) + 1 if columns else 0
         self._job = native().Descent(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any
 
 import torch
@@ -76,16 +75,6 @@ def isa() -> str:
 def address_of(tensor: Tensor | None) -> int:
     """Where its memory begins, for the native module; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def panel_memory(nbytes: int) -> Tensor:
-    """uint8 [nbytes], in large pages where the system has them: fewer misses when weights stream from memory.
-
-    Mapped apart from the heap, which what is freed while a model loads would otherwise leave full of holes.
-    """
-    memory = torch.frombuffer(mmap(-1, max(nbytes, 1), MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)[:nbytes]
-    native().use_huge_pages(memory.data_ptr(), nbytes)
-    return memory
 
 
 def rows_of(x: Tensor, features: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitgrain.kernels.native import DTYPES, address_of, panel_memory, rows_of
+from bitgrain.kernels.memory import weight_memory
+from bitgrain.kernels.native import DTYPES, address_of, rows_of
 
 Zeros = Literal["constant", "codes", "real"]
 ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
@@ -31,7 +32,7 @@ class PackedLinear:
     def _hold(self, handle: Any, panels: Tensor | None, bias: Tensor | None) -> None:
         """To be called once n, k, bits and zeros are there; panels None: memory for them."""
         self.handle = handle
-        self.panels = panel_memory(handle.nbytes()) if panels is None else panels
+        self.panels = weight_memory(handle.nbytes()) if panels is None else panels
         self._run = handle.run
         self.set_bias(bias)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import DTYPES, native, panel_memory
+from bitgrain.kernels.memory import large_memory
+from bitgrain.kernels.native import DTYPES, native
 
 TILE = 64
 BITS = (8, 4, 2)
@@ -111,7 +112,7 @@ class PackedStates:
         needed = -(-(self.first + self.tokens + count) // TILE)
         tiles, pairs = needed + max(_GROW - 1, needed // 16), self.batch * self.heads
         nbytes = TILE * self.size * self.bits // 8
-        codes = panel_memory(tiles * pairs * nbytes).view(tiles, pairs, nbytes)
+        codes = large_memory(tiles * pairs * nbytes).view(tiles, pairs, nbytes)
         scales, zeros = torch.zeros(2, tiles, pairs, TILE, dtype=torch.float16)
         if self._memory is not None:
             for old, new in zip(self._memory, (codes, scales, zeros), strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitgrain.kernels.dense_rows import MOST_ROWS, dense_rows
+from bitgrain.kernels.memory import use_large_pages
 from bitgrain.kernels.native import DTYPES
 
 
@@ -45,4 +46,5 @@ class FewRows:
 def multiply_few_rows_natively(layer: nn.Module | None) -> None:
     """Let a plain nn.Linear do so; other layers stay as they are."""
     if type(layer) is nn.Linear and "forward" not in layer.__dict__:
+        use_large_pages(layer.weight)
         cast(Any, layer).forward = FewRows(layer)
