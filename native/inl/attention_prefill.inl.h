@@ -39,15 +39,17 @@ static void pack_past(const PrefillJob& one, int64_t first, int64_t last) {
         }
       }
       for (int64_t i = 0; i < features; ++i) {
-        const float x = real && i < job.v_size ? load_number(past.v, past.type, v_at + token * past.v_stride[2] + i) : 0.f;
+        const float x = real && i < job.v_size ? load_number(past.v, past.type, v_at + token * past.v_stride[2] + i) :
+            0.f;
         put(v + i / 32 * one.value_steps * 128 + i % 32 * 4, pairs, 128, token, x);
       }
     }
   }
 }
 
-// R rows a against 32 columns w, to [R] rows of floats `stride` apart: what they hold times fades[r * fade_stride] comes
-// first, or nothing where fades is null. A function for each R, and nothing else: what is around it is compiled once.
+// R rows a against 32 columns w, to R rows of floats `stride` apart: added to what they hold times
+// fades[r * fade_stride], or in its place where fades is null. A function for each R, and nothing else: what is around
+// it is compiled once.
 template <bool PAIRS, int R>
 static __attribute__((noinline)) void multiply(const uint8_t* w, const uint8_t* a, int64_t steps, float* to,
                                                int64_t stride, const float* fades, int64_t fade_stride) {
@@ -150,7 +152,8 @@ static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int
   for (int r = 0; r < rows; ++r) {
     const int64_t at = row * job.q_stride[0] + head * job.q_stride[1] + (query + r) * job.q_stride[2];
     if (pairs && job.k_size % 2) std::memset(tile.q + ((one.k_steps - 1) * rows + r) * 4, 0, 4);
-    for (int64_t i = 0; i < job.k_size; ++i) put(tile.q + 4 * r, pairs, 4 * rows, i, load_number(job.q, job.q_type, at + i));
+    for (int64_t i = 0; i < job.k_size; ++i) put(tile.q + 4 * r, pairs, 4 * rows, i,
+                                                 load_number(job.q, job.q_type, at + i));
     std::memset(tile.out[r], 0, (size_t)features * 4);
     tile.top[r] = kUnseen, tile.total[r] = 0.f;
   }
@@ -167,7 +170,8 @@ static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int
     }
     for (int r = 0; r < rows; ++r) {
       const int64_t last = job.causal ? ahead + query + r + 1 : tokens;
-      const int64_t low = one.window && ahead + query + r + 1 > one.window ? ahead + query + r + 1 - one.window - block : 0;
+      const int64_t low = one.window && ahead + query + r + 1 > one.window ? ahead + query + r +
+          1 - one.window - block : 0;
       const int64_t high = last - block < 32 * panels ? last - block : 32 * panels;
       soften(tile, r, rows, job.scaling, low, high, pairs);
     }

@@ -2,10 +2,11 @@
 namespace bitgrain {
 namespace BG_ISA {
 
-// Columns [first, first + R) of kSumLanes lanes at w: minus what the errors of columns [from, to) come to. What the last
-// chunk comes to goes to `sums` [R, kSumLanes], everything else is subtracted in memory.
 constexpr int64_t kSumLanes = 16 * kFloatVectors;
 
+// Columns [first, first + R) of kSumLanes lanes at w: minus what the errors of columns [from, to) come to. What the
+// last chunk comes to goes to `sums` [R, kSumLanes], everything else is subtracted in memory. A function for each R,
+// and nothing else: what is around it is compiled once.
 template <int R>
 static __attribute__((noinline)) void subtract_errors(const DescendJob& job, float* w, int64_t first, int64_t from,
                                                       int64_t to, float* sums) {
@@ -98,7 +99,8 @@ static void descend_rows(int64_t rows, const DescendJob& job, int64_t panel, int
   }
 }
 
-static void update_columns(const DescendJob& job, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
+static void update_columns(const DescendJob& job, int64_t first, int64_t last, int64_t first_panel,
+                           int64_t last_panel) {
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     for (int64_t i = first; i < last; i += kFloatRows) {
       descend_rows<false>(last - i < kFloatRows ? last - i : kFloatRows, job, panel, i, 0, first);

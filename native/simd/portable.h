@@ -1,8 +1,8 @@
 // The vector language of the kernels in plain C++: what each name means, and what runs where no other level fits.
 //
-// 16 lanes of 32 bits. Bytes is the same register seen as 64 bytes: lane i holds bytes 4i .. 4i + 3. Compilers get vectors
-// of their own, which any machine has (in as many registers as it takes): they are done with these ten times sooner than
-// with loops over arrays. What has to be a loop is a function, or there would be a copy of it for every use.
+// 16 lanes of 32 bits. Bytes is the same register seen as 64 bytes: lane i holds bytes 4i .. 4i + 3. Vectors are the
+// compiler's own, which it has for any machine (in as many registers as it takes), and is done with in a third of the
+// time of loops over arrays. What has to be a loop is a function, or there would be a copy of it for every use.
 #include <cmath>
 
 #include "common.h"
@@ -189,7 +189,8 @@ BG_INLINE Bytes shift_left_b(Bytes x) {
 BG_INLINE void dot4(I32& sum, Bytes u, Bytes s) {  // a product fits 16 bits
   const Shorts even = ((Shorts)u.v & 255) * ((Shorts)((Words)s.v << 8) >> 8);
   const Shorts odd = (Shorts)((Halves)u.v >> 8) * ((Shorts)s.v >> 8);
-  sum.v += ((Ints)((Words)even << 16) >> 16) + ((Ints)even >> 16) + ((Ints)((Words)odd << 16) >> 16) + ((Ints)odd >> 16);
+  sum.v += ((Ints)((Words)even << 16) >> 16) + ((Ints)even >> 16) + ((Ints)((Words)odd << 16) >> 16) +
+      ((Ints)odd >> 16);
 }
 // The same with u - kDotShift for u, where that is cheaper: kDotShift times what sum4 finds is missing.
 constexpr int kDotShift = 0;

@@ -11,8 +11,8 @@ namespace {
 // One side of a packed past, and what it holds.
 struct Side {
   Side(const PackedSide& shape, int64_t tiles, Edge edge)
-      : codes(tiles * shape.pairs * tile_bytes(shape), edge, 0xa5), scales(tiles * shape.pairs * kBlock, edge, 0x3c),
-        zeros(tiles * shape.pairs * kBlock, edge, 0x3c), side(shape) {
+      : codes(tiles * shape.pairs * tile_bytes(shape), edge, 0xa5), scales(tiles * shape.pairs * kBlock, edge),
+        zeros(tiles * shape.pairs * kBlock, edge), side(shape) {
     side.codes = codes.data(), side.scales = scales.data(), side.zeros = zeros.data();
   }
   int64_t at(int64_t pair, int64_t token) const { return token / kBlock * side.pairs + pair; }
@@ -52,7 +52,8 @@ void check_token(Side& side, int64_t pair, int64_t token, const std::vector<floa
 }
 
 // Random tokens into a side, through the level that runs; and out again.
-void fill_side(Side& side, int64_t heads, int64_t first, int64_t tokens, Random& random, Edge edge, const std::string& what) {
+void fill_side(Side& side, int64_t heads, int64_t first, int64_t tokens, Random& random, Edge edge,
+               const std::string& what) {
   const int64_t size = side.side.size, gap = random.within(0, 3);
   const int64_t per_head = tokens * size + gap, count = side.side.pairs * per_head - gap;
   Numbers x(count, any_float_type(random), edge), back(count, x.type(), edge, 0x66);
@@ -68,15 +69,16 @@ void fill_side(Side& side, int64_t heads, int64_t first, int64_t tokens, Random&
       for (int64_t c = 0; c < size; ++c) {
         const int64_t at = pair * per_head + t * size + c;
         row[size_t(c)] = x[at];
-        const float number = (float(side.code(pair, first + t, c)) - side.zero(pair, first + t)) * side.scale(pair, first + t);
+        const int64_t token = first + t;
         Numbers meant(1, x.type(), edge);
-        meant.set(0, number);
+        meant.set(0, (float(side.code(pair, token, c)) - side.zero(pair, token)) * side.scale(pair, token));
         if (back[at] != meant[0]) fail(what + ": states read differ");
       }
       check_token(side, pair, first + t, row, what);
     }
     const int64_t bytes = int64_t(size_of(x.type()));
-    if (pair + 1 < side.side.pairs) check_untouched(back.bytes() + (pair * per_head + tokens * size) * bytes, gap * bytes, 0x66, what);
+    if (pair + 1 == side.side.pairs) continue;
+    check_untouched(back.bytes() + (pair * per_head + tokens * size) * bytes, gap * bytes, 0x66, what);
   }
   // tokens before and behind keep their bits
   Side old(side.side, int64_t(side.codes.size()) / (side.side.pairs * tile_bytes(side.side)), edge);
@@ -105,9 +107,11 @@ struct Shape {
 
 std::string describe(const Shape& s) {
   return std::string(s.prefill ? "prefill" : "decode") + ", batch " + std::to_string(s.batch) + ", groups " +
-         std::to_string(s.groups) + " of " + std::to_string(s.shared) + ", queries " + std::to_string(s.queries) + ", sizes " +
+         std::to_string(s.groups) + " of " + std::to_string(s.shared) + ", queries " + std::to_string(s.queries) +
+         ", sizes " +
          std::to_string(s.k_size) + " " + std::to_string(s.v_size) + ", packed " + std::to_string(s.packed) + " from " +
-         std::to_string(s.first) + " in " + std::to_string(s.k_bits) + " " + std::to_string(s.v_bits) + " bits, dense " +
+         std::to_string(s.first) + " in " + std::to_string(s.k_bits) + " " + std::to_string(s.v_bits) +
+         " bits, dense " +
          std::to_string(s.dense) + (s.edge == Edge::end ? ", end" : ", start");
 }
 
@@ -146,7 +150,8 @@ void check_case(const Shape& s, Random& random, const std::vector<const Kernels*
   job.mask_kind = s.prefill ? MaskKind::none : random.one_of({MaskKind::none, MaskKind::seen, MaskKind::added});
   const bool shared_mask = random.next() % 2;  // by heads
   const int64_t mask_heads = shared_mask ? 1 : heads;
-  job.mask_stride[0] = mask_heads * s.queries * tokens, job.mask_stride[1] = shared_mask ? 0 : s.queries * tokens, job.mask_stride[2] = tokens;
+  job.mask_stride[0] = mask_heads * s.queries * tokens;
+  job.mask_stride[1] = shared_mask ? 0 : s.queries * tokens, job.mask_stride[2] = tokens;
   const int64_t mask_count = s.batch * mask_heads * s.queries * tokens;
   Guarded<uint8_t> seen(job.mask_kind == MaskKind::seen ? mask_count : 0, s.edge);
   Guarded<float> added(job.mask_kind == MaskKind::added ? mask_count : 0, s.edge);
@@ -171,15 +176,18 @@ void check_case(const Shape& s, Random& random, const std::vector<const Kernels*
     for (int64_t t = 0; t < tokens; ++t) {
       double sum = 0, size = 0;
       for (int64_t c = 0; c < s.k_size; ++c) {
-        const double key = t < s.packed ? k_side.number(pair, s.first + t, c) : element(k, dense.k_stride, b, group, t - s.packed, c);
+        const double key = t < s.packed ? k_side.number(pair, s.first + t, c)
+                                        : element(k, dense.k_stride, b, group, t - s.packed, c);
         sum += key * element(q, job.q_stride, b, h, i, c), size += std::fabs(key);
       }
       k_most = std::fmax(k_most, size);
       double x = sum * job.scaling;
       if (job.softcap != 0.f) x = std::tanh(x / job.softcap) * job.softcap;
-      const int64_t at = b * job.mask_stride[0] + h * job.mask_stride[1] + i * job.mask_stride[2] + t, last = tokens - s.queries + i;
+      const int64_t at = b * job.mask_stride[0] + h * job.mask_stride[1] + i * job.mask_stride[2] + t;
+      const int64_t last = tokens - s.queries + i;
       if (job.mask_kind == MaskKind::added) x += added[at];
-      if ((job.causal && t > last) || (window && t <= last - window) || (job.mask_kind == MaskKind::seen && !seen[at])) x = -INFINITY;
+      const bool unseen = job.mask_kind == MaskKind::seen && !seen[at];
+      if (unseen || (job.causal && t > last) || (window && t <= last - window)) x = -INFINITY;
       score[size_t(t)] = x, top = std::fmax(top, x);
     }
     double* out = &meant[size_t(((b * heads + h) * s.queries + i) * s.v_size)];
@@ -188,7 +196,8 @@ void check_case(const Shape& s, Random& random, const std::vector<const Kernels*
       const double weight = std::exp(score[size_t(t)] - top);
       total += weight;
       for (int64_t c = 0; c < s.v_size; ++c) {
-        const double value = t < s.packed ? v_side.number(pair, s.first + t, c) : element(v, dense.v_stride, b, group, t - s.packed, c);
+        const double value = t < s.packed ? v_side.number(pair, s.first + t, c)
+                                          : element(v, dense.v_stride, b, group, t - s.packed, c);
         out[c] += weight * value, v_most = std::fmax(v_most, std::fabs(value));
       }
     }
@@ -224,10 +233,10 @@ Shape draw(Random& random, bool prefill, bool packed) {
   Shape s{};
   s.prefill = prefill, s.edge = any_edge(random);
   s.batch = random.within(1, 2), s.groups = random.within(1, 2), s.shared = random.within(1, 5);
-  s.k_size = packed ? 16 * random.within(1, 6) : random.within(1, 100);
-  s.v_size = packed ? 16 * random.within(1, 6) : random.within(1, 100);
-  s.k_bits = random.one_of({8, 4, 2}), s.v_bits = random.one_of({8, 4, 2});
-  if (packed) s.v_bits = s.k_bits;  // decode has one number of bits for both
+  for (int64_t* size : {&s.k_size, &s.v_size}) {  // 256 is the most
+    *size = random.next() % 8 == 0 ? 256 : packed ? 16 * random.within(1, 6) : random.within(1, 100);
+  }
+  s.k_bits = s.v_bits = random.one_of({8, 4, 2});
   s.packed = packed ? random.within(1, 150) : 0, s.first = packed ? random.within(0, 70) : 0;
   s.dense = random.within(packed ? 0 : 1, random.next() % 4 == 0 ? 300 : 40);
   s.queries = random.within(1, prefill ? 40 : 4);

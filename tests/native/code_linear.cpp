@@ -44,7 +44,8 @@ class Layer {
     if (c.bits < 8) set_table(w_, table_.data(), entries);
     for (int64_t i = 0; i < c.n * c.k; ++i) codes_[i] = uint8_t(random.within(0, c.bits == 8 ? 255 : entries - 1));
     for (int64_t i = 0; i < c.n * groups_; ++i) {
-      if (size_of(c.scale_type) == 1) scales_[i] = uint8_t(c.scale_type == DType::e8m0 ? random.within(120, 130) : random.within(1, 0x7e));
+      const int64_t byte = c.scale_type == DType::e8m0 ? random.within(120, 130) : random.within(1, 0x7e);
+      if (size_of(c.scale_type) == 1) scales_[i] = uint8_t(byte);
       else store_number(scales_.data(), c.scale_type, i, 0.1f + std::fabs(random.real()));
       zeros_[i] = c.zeros == Zeros::codes ? float(random.within(0, 15)) : random.real() * 4;
     }
@@ -85,7 +86,8 @@ class Layer {
     Guarded<uint8_t> codes(c_.n * c_.k, c_.edge), scales(int64_t(scales_.size()), c_.edge);
     Guarded<float> zeros(c_.n * groups_, c_.edge);
     unpack_panels(w_, codes.data(), scales.data(), zeros.data(), 0, ceil_div(c_.n, kPanel));
-    if (std::memcmp(codes.data(), codes_.data(), codes.size()) || std::memcmp(scales.data(), scales_.data(), scales.size()) ||
+    if (std::memcmp(codes.data(), codes_.data(), codes.size()) ||
+        std::memcmp(scales.data(), scales_.data(), scales.size()) ||
         (c_.zeros != Zeros::constant && std::memcmp(zeros.data(), zeros_.data(), zeros.size()))) {
       fail("unpacked differs from packed: " + describe(c_));
     }
@@ -107,7 +109,8 @@ void run_kernels(const Case& c, const CodeWeights& w, Numbers& x, Numbers& y, bo
   Guarded<uint8_t> inputs(c.m * w.steps * 2 * kernel.input_bytes, c.edge, 0x5a);
   Guarded<float> sums(c.m * w.spans, c.edge), totals(c.m * kPanel, c.edge);
   const bool zeros = w.zeros != Zeros::constant;
-  kernel.arrange_inputs({x.data(), c.x_type, c.m, c.k + c.gap, &w, rows, inputs.data(), zeros ? sums.data() : nullptr}, 0, tiles);
+  kernel.arrange_inputs({x.data(), c.x_type, c.m, c.k + c.gap, &w, rows, inputs.data(), zeros ? sums.data() : nullptr},
+                        0, tiles);
   kernel.code_panels({&w, inputs.data(), zeros ? sums.data() : nullptr, c.m, rows, 0, tiles,
                       unpacked ? totals.data() : nullptr, y.data(), c.x_type, c.n + c.gap},
                      0, ceil_div(c.n, kPanel));
@@ -144,7 +147,8 @@ void check_case(const Case& c, Random& random, const std::vector<const Kernels*>
     code_linear({x.data(), c.x_type, c.m, c.k + c.gap, 1, weights, one, strides, c.x_type}, 1);
     if (c.m == 0) continue;
     check_output(c, layer, x, alone, what);
-    if (std::memcmp(alone.bytes(), first.bytes(), first.size()) || std::memcmp(alone.bytes(), second.bytes(), second.size())) {
+    if (std::memcmp(alone.bytes(), first.bytes(), first.size()) ||
+        std::memcmp(alone.bytes(), second.bytes(), second.size())) {
       fail(what + ": threads or fused weights change bytes");
     }
     for (const bool unpacked : {false, true}) {
@@ -157,12 +161,14 @@ void check_case(const Case& c, Random& random, const std::vector<const Kernels*>
 
 Case draw(Random& random, int bits, int64_t n, int64_t m) {
   Case c{};
-  c.bits = bits, c.n = n, c.m = m, c.k = random.within(1, 200), c.group = random.within(1, 3) == 1 ? c.k : random.within(1, 130);
+  c.bits = bits, c.n = n, c.m = m, c.k = random.within(1, 200);
+  c.group = random.within(1, 3) == 1 ? c.k : random.within(1, 130);
   c.x_type = any_float_type(random);
   c.scale_type = random.one_of({DType::f32, DType::bf16, DType::f16, DType::e8m0, DType::e4m3});
   c.zeros = random.one_of({Zeros::constant, Zeros::codes, Zeros::real});
   if (c.x_type == DType::f16 && c.scale_type == DType::e4m3) c.scale_type = DType::f16;  // sums stay below 65504
-  c.bias = random.next() % 2, c.gap = random.within(0, 3), c.threads = int(random.within(1, 3)), c.edge = any_edge(random);
+  c.bias = random.next() % 2, c.gap = random.within(0, 3);
+  c.threads = int(random.within(1, 3)), c.edge = any_edge(random);
   return c;
 }
 
@@ -171,7 +177,9 @@ Case draw(Random& random, int bits, int64_t n, int64_t m) {
 void check_code_linear(const std::vector<const Kernels*>& levels, uint64_t seed, int64_t rounds) {
   Random random(seed);
   for (const int bits : {2, 3, 4, 8}) {
-    for (int64_t m = 0; m <= 17; ++m) check_case(draw(random, bits, random.one_of<int64_t>({1, 16, 31, 33, 65}), m), random, levels);
+    for (int64_t m = 0; m <= 17; ++m) {
+      check_case(draw(random, bits, random.one_of<int64_t>({1, 16, 31, 33, 65}), m), random, levels);
+    }
     check_case(draw(random, bits, 33, random.within(49, 130)), random, levels);  // where panels are unpacked once
   }
   for (int64_t i = 0; i < rounds; ++i) {

@@ -9,8 +9,10 @@ namespace {
 
 void check_case(Random& random) {
   const int bits = int(random.within(1, 8));
-  const int64_t n = random.within(1, 20), k = random.within(1, 150), group = random.within(1, k), groups = ceil_div(k, group);
-  const int64_t row_bytes = ceil_div(k * bits, 8), stride = row_bytes + random.within(0, 3), count = random.within(0, 20);
+  const int64_t n = random.within(1, 20), k = random.within(1, 150), group = random.within(1, k);
+  const int64_t groups = ceil_div(k, group);
+  const int64_t row_bytes = ceil_div(k * bits, 8), stride = row_bytes + random.within(0, 3);
+  const int64_t count = random.within(0, 20);
   const Edge edge = any_edge(random);
   const std::string what = "embedding, bits " + std::to_string(bits) + ", k " + std::to_string(k) + ", group " +
                            std::to_string(group) + ", ids " + std::to_string(count);
@@ -22,7 +24,10 @@ void check_case(Random& random) {
     unpack_row({words.data(), stride, bits}, r, k, offset, back.data());
     for (int64_t i = 0; i < k; ++i) {
       int code = 0;  // bits [i * bits, (i + 1) * bits) of the row
-      for (int64_t b = 0; b < bits; ++b) code |= (words[r * stride + (i * bits + b) / 8] >> (i * bits + b) % 8 & 1) << b;
+      for (int64_t b = 0; b < bits; ++b) {
+        const int64_t at = i * bits + b;
+        code |= (words[r * stride + at / 8] >> at % 8 & 1) << b;
+      }
       if (code != codes[r * k + i] || back[i] != uint8_t(code - offset)) fail(what + ": packed rows");
     }
     if (r + 1 < n) check_untouched(words.data() + r * stride + row_bytes, stride - row_bytes, 0xff, what);
@@ -34,7 +39,8 @@ void check_case(Random& random) {
   e.scale_type = random.one_of({DType::f32, DType::bf16, DType::f16, DType::e8m0, DType::e4m3});
   e.zero_type = random.one_of({DType::f32, DType::bf16, DType::f16, DType::u8, DType::s8});
   const bool zeros = random.next() % 2;
-  Guarded<uint8_t> scale(n * groups * int64_t(size_of(e.scale_type)), edge), zero(n * groups * int64_t(size_of(e.zero_type)), edge);
+  Guarded<uint8_t> scale(n * groups * int64_t(size_of(e.scale_type)), edge);
+  Guarded<uint8_t> zero(n * groups * int64_t(size_of(e.zero_type)), edge);
   std::vector<float> scales, all_zeros;
   for (int64_t i = 0; i < n * groups; ++i) {
     const uint8_t byte = uint8_t(random.within(100, 126)), zero_byte = uint8_t(random.next());
@@ -58,13 +64,17 @@ void check_case(Random& random) {
   Guarded<int64_t> ids(count, edge);
   for (int64_t i = 0; i < count; ++i) ids[i] = random.within(0, n - 1);
   Numbers y(count * k, any_float_type(random), edge), meant(k, y.type(), edge);
-  if (look_up_rows(e, ids.data(), count, y.data(), y.type(), int(random.within(1, 3))) != -1) fail(what + ": an id is none");
+  if (look_up_rows(e, ids.data(), count, y.data(), y.type(), int(random.within(1, 3))) != -1) {
+    fail(what + ": an id is none");
+  }
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = 0; i < k; ++i) {
       const int64_t at = ids[r] * groups + i / group;
       meant.set(i, (e.table[codes[ids[r] * k + i]] - (zeros ? all_zeros[size_t(at)] : 0.f)) * scales[size_t(at)]);
     }
-    if (std::memcmp(meant.data(), y.bytes() + r * int64_t(meant.size()), meant.size()) != 0) fail(what + ": another row");
+    if (std::memcmp(meant.data(), y.bytes() + r * int64_t(meant.size()), meant.size()) != 0) {
+      fail(what + ": another row");
+    }
   }
   if (count > 0) {
     ids[count - 1] = random.one_of<int64_t>({-1, n});

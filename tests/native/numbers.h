@@ -44,7 +44,8 @@ inline double rounding(double x, bitgrain::DType type) {
 
 inline void check_near(double found, double meant, double bound, const std::string& what) {
   if (std::fabs(found - meant) <= bound || (std::isnan(found) && std::isnan(meant))) return;
-  fail(what + ": " + std::to_string(found) + ", not " + std::to_string(meant) + " (" + std::to_string(bound) + " apart at most)");
+  fail(what + ": " + std::to_string(found) + ", not " + std::to_string(meant) + " (" + std::to_string(bound) +
+       " apart at most)");
 }
 
 // What lies between rows still has the bytes that it was filled with.

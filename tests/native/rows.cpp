@@ -60,7 +60,8 @@ void check_norm(Random& random, const std::string& name) {
     const std::vector<double> meant = normed(weights.norm, row);
     for (int64_t i = 0; i < width; ++i) {
       const double one = meant[size_t(i)];
-      check_near(y[r * width + i], one, 5e-4 + rounding(one, y.type()), what);  // one of few numbers may be near the mean
+      // one of few numbers may be near the mean
+      check_near(y[r * width + i], one, 5e-4 + rounding(one, y.type()), what);
       check_near(y[r * width + i], alone[i], rounding(one, y.type()), what);
     }
   }
@@ -79,7 +80,8 @@ void check_gated(Random& random, const std::string& name) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < width; ++i) {
       const double meant = activated(act, gate[r * stride + i]) * (gated ? up[r * stride + i] : 1.);
-      check_near(y[r * width + i], meant, 3e-6 + rounding(meant, y.type()), name + ": activation " + std::to_string(int(act)));
+      check_near(y[r * width + i], meant, 3e-6 + rounding(meant, y.type()), name + ": activation " +
+                 std::to_string(int(act)));
     }
   }
 }
@@ -91,7 +93,8 @@ void check_add(Random& random, const std::string& name) {
   Numbers add(width, DType::f32, edge);
   x.fill(random), add.fill(random);
   const bool both = random.next() % 2;
-  kernels().add_row(x.data(), x.type(), x_at, both ? (const float*)add.data() : nullptr, width, y.data(), y.type(), y_at);
+  kernels().add_row(x.data(), x.type(), x_at, both ? (const float*)add.data() : nullptr, width, y.data(), y.type(),
+                    y_at);
   check_untouched(y.bytes(), y_at * int64_t(size_of(y.type())), 0x77, name + ": sum of rows");
   for (int64_t i = 0; i < width; ++i) {
     const float meant = x[x_at + i] + (both ? add[i] : 0.f);
@@ -106,13 +109,15 @@ void check_rotate(Random& random, const std::string& name) {
   const Edge edge = any_edge(random);
   const Rotary rotary = size < 2 ? Rotary::none : random.one_of({Rotary::none, Rotary::half, Rotary::neighbours});
   const int64_t turned = 2 * random.within(1, size < 2 ? 1 : size / 2), cos_rows = random.within(1, 5);
-  Numbers x((rows ? rows - 1 : 0) * stride + (rows ? before + (heads + kv_heads) * size + between : 0), any_float_type(random), edge);
+  Numbers x((rows ? rows - 1 : 0) * stride + (rows ? before + (heads + kv_heads) * size + between : 0),
+            any_float_type(random), edge);
   Numbers cos(cos_rows * turned, any_float_type(random), edge), sin(cos_rows * turned, cos.type(), edge);
   x.fill(random, 3.f), cos.fill(random), sin.fill(random);
   const Weights q(size, edge, random), k(size, edge, random);
   const bool norms = random.next() % 2;
   const RotateRows job{x.data(), x.type(), stride, before, before + heads * size + between, heads, kv_heads, size,
-                       norms ? &q.norm : nullptr, norms ? &k.norm : nullptr, rotary, cos.data(), sin.data(), cos.type(), cos_rows, turned};
+                       norms ? &q.norm : nullptr, norms ? &k.norm : nullptr, rotary, cos.data(), sin.data(), cos.type(),
+                       cos_rows, turned};
   std::vector<double> meant;
   for (int64_t i = 0; i < x.count(); ++i) meant.push_back(x[i]);
   std::vector<uint8_t> old(x.bytes(), x.bytes() + x.size());
@@ -139,18 +144,23 @@ void check_rotate(Random& random, const std::string& name) {
   for (int64_t i = 0; i < x.count(); ++i) {
     const std::string what = name + ": rotation of " + std::to_string(size);
     if (moved[size_t(i)]) check_near(x[i], meant[size_t(i)], 1e-3 + rounding(meant[size_t(i)], x.type()), what);
-    else if (std::memcmp(x.bytes() + i * bytes, &old[size_t(i * bytes)], size_t(bytes)) != 0) fail(what + ": written beside heads");
+    else if (std::memcmp(x.bytes() + i * bytes, &old[size_t(i * bytes)], size_t(bytes)) != 0) {
+      fail(what + ": written beside heads");
+    }
   }
 }
 
 void check_dense(Random& random, const std::string& name) {
-  const int64_t n = random.within(1, 70), k = random.within(1, 150), m = random.within(0, 17), gap = random.within(0, 3);
+  const int64_t n = random.within(1, 70), k = random.within(1, 150), m = random.within(0, 17);
+  const int64_t gap = random.within(0, 3);
   const Edge edge = any_edge(random);
-  Numbers w((n - 1) * (k + gap) + k, any_float_type(random), edge), x(m ? (m - 1) * (k + gap) + k : 0, any_float_type(random), edge);
+  Numbers w((n - 1) * (k + gap) + k, any_float_type(random), edge);
+  Numbers x(m ? (m - 1) * (k + gap) + k : 0, any_float_type(random), edge);
   Numbers y(m * n, x.type(), edge), bias(n, DType::f32, edge);
   w.fill(random), x.fill(random), bias.fill(random);
   const bool add = random.next() % 2;
-  run_dense_rows({w.data(), w.type(), n, k, k + gap, nullptr, m, add ? (const float*)bias.data() : nullptr, y.data(), y.type()},
+  run_dense_rows({w.data(), w.type(), n, k, k + gap, nullptr, m, add ? (const float*)bias.data() : nullptr, y.data(),
+                  y.type()},
                  x.data(), x.type(), k + gap, int(random.within(1, 3)));
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t c = 0; c < n; ++c) {
@@ -170,7 +180,9 @@ void check_exp(Random& random, const std::string& name) {
   Numbers x(count, DType::f32, edge), y(count, DType::f32, edge);
   x.fill(random, random.one_of({1.f, 87.f}));
   kernels().exp_floats((const float*)x.data(), (float*)y.data(), count);
-  for (int64_t i = 0; i < count; ++i) check_near(y[i], std::exp(double(x[i])), 3e-7 * std::exp(double(x[i])), name + ": exp");
+  for (int64_t i = 0; i < count; ++i) {
+    check_near(y[i], std::exp(double(x[i])), 3e-7 * std::exp(double(x[i])), name + ": exp");
+  }
 }
 
 }  // namespace
@@ -180,7 +192,9 @@ void check_rows(const std::vector<const Kernels*>& levels, uint64_t seed, int64_
     Random random(seed);
     use_kernels(level->name);
     for (int64_t i = 0; i < 30 + rounds; ++i) {
-      for (const auto check : {check_norm, check_gated, check_add, check_rotate, check_dense, check_exp}) check(random, level->name);
+      for (const auto check : {check_norm, check_gated, check_add, check_rotate, check_dense, check_exp}) {
+        check(random, level->name);
+      }
     }
   }
 }
