@@ -35,22 +35,24 @@ test: setup
 	$(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 # Every kernel and level in guarded memory, without Python: as shipped, under the sanitizers, and for Arm where there are
-# a cross compiler and qemu. ARGS goes to the program: make test-native ARGS="--seconds 60 --seed 7"
+# a cross compiler and qemu. Threads are checked at the plain level alone. ARGS goes to the program:
+# make test-native ARGS="--seconds 60 --seed 7"
 NATIVE_TESTS = $(BIN)/cmake -S . -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
   -DBITGRAIN_NATIVE_TESTS=ON $(CMAKE_ARGS)
 ARM := aarch64-linux-gnu
 
 test-native: $(VENV)/.ready
 	@for kind in OFF address thread; do \
-	  echo "sanitizers: $$kind"; fork=1; test $$kind = thread && fork=0; \
-	  $(NATIVE_TESTS) -B build/native-tests-$$kind -DBITGRAIN_SANITIZE=$$kind && \
+	  echo "sanitizers: $$kind"; more="--fork 1"; levels=; \
+	  if test $$kind = thread; then more="--fork 0"; levels=-DBITGRAIN_LEVELS=; fi; \
+	  $(NATIVE_TESTS) -B build/native-tests-$$kind -DBITGRAIN_SANITIZE=$$kind $$levels > /dev/null && \
 	  $(BIN)/ninja -C build/native-tests-$$kind --quiet && \
-	  build/native-tests-$$kind/bitgrain_native_tests --fork $$fork $(ARGS) || exit 1; \
+	  build/native-tests-$$kind/bitgrain_native_tests $$more $(ARGS) || exit 1; \
 	done
 	@if command -v $(ARM)-g++ > /dev/null && command -v qemu-aarch64 > /dev/null; then \
 	  echo "Arm, emulated"; \
 	  $(NATIVE_TESTS) -B build/native-tests-arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	    -DCMAKE_CXX_COMPILER=$(ARM)-g++ && $(BIN)/ninja -C build/native-tests-arm --quiet && \
+	    -DCMAKE_CXX_COMPILER=$(ARM)-g++ > /dev/null && $(BIN)/ninja -C build/native-tests-arm --quiet && \
 	  qemu-aarch64 -L /usr/$(ARM) build/native-tests-arm/bitgrain_native_tests --fork 0 $(ARGS); \
 	else echo "no $(ARM)-g++ or no qemu-aarch64: Arm is not tested"; fi
 

@@ -7,7 +7,8 @@
 //   keys    [4 runs of 16 tokens][chunks of channels], a lane is a token, its bytes hold the chunk's channels
 //   values  [runs of 16 channels][chunks of tokens], a lane is a channel, its bytes hold the chunk's tokens
 //
-// x = scale (code - zero), both float16, [tiles][pairs][64]: each token of each pair has its own.
+// x = scale (code - zero), both float16, [tiles][pairs][64]: each token of each pair has its own. Those of tokens that were
+// never written are 0: the weights of a tile's tokens are rounded in steps of its largest scale.
 #pragma once
 #include "attention/attention.h"
 

@@ -39,30 +39,63 @@ static void pack_past(const PrefillJob& one, int64_t first, int64_t last) {
         }
       }
       for (int64_t i = 0; i < features; ++i) {
-        const float x = real && i < job.v_size ? load_number(past.v, past.type, v_at + token * past.v_stride[2] + i) : 0.f;
+        const float x = real && i < job.v_size ? load_number(past.v, past.type, v_at + token * past.v_stride[2] + i) :
+            0.f;
         put(v + i / 32 * one.value_steps * 128 + i % 32 * 4, pairs, 128, token, x);
       }
     }
   }
 }
 
-template <bool PAIRS, int R, int V>
-BG_INLINE void multiply(F32 sum[R][V], const uint8_t* w, const uint8_t* a, int64_t steps) {
-  for (int64_t step = 0; step < steps; ++step) {
-    Bytes column[V];
-    BG_UNROLL for (int j = 0; j < V; ++j) column[j] = load_b(w + 64 * j);
-    BG_UNROLL for (int r = 0; r < R; ++r) {
-      const Bytes x = repeat4(a + 4 * r);
-#if BG_HAS_BF16_DOT
-      if constexpr (PAIRS) {
-        BG_UNROLL for (int j = 0; j < V; ++j) dot2(sum[r][j], column[j], x);
-        continue;
-      }
-#endif
-      BG_UNROLL for (int j = 0; j < V; ++j) sum[r][j] = fma_f(as_float(as_lanes(column[j])), as_float(as_lanes(x)), sum[r][j]);
+// R rows a against 32 columns w, to R rows of floats `stride` apart: added to what they hold times
+// fades[r * fade_stride], or in its place where fades is null. A function for each R, and nothing else: what is around
+// it is compiled once.
+template <bool PAIRS, int R>
+static __attribute__((noinline)) void multiply(const uint8_t* w, const uint8_t* a, int64_t steps, float* to,
+                                               int64_t stride, const float* fades, int64_t fade_stride) {
+  constexpr int V = kSingleVectors;
+  for (int half = 0; half < 2; half += V) {
+    F32 sum[R][V];
+    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int j = 0; j < V; ++j) {
+      const float* before = to + r * stride + 16 * (half + j);
+      sum[r][j] = fades ? mul_f(load_f(before), set_f(fades[r * fade_stride])) : zero_f();
     }
-    w += 128, a += 4 * R;
+    const uint8_t *columns = w + 64 * half, *x = a;
+    for (int64_t step = 0; step < steps; ++step) {
+      Bytes column[V];
+      BG_UNROLL for (int j = 0; j < V; ++j) column[j] = load_b(columns + 64 * j);
+      BG_UNROLL for (int r = 0; r < R; ++r) {
+        const Bytes row = repeat4(x + 4 * r);
+#if BG_HAS_BF16_DOT
+        if constexpr (PAIRS) {
+          BG_UNROLL for (int j = 0; j < V; ++j) dot2(sum[r][j], column[j], row);
+          continue;
+        }
+#endif
+        BG_UNROLL for (int j = 0; j < V; ++j) {
+          sum[r][j] = fma_f(as_float(as_lanes(column[j])), as_float(as_lanes(row)), sum[r][j]);
+        }
+      }
+      columns += 128, x += 4 * R;
+    }
+    BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int j = 0; j < V; ++j) {
+      store_f(to + r * stride + 16 * (half + j), sum[r][j]);
+    }
   }
+}
+
+using Multiply = void (*)(const uint8_t* w, const uint8_t* a, int64_t steps, float* to, int64_t stride,
+                          const float* fades, int64_t fade_stride);
+
+template <int R = kSingleRows>
+static Multiply multiply_of(bool pairs, int rows) {
+  if constexpr (R > 1) {
+    if (rows != R) return multiply_of<R - 1>(pairs, rows);
+  }
+#if BG_HAS_BF16_DOT
+  if (pairs) return multiply<true, R>;
+#endif
+  return multiply<false, R>;
 }
 
 struct QueryTile {
@@ -74,7 +107,7 @@ struct QueryTile {
 };
 
 // exp(score - largest so far) of one row and block of keys, of which those from `low` to below `high` are seen.
-BG_INLINE void soften(QueryTile& tile, int r, int rows, float scaling, int64_t low, int64_t high, bool pairs) {
+static void soften(QueryTile& tile, int r, int rows, float scaling, int64_t low, int64_t high, bool pairs) {
   float* score = tile.scores[r];
   F32 most = set_f(kUnseen);
   BG_UNROLL for (int i = 0; i < (int)kKeysAtOnce / 16; ++i) {
@@ -108,61 +141,48 @@ BG_INLINE void soften(QueryTile& tile, int r, int rows, float scaling, int64_t l
   score[0] = fade[0];  // for the sum so far
 }
 
-template <bool PAIRS, int R>
-static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int64_t head, int64_t query) {
+static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int64_t head, int64_t query, int rows) {
   const AttentionJob& job = *one.job;
-  constexpr int V = kSingleVectors;
+  const bool pairs = as_pairs(one.past->type);
+  const Multiply multiply = multiply_of(pairs, rows);
   const int64_t group = head / (job.heads / job.groups), pair = row * job.groups + group;
   const int64_t features = round_up(job.v_size, 32), tokens = one.past->tokens;
   const uint8_t *k = one.k + pair * one.k_bytes, *v = one.v + pair * one.v_bytes;
 
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < rows; ++r) {
     const int64_t at = row * job.q_stride[0] + head * job.q_stride[1] + (query + r) * job.q_stride[2];
-    if (PAIRS && job.k_size % 2) std::memset(tile.q + ((one.k_steps - 1) * R + r) * 4, 0, 4);
-    for (int64_t i = 0; i < job.k_size; ++i) put(tile.q + 4 * r, PAIRS, 4 * R, i, load_number(job.q, job.q_type, at + i));
+    if (pairs && job.k_size % 2) std::memset(tile.q + ((one.k_steps - 1) * rows + r) * 4, 0, 4);
+    for (int64_t i = 0; i < job.k_size; ++i) put(tile.q + 4 * r, pairs, 4 * rows, i,
+                                                 load_number(job.q, job.q_type, at + i));
     std::memset(tile.out[r], 0, (size_t)features * 4);
     tile.top[r] = kUnseen, tile.total[r] = 0.f;
   }
 
   // tokens that the last and the first of the rows see: [first, end)
   const int64_t ahead = tokens - job.queries;
-  const int64_t end = job.causal ? ahead + query + R : tokens;
+  const int64_t end = job.causal ? ahead + query + rows : tokens;
   const int64_t first = one.window && ahead + query + 1 > one.window ? ahead + query + 1 - one.window : 0;
   for (int64_t block = first / kKeysAtOnce * kKeysAtOnce; block < end; block += kKeysAtOnce) {
     const int64_t panels = ceil_div(end - block < kKeysAtOnce ? end - block : kKeysAtOnce, 32);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      for (int half = 0; half < 2; half += V) {
-        F32 sum[R][V];
-        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int j = 0; j < V; ++j) sum[r][j] = zero_f();
-        multiply<PAIRS, R, V>(sum, k + (block / 32 + panel) * one.k_steps * 128 + 64 * half, tile.q, one.k_steps);
-        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int j = 0; j < V; ++j) {
-          store_f(tile.scores[r] + 32 * panel + 16 * (half + j), sum[r][j]);
-        }
-      }
+      multiply(k + (block / 32 + panel) * one.k_steps * 128, tile.q, one.k_steps, tile.scores[0] + 32 * panel,
+               kKeysAtOnce, nullptr, 0);
     }
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < rows; ++r) {
       const int64_t last = job.causal ? ahead + query + r + 1 : tokens;
-      const int64_t low = one.window && ahead + query + r + 1 > one.window ? ahead + query + r + 1 - one.window - block : 0;
+      const int64_t low = one.window && ahead + query + r + 1 > one.window ? ahead + query + r +
+          1 - one.window - block : 0;
       const int64_t high = last - block < 32 * panels ? last - block : 32 * panels;
-      soften(tile, r, R, job.scaling, low, high, PAIRS);
+      soften(tile, r, rows, job.scaling, low, high, pairs);
     }
-    const int64_t steps = PAIRS ? panels * 16 : panels * 32;
-    const uint8_t* values = v + (PAIRS ? block / 2 : block) * 128;
+    const uint8_t* values = v + (pairs ? block / 2 : block) * 128;
     for (int64_t c = 0; c < features; c += 32, values += one.value_steps * 128) {
-      for (int half = 0; half < 2; half += V) {
-        F32 sum[R][V];
-        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int j = 0; j < V; ++j) {
-          sum[r][j] = mul_f(load_f(tile.out[r] + c + 16 * (half + j)), set_f(tile.scores[r][0]));
-        }
-        multiply<PAIRS, R, V>(sum, values + 64 * half, tile.weights, steps);
-        BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int j = 0; j < V; ++j) {
-          store_f(tile.out[r] + c + 16 * (half + j), sum[r][j]);
-        }
-      }
+      multiply(values, tile.weights, pairs ? panels * 16 : panels * 32, tile.out[0] + c, kMostFeatures, tile.scores[0],
+               kKeysAtOnce);
     }
   }
 
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < rows; ++r) {
     const int64_t at = row * job.out_stride[0] + head * job.out_stride[1] + (query + r) * job.out_stride[2];
     const F32 by = set_f(1.f / tile.total[r]);
     for (int64_t c = 0; c < job.v_size; c += 16) {
@@ -172,22 +192,13 @@ static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int
   }
 }
 
-template <bool PAIRS, int R = kSingleRows>
-BG_INLINE void attend_rows(int64_t rows, const PrefillJob& one, QueryTile& tile, int64_t row, int64_t head,
-                           int64_t query) {
-  if (rows == R) return attend_tile<PAIRS, R>(one, tile, row, head, query);
-  if constexpr (R > 1) attend_rows<PAIRS, R - 1>(rows, one, tile, row, head, query);
-}
-
 // Items are (batch row, head, tile of queries), a head's last tiles, which see most tokens, first.
 static void attend_tiles(const PrefillJob& one, int64_t first, int64_t last) {
   QueryTile tile;
   for (int64_t item = first; item < last; ++item) {
     const int64_t pair = item / one.tiles, index = one.tiles - 1 - item % one.tiles;
     const int64_t row = pair / one.job->heads, head = pair % one.job->heads, query = index * one.rows;
-    const int64_t rows = rows_of_tile(one.job->queries, one.rows, index);
-    if (as_pairs(one.past->type)) attend_rows<true>(rows, one, tile, row, head, query);
-    else attend_rows<false>(rows, one, tile, row, head, query);
+    attend_tile(one, tile, row, head, query, (int)rows_of_tile(one.job->queries, one.rows, index));
   }
 }
 

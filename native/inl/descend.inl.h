@@ -2,11 +2,17 @@
 namespace bitgrain {
 namespace BG_ISA {
 
-// Columns [first, first + R) of 16 V lanes at w: minus what the errors of columns [from, to) come to. What the last
-// chunk comes to is left in `sum`, everything else is subtracted in memory.
-template <int R, int V>
-BG_INLINE void subtract_errors(const DescendJob& job, float* w, int64_t first, int64_t from, int64_t to, F32 (&sum)[R][V]) {
+constexpr int64_t kSumLanes = 16 * kFloatVectors;
+
+// Columns [first, first + R) of kSumLanes lanes at w: minus what the errors of columns [from, to) come to. What the
+// last chunk comes to goes to `sums` [R, kSumLanes], everything else is subtracted in memory. A function for each R,
+// and nothing else: what is around it is compiled once.
+template <int R>
+static __attribute__((noinline)) void subtract_errors(const DescendJob& job, float* w, int64_t first, int64_t from,
+                                                      int64_t to, float* sums) {
+  constexpr int V = kFloatVectors;
   const float* factor = job.factor + first * job.columns;
+  F32 sum[R][V];
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = zero_f();
   while (from < to) {
     const int64_t stop = from + kDescendChunk < to ? from + kDescendChunk : to;
@@ -19,13 +25,23 @@ BG_INLINE void subtract_errors(const DescendJob& job, float* w, int64_t first, i
       }
     }
     from = stop;
-    if (from == to) return;
+    if (from == to) break;
     BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
       float* x = w + (first + r) * kLanePanel + 16 * v;
       store_f(x, sub_f(load_f(x), sum[r][v]));
       sum[r][v] = zero_f();
     }
   }
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
+    store_f(sums + r * kSumLanes + 16 * v, sum[r][v]);
+  }
+}
+
+template <int R = kFloatRows>
+static void subtract_errors_rows(int64_t rows, const DescendJob& job, float* w, int64_t first, int64_t from, int64_t to,
+                                 float* sums) {
+  if (rows == R) return subtract_errors<R>(job, w, first, from, to, sums);
+  if constexpr (R > 1) subtract_errors_rows<R - 1>(rows, job, w, first, from, to, sums);
 }
 
 // One column's 16 weights to numbers; gives their errors.
@@ -54,27 +70,28 @@ BG_INLINE F32 round_lanes(const DescendJob& job, int64_t column, int64_t lane, F
   return e;
 }
 
-template <int R, bool ROUND>
-static void descend_tile(const DescendJob& job, int64_t panel, int64_t first, int64_t from, int64_t to) {
-  constexpr int V = kFloatVectors;
-  for (int64_t part = 0; part < kLanePanel; part += 16 * V) {
+// Columns [first, first + rows) of one panel.
+template <bool ROUND>
+static void descend_rows(int64_t rows, const DescendJob& job, int64_t panel, int64_t first, int64_t from, int64_t to) {
+  alignas(64) float sums[kFloatRows * kSumLanes];
+  for (int64_t part = 0; part < kLanePanel; part += kSumLanes) {
     float* w = job.panels + panel * job.columns * kLanePanel + part;
-    const int64_t lane = panel * kLanePanel + part;
-    F32 sum[R][V];
-    subtract_errors<R, V>(job, w, first, from, to, sum);
-    BG_UNROLL for (int r = 0; r < R; ++r) {
-      float* x = w + (first + r) * kLanePanel;
-      BG_UNROLL for (int v = 0; v < V; ++v) {
-        const F32 now = sub_f(load_f(x + 16 * v), sum[r][v]);
+    subtract_errors_rows(rows, job, w, first, from, to, sums);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t v = 0; v < kSumLanes; v += 16) {
+        float* x = w + (first + r) * kLanePanel + v;
+        const int64_t lane = panel * kLanePanel + part + v;
+        const F32 now = sub_f(load_f(x), load_f(sums + r * kSumLanes + v));
         if constexpr (!ROUND) {
-          store_f(x + 16 * v, now);
-          const int64_t left = job.lanes - lane - 16 * v, count = left < 16 ? left < 0 ? 0 : left : 16;
-          store_elements(job.numbers, DType::f32, (first + r) * job.lanes + lane + 16 * v, count, now);
+          store_f(x, now);
+          const int64_t left = job.lanes - lane, count = left < 16 ? left < 0 ? 0 : left : 16;
+          store_elements(job.numbers, DType::f32, (first + r) * job.lanes + lane, count, now);
         } else {
-          const F32 e = round_lanes(job, first + r, lane + 16 * v, now);
-          store_f(x + 16 * v, e);
-          BG_UNROLL for (int later = r + 1; later < R; ++later) {
-            sum[later][v] = fma_f(set_f(job.factor[(first + later) * job.columns + first + r]), e, sum[later][v]);
+          const F32 e = round_lanes(job, first + r, lane, now);
+          store_f(x, e);
+          for (int64_t later = r + 1; later < rows; ++later) {
+            float* sum = sums + later * kSumLanes + v;
+            store_f(sum, fma_f(set_f(job.factor[(first + later) * job.columns + first + r]), e, load_f(sum)));
           }
         }
       }
@@ -82,13 +99,8 @@ static void descend_tile(const DescendJob& job, int64_t panel, int64_t first, in
   }
 }
 
-template <bool ROUND, int R = kFloatRows>
-static void descend_rows(int64_t rows, const DescendJob& job, int64_t panel, int64_t first, int64_t from, int64_t to) {
-  if (rows == R) return descend_tile<R, ROUND>(job, panel, first, from, to);
-  if constexpr (R > 1) descend_rows<ROUND, R - 1>(rows, job, panel, first, from, to);
-}
-
-static void update_columns(const DescendJob& job, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
+static void update_columns(const DescendJob& job, int64_t first, int64_t last, int64_t first_panel,
+                           int64_t last_panel) {
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     for (int64_t i = first; i < last; i += kFloatRows) {
       descend_rows<false>(last - i < kFloatRows ? last - i : kFloatRows, job, panel, i, 0, first);

@@ -37,7 +37,17 @@ class Random {
   std::exit(1);
 }
 
-// rounds: how many random cases beside the fixed ones.
+// Every family of kernels; rounds: how many random cases beside the fixed ones.
+using Check = void (*)(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
 void check_int_linear(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+void check_code_linear(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+void check_embedding(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+void check_attention(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+void check_rows(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+void check_decoder(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+void check_solver(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+constexpr Check kChecks[] = {check_int_linear, check_code_linear, check_embedding, check_attention,
+                             check_rows,       check_decoder,     check_solver};
+
 void check_vectors(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed);
 void check_pool(double seconds, bool forks);

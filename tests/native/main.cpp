@@ -28,12 +28,12 @@ int main(int argc, char** argv) {
   std::string names;
   for (const bitgrain::Kernels* level : levels) names += std::string(" ") + level->name;
   check_vectors(levels, seed);
-  check_int_linear(levels, seed, 50);
+  for (const Check check : kChecks) check(levels, seed, 20);
   check_pool(0.5, forks);
   const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   for (uint64_t next = seed; seconds > 0 && std::chrono::steady_clock::now() < until;) {
     std::printf("seed %llu\n", static_cast<unsigned long long>(++next)), std::fflush(stdout);
-    check_int_linear(levels, next, 100);
+    for (const Check check : kChecks) check(levels, next, 40);
   }
   std::printf("all checks passed at:%s\n", names.c_str());
 }

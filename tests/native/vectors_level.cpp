@@ -73,6 +73,16 @@ int dump_vectors(const VectorInputs& in, VectorResult* out) {
   floats("fnma_f", fnma_f(x, y, z));
   floats("max_of_f", set_f(max_of_f(x)));
   floats("sum_f", set_f(sum_f(x)));
+  F32 rows[16];
+  for (int r = 0; r < 16; ++r) rows[r] = add_f(x, set_f((float)(r * r)));
+  floats("sums_f", sums_f(rows));
+  floats("round_f", round_f(a));
+  floats("exponent_f", exponent_f(a));
+  floats("select_greater", select_greater(a, b, x, y));
+  const I32 powers = max_i(min_i(start, set_i(254)), set_i(-252));
+  floats("scale_f", scale_f(to_float(load_i(in.small[1])), to_float(powers)));
+  const F64 wide = add_d(add_d(add_d(zero_d(), x), y), z);
+  floats("sum_d", set_f((float)sum_d(wide)));
   floats("to_float", to_float(i));
   ints("round_to_int", round_to_int(a));
   floats("load_f16", load_f16(in.bytes[0]));
@@ -100,6 +110,16 @@ int dump_vectors(const VectorInputs& in, VectorResult* out) {
   const Bytes codes[2] = {and_b(p, 15), and_b(load_b(in.bytes[2]), 15)}, others[2] = {q, load_b(in.bytes[3])};
   dot4_small<2>(sum, codes, others);
   ints("dot4_small", sum);
+
+  ints("and_i", and_i(i, j));
+  ints("or_i", or_i(i, j));
+  ints("shift_left_i", shift_left_i<5>(i));
+  ints("shift_right_i", shift_right_i<5>(i));
+  ints("shift_right_signed_i", shift_right_signed_i<5>(i));
+  ints("as_lanes", as_lanes(p));
+  floats("as_float", as_float(i));
+  ints("as_int", as_int(as_float(i)));
+  floats("look_up", look_up(load_table(in.a), i));
   return count;
 }
 
