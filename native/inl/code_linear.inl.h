@@ -135,7 +135,22 @@ BG_INLINE void code_tile_rows(const CodePanelJob& job, int64_t panel, const Inpu
   else if constexpr (R > 1) code_tile_rows<FORM, R - 1>(job, panel, tile);
 }
 
-// Many rows: weights that were unpacked once, [steps][2] vectors, against R rows; total += scale * sum.
+// total += scale * sum, of a group or a part of one: sums [rows][16 * vectors], totals [rows][kPanel]. Apart from the loop
+// that made them, so that gcc 12 leaves them in registers there.
+static __attribute__((noinline)) void add_totals(const float* found, int rows, int vectors, const GroupScales* group,
+                                                 const float* sums, const float* scales, float* total) {
+  for (int r = 0; r < rows; ++r, total += kPanel) {
+    for (int v = 0; v < vectors; ++v, found += 16) {
+      F32 sum = load_f(found);
+      if (scales) sum = mul_f(sum, set_f(scales[r]));
+      sum = fma_f(sum, group[v].scale, load_f(total + 16 * v));
+      if (sums) sum = fnma_f(group[v].shift, set_f(sums[r]), sum);
+      store_f(total + 16 * v, sum);
+    }
+  }
+}
+
+// Many rows: weights that were unpacked once, [steps][2] vectors, against R rows.
 template <int R, int V>
 static void add_steps(const uint8_t* weights, const uint8_t* x, int64_t steps, const GroupScales* group,
                       const float* sums, const float* scales, float* total) {
@@ -149,13 +164,9 @@ static void add_steps(const uint8_t* weights, const uint8_t* x, int64_t steps, c
         add_product(sum[r][v], pair[v], x + kPairBytes * r);
     x += kPairBytes * R;
   }
-  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) {
-    float* to = total + kPanel * r + 16 * v;
-    if (scales) sum[r][v] = mul_f(sum[r][v], set_f(scales[r]));
-    F32 all = fma_f(sum[r][v], group[v].scale, load_f(to));
-    if (sums) all = fnma_f(group[v].shift, set_f(sums[r]), all);
-    store_f(to, all);
-  }
+  alignas(64) float found[R][16 * V];
+  BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) store_f(found[r] + 16 * v, sum[r][v]);
+  add_totals(found[0], R, V, group, sums, scales, total);
 }
 
 template <int R = kSingleRows>
