@@ -4,7 +4,7 @@ namespace BG_ISA {
 
 constexpr int kPairBytes = 2 * (int)kInputBytes;  // of one row's pair of inputs
 constexpr int kWeightBytes = 16 * kPairBytes;     // of 16 columns' pair of weights
-constexpr int kBufferSteps = 64;
+constexpr int kBufferSteps = kInputBytes == 2 ? 256 : 64;  // beyond a first-level cache, but fewer rounds over all rows
 
 // Scales of 16 columns, and what is taken off for an input sum of 1.
 struct GroupScales {
@@ -135,8 +135,8 @@ BG_INLINE void code_tile_rows(const CodePanelJob& job, int64_t panel, const Inpu
   else if constexpr (R > 1) code_tile_rows<FORM, R - 1>(job, panel, tile);
 }
 
-// total += scale * sum, of a group or a part of one: sums [rows][16 * vectors], totals [rows][kPanel]. Apart from the loop
-// that made them, so that gcc 12 leaves them in registers there.
+// total += scale * sum, of a group or a part of one: sums [rows][16 * vectors], totals [rows][kPanel]. Apart from the
+// loop that made them, so that gcc 12 leaves them in registers there.
 static __attribute__((noinline)) void add_totals(const float* found, int rows, int vectors, const GroupScales* group,
                                                  const float* sums, const float* scales, float* total) {
   for (int r = 0; r < rows; ++r, total += kPanel) {

@@ -32,7 +32,7 @@ void code_linear(const CodeLinearCall& call, int threads) {
     zeros = zeros || call.weights[i]->zeros != Zeros::constant;
     panels += panels_of(call.weights[i]->n);
   }
-  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr, nullptr};
+  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr};
   inputs.tiles = tiles_memory.get<uint8_t>(tiles * rows * w.steps * 2 * kernel.input_bytes);
   if (zeros) inputs.sums = sums_memory.get<float>(tiles * rows * w.spans);
   if (w.inputs.kind != InputScale::none) inputs.scales = scales_memory.get<float>(tiles * rows * scales_of_row(w));

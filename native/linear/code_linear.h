@@ -16,7 +16,7 @@ struct InputJob {
   int64_t rows;          // of a tile
   uint8_t* tiles;        // [tiles][rows * steps * 2] elements
   float* sums;           // null, or [tiles][rows * spans], in a tile [spans][R]: of the features of a group, as rounded
-  float* scales;         // null, or of rounded inputs: [tiles][rows * scales_of_row], in a tile [spans][R] or [R]
+  float* scales = nullptr;  // null, or of rounded inputs: [tiles][rows * scales_of_row], in a tile [spans][R] or [R]
 };
 
 // Panels of one weight against all tiles [first_tile, last_tile) of inputs.

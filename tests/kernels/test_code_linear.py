@@ -47,7 +47,7 @@ def weights(draw):
 
 ROUNDED = st.builds(
     FloatInputs, st.sampled_from(list(FORMATS)), st.sampled_from(list(KINDS)), st.booleans(), st.sampled_from([0.25, 1])
-).filter(lambda one: not (one.groups and one.scale == "fixed"))
+)
 
 
 @pytest.mark.parametrize("isa", native().isas())

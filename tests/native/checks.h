@@ -39,5 +39,6 @@ class Random {
 
 // rounds: how many random cases beside the fixed ones.
 void check_int_linear(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed, int64_t rounds);
+void check_float8(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed);
 void check_vectors(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed);
 void check_pool(double seconds, bool forks);

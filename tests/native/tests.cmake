@@ -1,6 +1,6 @@
 # The native tests: every kernel of every level in guarded memory, without Python. See tests/kernels/test_native.py.
 add_executable(bitgrain_native_tests ${BITGRAIN_SOURCES} tests/native/main.cpp tests/native/int_linear.cpp
-               tests/native/vectors.cpp tests/native/pool.cpp)
+               tests/native/float8.cpp tests/native/vectors.cpp tests/native/pool.cpp)
 bitgrain_configure(bitgrain_native_tests)
 
 foreach(isa portable ${BITGRAIN_ISAS})  # the vector names, compiled as the kernels of that level are

@@ -1,5 +1,7 @@
 """Layers whose inputs are rounded to FP8 or FP4: numbers are those of the simulation, what has no kernel is said."""
 
+import copy
+import pickle
 import re
 from dataclasses import replace
 from typing import Any
@@ -75,6 +77,16 @@ def test_products_are_those_of_the_simulation(name: str, reference: bool):
     layer = layer_of(q, quantizer, reference)
     torch.testing.assert_close(layer(x), nn.functional.linear(quantizer(x), q.dequantize()), rtol=1e-5, atol=1e-4)
     assert torch.equal(layer.qtensor().codes, q.codes)
+
+
+def test_copies_and_what_was_saved():
+    weight, rounded = SPECS["FP8_BLOCK"]
+    q = quantize(torch.randn(40, 256, generator=torch.Generator().manual_seed(1)), weight)
+    layer, x = layer_of(q, quantizer_of(rounded)), inputs(torch.bfloat16)
+    other = layer_of(quantize(torch.ones(40, 256), weight), quantizer_of(rounded))
+    other.load_state_dict(layer.state_dict())
+    for same in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(same(x), layer(x))
 
 
 def test_columns_apart():
