@@ -13,7 +13,9 @@ EIGHT += ("OpenVINO int8", "ggml Q8_0")
 FOUR = ("torch int4pack", "onnxruntime MatMulNBits 4", "OpenVINO i4", "OpenVINO u4", "ggml Q4")
 OURS = {"W8A8": EIGHT, "W4A8 g128": FOUR, "W4A16 g128": FOUR, "W3A8 g128": FOUR, "W2A8 g128": FOUR}
 OURS |= {"W3A16 g128": FOUR, "W2A16 g128": FOUR}
-"""What each of our schemes is compared with: peers of as many bits; of 4 where nobody has fewer."""
+OURS |= {"W8A16 fp8": ("torch bfloat16",), "W8A8 fp8": ("torch bfloat16",)}
+"""What each of our schemes is compared with: peers of as many bits; of 4 where nobody has fewer, of 16 where nobody has
+FP8."""
 
 
 def best_of(contestants: dict[str, Any], peers: tuple[str, ...]) -> tuple[str, float] | None:
@@ -27,7 +29,7 @@ def row_of(cell: dict[str, Any], scheme: str) -> list[str]:
     ours, limits = cell["contestants"][scheme], cell["limits"]
     seconds, best = ours["ms"] / 1e3, best_of(cell["contestants"], OURS[scheme])
     products = cell["m"] * cell["k"] * cell["n"] / seconds
-    peak = limits.get("bf16" if "A16" in scheme else "int8")
+    peak = limits.get("bf16" if "A16" in scheme or "fp8" in scheme else "int8")
     return [
         f"{cell['k']} x {cell['n']}",
         str(cell["m"]),
@@ -82,12 +84,12 @@ def report(data: dict[str, Any], where: str) -> str:
         "# Speed of linear layers\n\n"
         f"{where}; {settings['threads']} threads. Medians of interleaved rounds in "
         f"{settings['processes']} generations of processes. Ratio: our time / the best "
-        "peer's of as many bits (4 where none has fewer); below 1 we are faster.\n\n"
+        "peer's of as many bits (4 where none has fewer, 16 beside FP8); below 1 we are faster.\n\n"
         + limits_line(data["cells"])
         + table(header, rows)
         + "\n- of DRAM: packed bytes / our time, as a part of the bandwidth of the same rounds; says something for few "
-        "rows\n- of peak: products / our time, as a part of the int8 (A16: bfloat16) peak of the same rounds; says "
-        "something for many rows\n"
+        "rows\n- of peak: products / our time, as a part of the int8 (A16, fp8: bfloat16) peak of the same rounds; "
+        "says something for many rows\n"
         + "".join(f"- {line}\n" for line in notes(data))
         + ("\n## What no machine changes\n\n" + layouts_text(layouts) if layouts else "")
         + busy_text(data)

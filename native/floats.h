@@ -52,6 +52,8 @@ BG_INLINE float from_e4m3(uint8_t x) {
   if (magnitude < 8) return float_of(sign | bits_of((float)magnitude * (1.f / 512.f)));
   return float_of(sign | ((magnitude << 20) + (120u << 23)));
 }
+// OCP FP8's E5M2: the upper half of a float16.
+BG_INLINE float from_e5m2(uint8_t x) { return from_f16((uint16_t)(x << 8)); }
 
 // One number of float32, bfloat16 or float16 memory.
 BG_INLINE float load_number(const void* p, DType type, int64_t at) {

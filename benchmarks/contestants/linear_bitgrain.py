@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from bitgrain.kernels.code_linear import CodeLinear
+from bitgrain.kernels.float_inputs import FloatInputs
 from bitgrain.kernels.int_linear import IntInputs, IntLinear
 from bitgrain.kernels.memory import large_memory
 from bitgrain.kernels.native import DTYPES, isa
@@ -34,6 +35,8 @@ class Service(LinearService):
             "W4A16 g128": partial(self.make_ready, torch.bfloat16, partial(code_weight, 4)),
             "W3A16 g128": partial(self.make_ready, torch.bfloat16, partial(code_weight, 3)),
             "W2A16 g128": partial(self.make_ready, torch.bfloat16, partial(code_weight, 2)),
+            "W8A16 fp8": partial(self.make_ready, torch.bfloat16, partial(fp8_weight, None)),
+            "W8A8 fp8": partial(self.make_ready, torch.bfloat16, partial(fp8_weight, FloatInputs("fp8_e4m3"))),
         }
 
     def versions(self) -> dict[str, str]:
@@ -83,3 +86,9 @@ def code_weight(bits: int, n: int, k: int) -> CodeLinear:
     scale = torch.full((n, k // GROUP), 0.01, dtype=torch.bfloat16)
     table = [float(i - 2 ** (bits - 1)) for i in range(2**bits)]
     return CodeLinear.pack(codes, scale, bits, table, group=GROUP)
+
+
+def fp8_weight(inputs: FloatInputs | None, n: int, k: int) -> CodeLinear:
+    """Random numbers in E4M3 with a scale for each row, float32."""
+    codes = torch.randn(n, k).mul_(60).to(torch.float8_e4m3fn)
+    return CodeLinear.pack(codes.view(torch.uint8), torch.full((n, 1), 1e-4), 8, codes.dtype, inputs=inputs)

@@ -16,12 +16,17 @@ namespace {
 // Weights that are looked up in a table.
 class CodeWeight : public PackedWeight<CodeWeights, void> {
  public:
-  CodeWeight(int64_t n, int64_t k, int64_t group, int bits, const std::vector<float>& table, int scale_type, int zeros,
-             float outer) {
-    w_.n = n, w_.k = k, w_.group = group, w_.bits = bits, w_.outer = outer;
+  CodeWeight(int64_t n, int64_t k, int64_t group, int bits, int kind, const std::vector<float>& table, int scale_type,
+             int zeros, float outer) {
+    w_.n = n, w_.k = k, w_.group = group, w_.bits = bits, w_.kind = static_cast<CodeKind>(kind), w_.outer = outer;
     w_.scale_type = static_cast<DType>(scale_type), w_.zeros = static_cast<Zeros>(zeros);
     set_table(w_, table.data(), static_cast<int64_t>(table.size()));
     nbytes_ = lay_out(w_);
+  }
+
+  // Inputs are rounded to a format from now on; see InputRounding.
+  void round_inputs(int kind, int mantissa_bits, float least, float largest, float overflow, float scale, bool groups) {
+    w_.inputs = {static_cast<InputScale>(kind), mantissa_bits, least, largest, overflow, scale, groups};
   }
 
   void run(uintptr_t x, int x_type, int64_t m, int64_t x_stride, uintptr_t y, int y_type, int64_t y_stride,
@@ -38,12 +43,13 @@ class CodeWeight : public PackedWeight<CodeWeights, void> {
 
 void bind_code_linear(nb::module_& m) {
   nb::class_<CodeWeight>(m, "CodeWeight")
-      .def(nb::init<int64_t, int64_t, int64_t, int, const std::vector<float>&, int, int, float>())
+      .def(nb::init<int64_t, int64_t, int64_t, int, int, const std::vector<float>&, int, int, float>())
       .def("nbytes", &CodeWeight::nbytes)
       .def("attach", &CodeWeight::attach)
       .def("pack", &CodeWeight::pack)
       .def("pack_words", &CodeWeight::pack_words)
       .def("unpack", &CodeWeight::unpack)
+      .def("round_inputs", &CodeWeight::round_inputs)
       .def("run", &CodeWeight::run);
   m.def("rounds_inputs", [] { return kernels().input_bytes == 2; },
         "Whether the level that runs rounds the inputs and tables of CodeWeight to bfloat16.");

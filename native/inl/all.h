@@ -9,6 +9,7 @@
 #include "inl/attention_prefill.inl.h"
 //
 #include "inl/code_pairs.inl.h"
+#include "inl/float_grid.inl.h"
 //
 #include "inl/code_inputs.inl.h"
 #include "inl/code_linear.inl.h"

@@ -2,16 +2,34 @@
 namespace bitgrain {
 namespace BG_ISA {
 
+// The scale of elements [at, at + count) of a row; NaN, or what is not finite, makes it NaN.
 template <DType T>
-static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float* sums, int64_t r, int64_t rows) {
+BG_INLINE float find_scale(const InputRounding& to, const void* x, int64_t at, int64_t count, float* step) {
+  F32 most = zero_f(), bad = zero_f();
+  for (int64_t i = 0; i < count; i += 16) {
+    const F32 v = load_elements<T>(x, at + i, count - i < 16 ? count - i : 16);
+    most = max_f(abs_f(v), most);
+    bad = add_f(bad, sub_f(v, v));
+  }
+  *step = input_scale(to, max_of_f(most));
+  return *step + sum_f(bad);
+}
+
+template <DType T>
+static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float* sums, float* scales, int64_t r,
+                        int64_t rows) {
   const CodeWeights& w = *job.w;
   constexpr size_t kPair = 2 * kInputBytes;
+  float step = 1.f;  // of rounded inputs
+  if (scales && !w.inputs.groups) scales[r] = find_scale<T>(w.inputs, x, 0, w.k, &step);
   for (int64_t s = 0; s < w.spans; ++s) {
     const int64_t count = features_of(w, s), pairs = chunks_of(w, s) * chunk_features(w.bits) / 2;
     F32 sum = zero_f();
+    if (w.inputs.groups) scales[s * rows + r] = find_scale<T>(w.inputs, x, s * w.group, count, &step);
     for (int64_t p = 0; p < pairs; p += 8) {
       const int64_t left = count - 2 * p;
       F32 v = left > 0 ? load_elements<T>(x, s * w.group + 2 * p, left < 16 ? left : 16) : zero_f();
+      if (scales) v = round_to_format(w.inputs, div_f(v, set_f(step)));
       alignas(64) uint8_t some[8 * kPair];
       if constexpr (kInputBytes == 2) {
         store_bf16(some, v);
@@ -29,7 +47,7 @@ static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float
       }
     }
     tile += pairs * rows * (int64_t)kPair;
-    if (sums) sums[s * rows + r] = sum_f(sum);
+    if (sums) sums[s * rows + r] = sum_f(sum) * (w.inputs.groups ? step : 1.f);
   }
 }
 
@@ -38,11 +56,12 @@ static void arrange_inputs(const InputJob& job, int64_t first, int64_t last) {
     const int64_t rows = rows_of_tile(job.m, job.rows, t);
     uint8_t* tile = job.tiles + t * job.rows * job.w->steps * 2 * kInputBytes;
     float* sums = job.sums ? job.sums + t * job.rows * job.w->spans : nullptr;
+    float* scales = job.scales ? job.scales + t * job.rows * scales_of_row(*job.w) : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const void* x = (const uint8_t*)job.x + (t * job.rows + r) * job.stride * (int64_t)size_of(job.type);
-      if (job.type == DType::f32) arrange_row<DType::f32>(job, x, tile, sums, r, rows);
-      else if (job.type == DType::bf16) arrange_row<DType::bf16>(job, x, tile, sums, r, rows);
-      else arrange_row<DType::f16>(job, x, tile, sums, r, rows);
+      if (job.type == DType::f32) arrange_row<DType::f32>(job, x, tile, sums, scales, r, rows);
+      else if (job.type == DType::bf16) arrange_row<DType::bf16>(job, x, tile, sums, scales, r, rows);
+      else arrange_row<DType::f16>(job, x, tile, sums, scales, r, rows);
     }
   }
 }

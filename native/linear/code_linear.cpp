@@ -18,7 +18,7 @@ constexpr int64_t kConvertedRows = 48;
 
 void code_linear(const CodeLinearCall& call, int threads) {
   if (call.m <= 0) return;
-  static thread_local Scratch tiles_memory, sums_memory;
+  static thread_local Scratch tiles_memory, sums_memory, scales_memory;
   const Kernels& kernel = kernels();
   const CodeWeights& w = *call.weights[0];
   const bool convert = w.bits == 8 && call.m > kConvertedRows, unpacked = convert || call.m > kernel.packed_rows;
@@ -35,6 +35,7 @@ void code_linear(const CodeLinearCall& call, int threads) {
   InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr};
   inputs.tiles = tiles_memory.get<uint8_t>(tiles * rows * w.steps * 2 * kernel.input_bytes);
   if (zeros) inputs.sums = sums_memory.get<float>(tiles * rows * w.spans);
+  if (w.inputs.kind != InputScale::none) inputs.scales = scales_memory.get<float>(tiles * rows * scales_of_row(w));
   parallel_for(call.m < 8 ? 1 : threads, tiles, 1,
                [&](int64_t first, int64_t last) { kernel.arrange_inputs(inputs, first, last); });
 
@@ -48,8 +49,8 @@ void code_linear(const CodeLinearCall& call, int threads) {
     static thread_local Scratch totals_memory;
     const int64_t first = block * tiles_at_once, last = first + tiles_at_once < tiles ? first + tiles_at_once : tiles;
     float* totals = unpacked ? totals_memory.get<float>(tiles_at_once * rows * kPanel) : nullptr;
-    kernel.code_panels({call.weights[i], inputs.tiles, inputs.sums, call.m, rows, first, last, totals, call.y[i],
-                        call.y_type, call.y_stride[i]},
+    kernel.code_panels({call.weights[i], inputs.tiles, inputs.sums, inputs.scales, call.m, rows, first, last, totals,
+                        call.y[i], call.y_type, call.y_stride[i]},
                        from, to);
   });
 }

@@ -16,13 +16,14 @@ struct InputJob {
   int64_t rows;          // of a tile
   uint8_t* tiles;        // [tiles][rows * steps * 2] elements
   float* sums;           // null, or [tiles][rows * spans], in a tile [spans][R]: of the features of a group, as rounded
+  float* scales = nullptr;  // null, or of rounded inputs: [tiles][rows * scales_of_row], in a tile [spans][R] or [R]
 };
 
 // Panels of one weight against all tiles [first_tile, last_tile) of inputs.
 struct CodePanelJob {
   const CodeWeights* w;
   const uint8_t* tiles;
-  const float* sums;
+  const float *sums, *scales;
   int64_t m, rows, first_tile, last_tile;
   float* totals;  // [rows of those tiles, 32], this thread's; null: sums stay in registers, each tile reads the panel
   void* y;        // [m, n], rows `stride` elements apart
@@ -36,7 +37,7 @@ struct CodeLinearCall {
   DType x_type;
   int64_t m, x_stride;
   int64_t count;
-  const CodeWeights* const* weights;  // of the same k, group and bits
+  const CodeWeights* const* weights;  // of the same k, group, bits and rounding of inputs
   void* const* y;
   const int64_t* y_stride;
   DType y_type;

@@ -116,6 +116,11 @@ void set_table(CodeWeights& w, const float* numbers, int64_t count) {
     const float number = i % period < count ? numbers[i % period] : 0.f;
     w.table[i % 16] = number, w.words[i] = to_bf16(number);
   }
+  for (int i = 0; i < 128; ++i) {
+    const uint8_t code = (uint8_t)i;
+    const uint16_t word = to_bf16(w.kind == CodeKind::e5m2 ? from_e5m2(code) : from_e4m3(code));
+    w.low[i] = (uint8_t)word, w.high[i] = (uint8_t)(word >> 8);
+  }
 }
 
 void pack_panels(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,

@@ -14,7 +14,7 @@
 // |    2 |                  16 |       1 | 2i, 2i+1: feature 2i                                                        |
 // |    3 |                  32 |       3 | of vector v: 3i .. 3i+2: feature 10v + 2i, for i < 5; bit 15: bit v of      |
 // |      |                     |         | feature 30                                                                  |
-// |    8 |                   4 |       1 | bytes: features 0 and 2, signed; no table                                   |
+// |    8 |                   4 |       1 | bytes: features 0 and 2, signed or OCP FP8; no table                        |
 //
 // The last chunk of a group is padded with codes 0, and meets inputs 0.
 #pragma once
@@ -24,20 +24,48 @@
 
 namespace bitgrain {
 
+// What codes of 8 bits mean; those of fewer are looked up.
+enum class CodeKind : int32_t { table = 0, integers = 1, e4m3 = 2, e5m2 = 3 };
+
+// How inputs are rounded to a float format of a few bits before they meet the weights: v = round(x / scale). What
+// multiplies the products with v is the scale.
+enum class InputScale : int32_t {
+  none = 0,   // inputs are not rounded
+  fixed = 1,  // `scale`
+  plain = 2,  // of each run: its largest magnitude / the format's largest number
+  e8m0 = 3,   // the smallest power of two under which none rounds past the format's largest number
+  e4m3 = 4    // the plain one as a number of E4M3 times `scale`
+};
+struct InputRounding {
+  InputScale kind = InputScale::none;
+  int32_t mantissa_bits = 0;
+  float least = 0;     // the format's smallest normal number
+  float largest = 0;   // its largest number
+  float overflow = 0;  // halfway from it to what would be the next
+  float scale = 1;
+  bool groups = false;  // runs are the weights' groups, else whole rows
+};
+
 struct CodeWeights {
   int64_t n, k, group;
   int32_t bits;
+  CodeKind kind;
   DType scale_type;
   Zeros zeros;         // w = (table[code] - zero) * scale; a constant one is part of the table
   float outer;         // what all scales are multiplied with
   float table[16];     // entries repeat where codes have fewer than 4 bits: bits above a code do not matter
   uint16_t words[32];  // the same in bfloat16, rounded
+  uint8_t low[128], high[128];  // of FP8: the bytes of all magnitudes in bfloat16
+  InputRounding inputs;
   int64_t spans;       // groups of a row
   int64_t steps;       // padded features / 2
   int64_t panel_bytes;
   const uint8_t* panels;
   const float* bias;  // [n] or null
 };
+
+// How many scales a row of rounded inputs has.
+BG_INLINE int64_t scales_of_row(const CodeWeights& w) { return w.inputs.groups ? w.spans : 1; }
 
 constexpr int64_t code_header_bytes(DType scale, Zeros zeros) { return scales_bytes(scale) + zeros_bytes(zeros); }
 
@@ -52,7 +80,7 @@ BG_INLINE int64_t chunks_of(const CodeWeights& w, int64_t s) {
 // Fills the sizes of `w` from n, k, group, bits, scale_type and zeros; returns the bytes of all panels.
 int64_t lay_out(CodeWeights& w);
 
-// The table of a weight: `count` numbers, 2**bits or fewer.
+// The table of a weight: `count` numbers, 2**bits or fewer; or those of its kind.
 void set_table(CodeWeights& w, const float* numbers, int64_t count);
 
 // Rows [first, last) of panels. codes: [n, k] bytes, unsigned (8 bits: signed); scale: [n, spans] of scale_type;

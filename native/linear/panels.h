@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "common.h"
+#include "linear/code_weights.h"
 #include "linear/int_weights.h"
 #include "linear/words.h"
 #include "pool.h"
@@ -41,13 +42,19 @@ void with_bits(int bits, const F& f) {
   }
 }
 
-// Panels [first, last) of densely packed rows: pack(codes of the panel's columns, w.k bytes each, panel). Those of 8-bit
-// panels are signed.
+// What to take off codes as files hold them.
+inline uint8_t code_offset(const IntWeights& w, int bits) { return w.bits == 8 ? (uint8_t)(1u << (bits - 1)) : 0; }
+inline uint8_t code_offset(const CodeWeights& w, int bits) {
+  return w.kind == CodeKind::integers ? (uint8_t)(1u << (bits - 1)) : 0;
+}
+
+// Panels [first, last) of densely packed rows: pack(codes of the panel's columns, w.k bytes each, panel). Integers in
+// 8-bit panels are signed.
 template <typename W, typename F>
 void unpack_words(const W& w, const WordRows& words, int64_t first, int64_t last, const F& pack) {
   static thread_local Scratch memory;
   uint8_t* codes = memory.get<uint8_t>(kPanel * w.k);
-  const uint8_t offset = w.bits == 8 ? (uint8_t)(1u << (words.bits - 1)) : 0;
+  const uint8_t offset = code_offset(w, words.bits);
   for (int64_t p = first; p < last; ++p) {
     for (int64_t c = 0; c < kPanel && p * kPanel + c < w.n; ++c) {
       unpack_row(words, p * kPanel + c, w.k, offset, codes + c * w.k);

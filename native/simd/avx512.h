@@ -164,6 +164,11 @@ template <int COUNT>
 BG_INLINE Bytes shift_right_w(Bytes x) {
   return _mm512_srli_epi16(x, COUNT);
 }
+template <int COUNT>
+BG_INLINE Bytes shift_left_w(Bytes x) {
+  return _mm512_slli_epi16(x, COUNT);
+}
+BG_INLINE Bytes look_up_bytes(Bytes a, Bytes b, Bytes code) { return _mm512_permutex2var_epi8(a, code, b); }
 BG_INLINE Bytes and_or(Bytes x, Bytes mask, Bytes other) { return _mm512_ternarylogic_epi32(x, mask, other, 0xea); }
 BG_INLINE void dot2(F32& sum, Bytes a, Bytes b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 #endif

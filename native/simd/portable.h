@@ -244,7 +244,8 @@ BG_LEAF F32 look_up(const Table& table, I32 code) {  // the entries that the low
 
 // Only where BG_HAS_BF16_DOT; registers seen as 32 words of 16 bits:
 //   look_up_words(table, code)  the word of the table that the low 5 bits of each word name
-//   shift_right_w<COUNT>(x)     of each word, zeros come in from above
+//   look_up_bytes(a, b, code)   the byte of a table of 128 (a, then b) that the low 7 bits of each byte name
+//   shift_right_w<COUNT>(x)     of each word, zeros come in from above; shift_left_w<COUNT>(x): from below
 //   dot2(sum, a, b)             sum[i] += a[2i+1] b[2i+1], then += a[2i] b[2i], words are bfloat16; subnormals count as 0
 //   and_or(x, mask, other)      (x & mask) | other
 

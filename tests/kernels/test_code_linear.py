@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.code_linear import SCALE_DTYPES, CodeLinear, rounds_inputs
+from bitgrain.kernels.code_linear import FLOAT8, SCALE_DTYPES, CodeLinear, rounds_inputs
+from bitgrain.kernels.float_inputs import FORMATS, KINDS, FloatInputs
 from bitgrain.kernels.int_linear import BITS
 from bitgrain.kernels.native import native
 from bitgrain.kernels.reference.code_linear import code_linear, dequantize
+from bitgrain.kernels.reference.float_inputs import round_inputs
 from bitgrain.numerics.formats import FP4_E2M1, get_format
 from bitgrain.numerics.packing import pack
 
@@ -25,10 +27,13 @@ def weights(draw):
     bits = draw(st.sampled_from(BITS))
     n, k = draw(st.integers(1, 70)), draw(st.integers(1, 330))
     group = draw(st.sampled_from([16, 32, 64, 128, 7, None]))
-    tables = {8: [None], 4: [NF4, E2M1, range(-8, 8)], 3: [NF4[4:12], range(-4, 4)], 2: [[-1.0, 0.0, 1.0], NF4[::5]]}
+    tables = {4: [NF4, E2M1, range(-8, 8)], 3: [NF4[4:12], range(-4, 4)], 2: [[-1.0, 0.0, 1.0], NF4[::5]]}
+    tables[8] = [None, *FLOAT8]
     table = draw(st.sampled_from(tables[bits]))
     codes = torch.randint(-128, 128, (n, k), generator=made).to(torch.int8)
-    if table is not None:
+    if isinstance(table, torch.dtype):
+        codes = torch.randn(n, k, generator=made).mul_(10).to(table).view(torch.uint8)
+    elif table is not None:
         codes = torch.randint(0, len(table), (n, k), generator=made).to(torch.uint8)
     shape = (n, -(-k // (group or k)))
     dtype = draw(st.sampled_from(list(SCALE_DTYPES)))
@@ -40,6 +45,11 @@ def weights(draw):
     return (codes, scale, bits, table), {"group": group, "zero": zero, "outer": draw(st.sampled_from([1.0, 0.3]))}, bias
 
 
+ROUNDED = st.builds(
+    FloatInputs, st.sampled_from(list(FORMATS)), st.sampled_from(list(KINDS)), st.booleans(), st.sampled_from([0.25, 1])
+)
+
+
 @pytest.mark.parametrize("isa", native().isas())
 @settings(max_examples=60, deadline=None)
 @given(
@@ -47,26 +57,30 @@ def weights(draw):
     m=st.sampled_from([0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 17, 50]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
+    inputs=st.none() | ROUNDED,
 )
-def test_equals_its_twin(isa, weight, m, dtype, seed):
+def test_equals_its_twin(isa, weight, m, dtype, seed, inputs):
     (codes, scale, bits, table), how, bias = weight
     x = torch.randn(m, codes.shape[1], generator=torch.Generator().manual_seed(seed)).to(dtype)
     before = native().isa()
     native().use_isa(isa)
     try:
         rounded = rounds_inputs()
-        y = CodeLinear.pack(codes, scale, bits, table, **how, bias=bias)(x)
+        y = CodeLinear.pack(codes, scale, bits, table, **how, bias=bias, inputs=inputs)(x)
     finally:
         native().use_isa(before)
     assert rounded == (isa == "avx512bf16")
     assert y.dtype == dtype
-    twin = code_linear(x.float(), codes, scale, table, **how, bias=bias, rounded=rounded)
+    twin = code_linear(x.float(), codes, scale, table, **how, bias=bias, rounded=rounded, inputs=inputs)
     same, nothing = {"group": how["group"], "outer": how["outer"]}, torch.zeros_like(codes)
     magnitude = dequantize(codes, scale, table, **same).abs()
     if how["zero"] is not None:
         magnitude += dequantize(nothing, scale, [0.0], **same, zero=how["zero"]).abs()
-    if rounded and m <= 2 and bits == 8:  # in two parts
+    if rounded and m <= 2 and bits == 8 and table is None:  # in two parts
         magnitude += dequantize(nothing, scale, [512.0], **same).abs()
+    if inputs is not None:
+        values, steps = round_inputs(x, inputs, how["group"])
+        x = values * steps
     bound = x.float().abs().double() @ magnitude.T * (1 + 2.0**-7) + (0 if bias is None else bias.abs())
     steps = (how["group"] or codes.shape[1]) + scale.shape[1] + 8
     error = (y.double() - twin.double()).abs()
@@ -109,6 +123,14 @@ def test_wrong_inputs_are_told():
         CodeLinear.pack(codes, scale, 3, NF4)
     with pytest.raises(KernelError, match="a table of none"):
         CodeLinear.pack(codes, scale, 4, None)
+    with pytest.raises(KernelError, match=r"a table of torch.float16: .*float8_e5m2"):
+        CodeLinear.pack(codes, scale, 8, torch.float16)
+    with pytest.raises(KernelError, match=r"a table of torch\.float8_e5m2"):
+        CodeLinear.pack(codes, scale, 4, torch.float8_e5m2)
+    with pytest.raises(KernelError, match="not to fp8_e3m4"):
+        FloatInputs("fp8_e3m4")
+    with pytest.raises(KernelError, match="has to be positive"):
+        FloatInputs("fp8_e4m3", "fixed", outer=0.0)
     with pytest.raises(KernelError, match="do not fit codes"):
         CodeLinear.pack(codes, scale, 4, NF4, group=4)
     with pytest.raises(KernelError, match="5-bit"):

@@ -49,5 +49,6 @@ void check_solver(const std::vector<const bitgrain::Kernels*>& levels, uint64_t 
 constexpr Check kChecks[] = {check_int_linear, check_code_linear, check_embedding, check_attention,
                              check_rows,       check_decoder,     check_solver};
 
+void check_float8(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed);
 void check_vectors(const std::vector<const bitgrain::Kernels*>& levels, uint64_t seed);
 void check_pool(double seconds, bool forks);

@@ -29,6 +29,7 @@ int main(int argc, char** argv) {
   for (const bitgrain::Kernels* level : levels) names += std::string(" ") + level->name;
   check_vectors(levels, seed);
   for (const Check check : kChecks) check(levels, seed, 20);
+  check_float8(levels, seed);
   check_pool(0.5, forks);
   const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   for (uint64_t next = seed; seconds > 0 && std::chrono::steady_clock::now() < until;) {

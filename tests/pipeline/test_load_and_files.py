@@ -1,6 +1,7 @@
 """The files beside the weights, and what `load` says to folders that it cannot read."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 import bitgrain
 import zoo
-from bitgrain.errors import BitgrainError, CheckpointError, ModelError
+from bitgrain.errors import BitgrainError, CheckpointError, ModelError, SchemeError
 from bitgrain.progress import Progress
 from bitgrain.recipes import load_recipe, make_recipe
 
@@ -80,7 +81,16 @@ def test_recipe_and_card_say_what_was_done(tiny: Tiny, tmp_path: Path):
     assert "# llama, W4A16" in card
     assert "AutoModelForCausalLM" in card
     bitgrain.quantize(tiny("gpt2"), tmp_path / "own", "W4A16", workers=1)
-    assert "bitgrain.load" in (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
+    assert 'bitgrain.load("gpt2-quantized")' in (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
+
+
+def test_card_says_what_has_no_kernel(tiny: Tiny, tmp_path: Path):
+    bitgrain.quantize(tiny("llama"), tmp_path / "out", "W8A16INT16", workers=1)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert 'bitgrain.load("llama-quantized", execution="dequantize")' in card
+    assert re.search(r"there is no kernel for .*\(inputs in int16\)\.", card)
+    with pytest.raises(SchemeError, match="inputs in int16"):
+        bitgrain.load(tmp_path / "out", device="cpu")
 
 
 def test_side_files_are_copied_and_code_only_when_trusted(tiny: Tiny, tmp_path: Path):

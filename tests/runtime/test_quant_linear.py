@@ -39,6 +39,12 @@ SPECS = {
     "blocks": QuantSpec(get_format("int4"), per_block(16, 64)),
 }
 CODES = SPECS | {name: PRESETS[name].weight for name in ("MXFP4A16", "NVFP4A16", "NF4")}
+CODES |= {name: PRESETS[name].weight for name in ("FP8", "FP8_DYNAMIC")}
+CODES |= {
+    "fp8 blocks": QuantSpec(get_format("fp8_e4m3"), per_block(16, 64)),
+    "MXFP8": QuantSpec(get_format("fp8_e4m3"), per_group(32), scale=get_format("e8m0")),
+    "e5m2": QuantSpec(get_format("fp8_e5m2"), per_group(64), scale=get_format("bfloat16")),
+}
 CODES["outliers"] = QuantSpec(get_format("int3"), per_group(32), outliers=0.02)
 
 
@@ -199,8 +205,8 @@ def test_layers_in_one_call(tokens: int):
 
 
 def test_what_no_kernel_serves():
-    assert find_linear(PRESETS["FP8"].weight, PRESETS["FP8"].input, "cpu") == "inputs in fp8_e4m3"
-    assert find_linear(PRESETS["FP8"].weight, None, "cpu") == "weights in fp8_e4m3"
+    assert find_linear(PRESETS["W8A16"].weight, PRESETS["W8A16INT16"].input, "cpu") == "inputs in int16"
+    assert find_linear(QuantSpec(get_format("dynamic8"), per_group(64)), None, "cpu") == "weights in dynamic8"
     assert find_linear(PRESETS["W4A8"].weight, INT8_INPUTS, "cuda") == "no kernels for cuda yet"
     rows = [row for row in operators() if row.operation == "linear"]
     assert {row.device for row in rows if not row.reference} == {"cpu"}

@@ -1,14 +1,15 @@
-"""y = x W^T + b with weights of 2, 3 or 4 bits that are looked up in a table of up to 16 numbers, or of 8-bit integers;
-inputs are not quantized.
+"""y = x W^T + b with weights of 2, 3 or 4 bits that are looked up in a table of up to 16 numbers, of 8-bit integers or
+of FP8; inputs as they are, or rounded to FP8 or FP4.
 
 Two arithmetics, by level (`native.isa()`); `rounds_inputs()` says which one runs:
 
 - avx512bf16: inputs and the table's numbers are rounded to bfloat16, products are exact, sums are float32. Integers of
-  up to 8 bits and E2M1 are bfloat16 numbers; NF4's are not (relative error of each: up to 2^-9).
+  up to 8 bits, FP8 and E2M1 are bfloat16 numbers; NF4's are not (relative error of each: up to 2^-9).
 - avx512vnni, avxvnni, avx2, neon, portable: float32 throughout, inputs as they are.
 
-Scales, zero points and bias are applied in float32 at every level. The twin is `reference.code_linear`; the layout of
-the packed weight is described in native/linear/code_weights.h.
+Scales, zero points and bias are applied in float32 at every level. Inputs that are rounded to FP8 or FP4 are multiplied
+as numbers of that format, and the sums by the inputs' scale: the arithmetic of FP8 hardware. The twin is
+`reference.code_linear`; the layout of the packed weight is described in native/linear/code_weights.h.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
+from bitgrain.kernels.float_inputs import FloatInputs
 from bitgrain.kernels.native import DTYPES, native
 from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros
 from bitgrain.kernels.words import check_words
 
+CodeTable = Sequence[float] | torch.dtype | None
+"""What codes mean: up to 2**bits numbers; for codes of 8 bits float8_e4m3fn, float8_e5m2 or None, which is integers."""
+FLOAT8 = {torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
+"""What codes of 8 bits may be beside integers, as native/linear/code_weights.h numbers it."""
 SCALE_DTYPES = {**DTYPES, torch.float8_e8m0fnu: 6, torch.float8_e4m3fn: 7}
 
 
@@ -40,7 +46,7 @@ class CodeLinear(PackedLinear):
         n: int,
         k: int,
         bits: int,
-        table: Sequence[float] | None,
+        table: CodeTable,
         *,
         group: int | None = None,
         scale_dtype: torch.dtype = torch.float32,
@@ -48,20 +54,26 @@ class CodeLinear(PackedLinear):
         outer: float = 1.0,
         bias: Tensor | None = None,
         panels: Tensor | None = None,
+        inputs: FloatInputs | None = None,
     ) -> None:
         """Arguments as of `pack`. Raises KernelError for kinds that no kernel has."""
         if bits not in BITS or scale_dtype not in SCALE_DTYPES:
             raise KernelError(f"no kernel for {bits}-bit weights with {scale_dtype} scales; bits: {BITS}")
-        if (table is None) != (bits == 8) or (table is not None and not 1 <= len(table) <= 2**bits):
-            size = "none" if table is None else len(table)
-            raise KernelError(f"codes of {bits} bits and a table of {size}: 2**bits numbers or fewer; 8 bits: none")
+        kind = _kind(bits, table)
         self.n, self.k, self.bits, self.group = n, k, bits, group or k
-        self.table = None if table is None else tuple(float(number) for number in table)
-        self.scale_dtype, self.zeros, self.outer = scale_dtype, zeros, outer
+        self.table = tuple(float(number) for number in table) if isinstance(table, Sequence) else table
+        self.scale_dtype, self.zeros, self.outer, self.inputs = scale_dtype, zeros, outer, inputs
+        numbers = list(self.table) if isinstance(self.table, tuple) else []
         handle = native().CodeWeight(
-            n, k, self.group, bits, list(self.table or ()), SCALE_DTYPES[scale_dtype], ZEROS[zeros], outer
+            n, k, self.group, bits, kind, numbers, SCALE_DTYPES[scale_dtype], ZEROS[zeros], outer
         )
+        if inputs is not None:
+            handle.round_inputs(*inputs.arguments())
         self._hold(handle, panels, bias)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.int8 if self.bits == 8 and self.table is None else torch.uint8
 
     @classmethod
     def pack(
@@ -69,24 +81,26 @@ class CodeLinear(PackedLinear):
         codes: Tensor,
         scale: Tensor,
         bits: int,
-        table: Sequence[float] | None,
+        table: CodeTable,
         *,
         group: int | None = None,
         zero: Tensor | None = None,
         outer: float = 1.0,
         bias: Tensor | None = None,
+        inputs: FloatInputs | None = None,
     ) -> CodeLinear:
-        """w = (table[code] - zero) * scale * outer; for 8 bits (code - zero) * scale * outer.
+        """w = (table[code] - zero) * scale * outer; for integers of 8 bits (code - zero) * scale * outer.
 
-        codes  [n, k]: uint8 (int8 for 8 bits)
+        codes  [n, k]: uint8 (int8 for integers of 8 bits)
         scale  [n, ceil(k / group)]: float32, bfloat16, float16, float8_e8m0fnu or float8_e4m3fn, kept as they are
-        table  up to 2**bits numbers; None for 8 bits
+        table  what codes mean, see CodeTable
         group  inputs that share a scale; the last group of a row may be shorter; None: one for the row
         zero   None, or shaped as scale: uint8 codes or floats. What is one number for all belongs into the table.
         outer  one more scale for all (NVFP4)
+        inputs how x is rounded before it is multiplied; None: not
         Raises KernelError for shapes that do not fit.
         """
-        made = cls._for(codes.shape[0], codes.shape[1], scale, bits, table, group, zero, outer, bias)
+        made = cls._for(codes.shape[0], codes.shape[1], scale, bits, table, group, zero, outer, bias, inputs)
         made._fill(codes, scale, zero)
         return made
 
@@ -96,26 +110,27 @@ class CodeLinear(PackedLinear):
         words: Tensor,
         scale: Tensor,
         bits: int,
-        table: Sequence[float] | None,
+        table: CodeTable,
         *,
         k: int,
         group: int | None = None,
         zero: Tensor | None = None,
         outer: float = 1.0,
         bias: Tensor | None = None,
+        inputs: FloatInputs | None = None,
     ) -> CodeLinear:
         """The same from densely packed rows: no more is unpacked than a panel of 32 rows.
 
         words  [n, ...], uint8 or int32: rows of unsigned codes as `numerics.packing.pack` has them (and the formats
                pack-quantized, nvfp4- and mxfp4-pack-quantized of compressed-tensors)
-        bits   of one code in `words`, 1 to 8. Up to 4 bits index the table; 5 to 8 bits are signed integers stored as
-               code + 2**(bits - 1), in panels of 8 bits
+        bits   of one code in `words`, 1 to 8. Up to 4 bits index the table; without one, 5 to 8 bits are signed
+               integers stored as code + 2**(bits - 1), in panels of 8 bits
         k      codes of a row
         Raises KernelError for shapes that do not fit.
         """
         stride = check_words(words, bits, k)
         wide = min(b for b in BITS if b >= bits)
-        made = cls._for(words.shape[0], k, scale, wide, table, group, zero, outer, bias)
+        made = cls._for(words.shape[0], k, scale, wide, table, group, zero, outer, bias, inputs)
         made._fill_from_words(words, stride, bits, scale, zero)
         return made
 
@@ -126,32 +141,59 @@ class CodeLinear(PackedLinear):
         k: int,
         scale: Tensor,
         bits: int,
-        table: Sequence[float] | None,
+        table: CodeTable,
         group: int | None,
         zero: Tensor | None,
         outer: float,
         bias: Tensor | None,
+        inputs: FloatInputs | None,
     ) -> CodeLinear:
         """With panels that are not filled yet."""
         kind: Zeros = "constant" if zero is None else "codes" if zero.dtype == torch.uint8 else "real"
         if scale.shape != (n, -(-k // (group or k))) or (zero is not None and zero.shape != scale.shape):
             shapes = f"{tuple(scale.shape)} beside zero points {None if zero is None else tuple(zero.shape)}"
             raise KernelError(f"scales {shapes} do not fit codes {(n, k)} in groups of {group or k}")
-        return cls(n, k, bits, table, group=group, scale_dtype=scale.dtype, zeros=kind, outer=outer, bias=bias)
+        return cls(
+            n, k, bits, table, group=group, scale_dtype=scale.dtype, zeros=kind, outer=outer, bias=bias, inputs=inputs
+        )
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """codes [n, k], scale and zero points [n, groups] (None if there are none), as they were packed."""
         return self._read(-(-self.k // self.group), self.scale_dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = (self.scale_dtype, self.zeros, self.outer, self.bias, self.panels)
+        settings = (self.scale_dtype, self.zeros, self.outer, self.bias, self.panels, self.inputs)
         return _restore, (self.n, self.k, self.bits, self.table, self.group, *settings)
 
 
-def _restore(
-    n: int, k: int, bits: int, table: Sequence[float] | None, group: int, scale_dtype: torch.dtype, zeros: Zeros,
-    outer: float, bias: Tensor | None, panels: Tensor,
-) -> CodeLinear:  # fmt: skip
-    return CodeLinear(
-        n, k, bits, table, group=group, scale_dtype=scale_dtype, zeros=zeros, outer=outer, bias=bias, panels=panels
+def _kind(bits: int, table: CodeTable) -> int:
+    """What codes are, as native/linear/code_weights.h numbers it. Raises KernelError where bits do not fit."""
+    if table is None or isinstance(table, torch.dtype):
+        if bits == 8 and (table is None or table in FLOAT8):
+            return 1 if table is None else FLOAT8[table]
+    elif bits < 8 and 1 <= len(table) <= 2**bits:
+        return 0
+    given = "none" if table is None else str(table) if isinstance(table, torch.dtype) else str(len(table))
+    raise KernelError(
+        f"codes of {bits} bits and a table of {given}: 2**bits numbers or fewer; 8 bits: none, or one of "
+        f"{', '.join(map(str, FLOAT8))}"
     )
+
+
+def _restore(
+    n: int,
+    k: int,
+    bits: int,
+    table: CodeTable,
+    group: int,
+    scale_dtype: torch.dtype,
+    zeros: Zeros,
+    outer: float,
+    bias: Tensor | None,
+    panels: Tensor,
+    inputs: FloatInputs | None,
+) -> CodeLinear:
+    return CodeLinear(
+        n, k, bits, table, group=group, scale_dtype=scale_dtype, zeros=zeros, outer=outer, bias=bias, panels=panels,
+        inputs=inputs,
+    )  # fmt: skip

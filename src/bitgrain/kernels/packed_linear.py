@@ -51,9 +51,14 @@ class PackedLinear:
             torch.get_num_threads(),
         )  # fmt: skip
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of codes, as they are packed and unpacked."""
+        return torch.int8 if self.bits == 8 else torch.uint8
+
     def _read(self, spans: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """codes [n, k], scale and zero points [n, spans] (None if constant), as they were packed."""
-        codes = torch.empty(self.n, self.k, dtype=torch.int8 if self.bits == 8 else torch.uint8)
+        codes = torch.empty(self.n, self.k, dtype=self.code_dtype)
         scale = torch.empty(self.n, spans, dtype=scale_dtype)
         zero = None if self.zeros == "constant" else torch.empty(self.n, spans)
         self.handle.unpack(codes.data_ptr(), scale.data_ptr(), address_of(zero), torch.get_num_threads())

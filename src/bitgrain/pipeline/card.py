@@ -5,21 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from bitgrain.checkpoints.disk_space import format_bytes
+from bitgrain.pipeline.execution import why_no_kernels
 from bitgrain.pipeline.plan import Plan
 
-_LOADING = {
+_ELSEWHERE = {
     "compressed-tensors": """```python
 from transformers import AutoModelForCausalLM   # needs the package compressed-tensors
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```
 
 vLLM: `vllm serve {folder}`""",
-    "bitgrain": """```python
-import bitgrain
-model = bitgrain.load("{folder}")
-```
-
-This checkpoint uses `quant_method: bitgrain`, which other engines refuse.""",
+    "bitgrain": "This checkpoint uses `quant_method: bitgrain`, which other engines refuse.",
 }
 
 
@@ -58,7 +54,9 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
         "",
         "## How to load it",
         "",
-        _LOADING[manifest["layout"]].format(folder=plan.source.name.rsplit("/", 1)[-1] + "-quantized"),
+        *_loading(plan),
+        "",
+        _ELSEWHERE[manifest["layout"]].format(folder=_folder(plan)),
         "",
         "| engine | loads it | remark |",
         "|---|---|---|",
@@ -78,3 +76,20 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _folder(plan: Plan) -> str:
+    """A name for the folder that the user is going to give."""
+    return plan.source.name.rsplit("/", 1)[-1] + "-quantized"
+
+
+def _loading(plan: Plan) -> list[str]:
+    """How bitgrain loads it: packed, or dense where some layer has no kernel."""
+    refused = why_no_kernels(plan.quantized, plan.anatomy)
+    how = "" if refused is None else ', execution="dequantize"'
+    note = (
+        "Packed weights run through kernels, on a CPU."
+        if refused is None
+        else f"Weights are dequantized as they are loaded: there is no kernel for {refused}."
+    )
+    return ["```python", "import bitgrain", f'model = bitgrain.load("{_folder(plan)}"{how})', "```", "", note]

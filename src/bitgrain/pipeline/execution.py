@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
 from bitgrain.kernels.native import native
+from bitgrain.models.anatomy import Anatomy
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.runtime.activations import InputQuantizer
@@ -23,6 +24,7 @@ from bitgrain.runtime.quant_linear import QuantLinear
 
 Execution = Literal["kernels", "dequantize", "reference"]
 
+_LINEAR = (nn.Linear.__name__, Conv1D.__name__)
 _REMEDY = "ask for execution='dequantize' (dense weights, simulated activations)"
 
 
@@ -118,9 +120,31 @@ def _choose(wanted: Mapping[str, _Wanted], device: torch.device, execution: Exec
         else:
             found[name] = KernelChoice(row, one.quantizer)
     if without:
-        told = "; ".join(f"{_few(names)} ({reason})" for reason, names in without.items())
-        raise SchemeError(f"no kernel on {device.type} for {told}: {_REMEDY}")
+        raise SchemeError(f"no kernel on {device.type} for {_listed(without)}: {_REMEDY}")
     return found
+
+
+def packable(anatomy: Anatomy) -> dict[str, str]:
+    """Original tensors that can stay packed -> their modules: each is the whole weight of one linear layer."""
+    tied = {name for group in anatomy.tied for name in group}
+    return {
+        weight.tensor: weight.memory_module
+        for weight in anatomy.weights
+        if weight.targets == (weight.memory,) == (f"{weight.memory_module}.weight",)
+        and weight.experts == 1
+        and weight.memory not in tied
+        and weight.class_name in _LINEAR
+    }
+
+
+def why_no_kernels(layers: Mapping[str, StoredLayer], anatomy: Anatomy) -> str | None:
+    """What `choose_kernels` would say of these layers on a CPU, or None."""
+    packed, without = packable(anatomy), dict[str, list[str]]()
+    for name, layer in layers.items():
+        row = find_linear(layer.scheme.weight, layer.scheme.input, "cpu") if name in packed else _why_not_packed(layer)
+        if isinstance(row, str):
+            without.setdefault(row, []).append(layer.module)
+    return _listed(without) or None
 
 
 def run_packed_(model: nn.Module, path: str, choice: KernelChoice, weight: PackedMatrix, stored: torch.dtype) -> None:
@@ -139,6 +163,11 @@ def _why_not_packed(layer: StoredLayer) -> str:
     return {"conv": "a convolution", "embedding": "an embedding"}.get(
         layer.role, f"{layer.class_name}, whose weight is shared with or joined to others"
     )
+
+
+def _listed(without: Mapping[str, list[str]]) -> str:
+    """Modules by the reason why they have no kernel."""
+    return "; ".join(f"{_few(names)} ({reason})" for reason, names in without.items())
 
 
 def _few(names: list[str]) -> str:

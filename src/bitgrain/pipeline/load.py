@@ -28,7 +28,14 @@ from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.pipeline.cache_plan import stored_cache
-from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
+from bitgrain.pipeline.execution import (
+    Execution,
+    KernelChoice,
+    choose_execution,
+    choose_kernels,
+    packable,
+    run_packed_,
+)
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
@@ -265,15 +272,10 @@ def _load(
 
 def _packed_layers(skeleton: nn.Module, anatomy: Anatomy, stored: QuantizedCheckpoint) -> dict[str, str]:
     """Original tensors that can stay packed -> their modules: each is the whole weight of one linear layer."""
-    tied = {name for group in anatomy.tied for name in group}
     return {
-        weight.tensor: weight.memory_module
-        for weight in anatomy.weights
-        if weight.tensor in stored.layers
-        and weight.targets == (weight.memory,) == (f"{weight.memory_module}.weight",)
-        and weight.experts == 1
-        and weight.memory not in tied
-        and type(skeleton.get_submodule(weight.memory_module)) in (nn.Linear, Conv1D)
+        tensor: path
+        for tensor, path in packable(anatomy).items()
+        if tensor in stored.layers and type(skeleton.get_submodule(path)) in (nn.Linear, Conv1D)
     }
 
 

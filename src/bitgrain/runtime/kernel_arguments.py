@@ -9,13 +9,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bitgrain.kernels.code_linear import SCALE_DTYPES
+from bitgrain.kernels.code_linear import FLOAT8, SCALE_DTYPES, CodeTable
+from bitgrain.kernels.float_inputs import FORMATS, FloatInputs
 from bitgrain.kernels.int_linear import IntInputs
 from bitgrain.kernels.native import DTYPES
 from bitgrain.numerics import QTensor, QuantSpec, per_tensor, per_token
-from bitgrain.numerics.formats import FP8_E4M3, FP32, FloatFormat, Format, IntFormat
+from bitgrain.numerics.formats import E8M0, FP8_E4M3, FP32, FloatFormat, Format, IntFormat
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.numerics.qtensor import scale_values, unsigned
+from bitgrain.numerics.ranges import MinMax
 from bitgrain.runtime.activations import InputQuantizer
 
 _AS_INTEGERS = {"ternary": 1, "binary": 0.5}
@@ -24,11 +26,8 @@ _AS_INTEGERS = {"ternary": 1, "binary": 0.5}
 
 def refuse_codes(spec: QuantSpec) -> str | None:
     """Why no kernel looks up weights of such a spec, or None."""
-    return (
-        None
-        if (isinstance(spec.format, IntFormat) and spec.format.bits <= 8) or spec.format.bits <= 4
-        else (f"weights in {spec.format}")
-    )
+    fits = (isinstance(spec.format, IntFormat) and spec.format.bits <= 8) or spec.format.bits <= 4
+    return None if fits or _float8(spec.format) is not None else f"weights in {spec.format}"
 
 
 def refuse_integers(spec: QuantSpec) -> str | None:
@@ -47,6 +46,25 @@ def refuse_inputs(spec: QuantSpec) -> str | None:
         return None if fits else f"static inputs {spec.describe()}"
     token = spec.granularity == per_token() and spec.symmetric and spec.restricted and spec.scale == FP32
     return None if token else f"dynamic inputs {spec.describe()}"
+
+
+def refuse_float_inputs(spec: QuantSpec, weight: QuantSpec) -> str | None:
+    """Why kernels do not round inputs like this before they meet such a weight, or None."""
+    if weight.outliers:
+        return f"weights with {100 * weight.outliers:g} % outliers and quantized inputs"
+    told = f"{'dynamic' if spec.dynamic else 'static'} inputs {spec.describe()}"
+    if spec.format.name not in FORMATS or not spec.symmetric or spec.threshold:
+        return told
+    if not spec.dynamic:
+        fits = spec.granularity == per_tensor() and isinstance(spec.scale, Format) and not spec.clusters
+        return None if fits else told
+    if spec.range != MinMax() or not (spec.scale in (FP32, E8M0) or _is_nvfp4(spec)) or spec.granularity.rows != 1:
+        return told
+    own, group = spec.granularity.cols, weight.granularity.cols
+    if own is not None and own != group:
+        shared = "whole rows" if group is None else f"groups of {group}"
+        return f"{told} beside weights in {shared}: inputs have a scale for each token, or for each group of the weight"
+    return None
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,18 @@ def integer_inputs(quantizer: InputQuantizer, lengths: Sequence[int]) -> IntInpu
     return IntInputs(int(codes.low), int(codes.high), scales=tuple(scales), zeros=tuple(zeros))
 
 
+def float_inputs(quantizer: InputQuantizer) -> FloatInputs:
+    """The rounding of inputs that `refuse_float_inputs` does not refuse."""
+    spec = quantizer.spec
+    if quantizer.static is not None:
+        return FloatInputs(spec.format.name, "fixed", outer=float(quantizer.static.scale.float()) or 1.0)
+    groups = spec.granularity.cols is not None
+    if isinstance(spec.scale, QuantSpec):
+        assert quantizer.outer_scale is not None
+        return FloatInputs(spec.format.name, "e4m3", groups, quantizer.outer_scale)
+    return FloatInputs(spec.format.name, "e8m0" if spec.scale == E8M0 else "float32", groups)
+
+
 def integer_scales(weight: PackedMatrix, spans: Spans) -> tuple[Tensor, int | Tensor]:
     """Scales and zero points of `IntLinear.pack_words`, a row for each output and a column for each span."""
     spec = weight.spec
@@ -111,7 +141,7 @@ class CodeScales:
     """Arguments of `CodeLinear.pack_words`."""
 
     scale: Tensor
-    table: list[float] | None
+    table: CodeTable
     zero: Tensor | None
     outer: float
 
@@ -124,6 +154,8 @@ def code_scales(weight: PackedMatrix) -> CodeScales:
         scale, outer = scale.codes.view(torch.float8_e4m3fn), float(scale.scale.to(torch.float32))
     rows = _rows(_plain(scale, SCALE_DTYPES), weight)
     zero = None if weight.zero is None else _rows(weight.zero, weight)
+    if (dtype := _float8(format)) is not None:
+        return CodeScales(rows, dtype, None if zero is None else zero.to(torch.float32), outer)
     if format.bits > 4:  # signed bytes
         if zero is not None:
             zero = zero.to(torch.float32)
@@ -165,6 +197,12 @@ def _rows(tiles: Tensor, weight: PackedMatrix) -> Tensor:
     """Tiles [down, across] as each row has them."""
     rows = weight.spec.granularity.tile(weight.shape)[0]
     return tiles if rows == 1 else tiles.repeat_interleave(rows, 0)[: weight.shape[0]]
+
+
+def _float8(format: Format) -> torch.dtype | None:
+    """The dtype that kernels decode codes of 8 bits as, where they are not integers."""
+    dtype = format.torch_dtype if isinstance(format, FloatFormat) else None
+    return dtype if dtype in FLOAT8 else None
 
 
 def _is_nvfp4(spec: QuantSpec) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bitgrain.numerics import IntFormat, QuantSpec, per_token
-from bitgrain.runtime.kernel_arguments import refuse_codes, refuse_inputs, refuse_integers
+from bitgrain.numerics.formats import FloatFormat
+from bitgrain.runtime.kernel_arguments import refuse_codes, refuse_float_inputs, refuse_inputs, refuse_integers
 from bitgrain.runtime.operators import ANY, NOT_MINE, Operator, find_serving, register_operator
 from bitgrain.runtime.packed_kernels import CodeKernel, CodeTwin, IntKernel, IntTwin, PackedKernel
 
@@ -18,7 +19,8 @@ INT8_INPUTS = QuantSpec(IntFormat(8), per_token(), restricted=True, dynamic=True
 
 Refusal = Callable[[QuantSpec, QuantSpec | None], str | None]
 
-_CODES = "int1-8, uint1-8, ternary, binary, nf4, fp4 (MXFP4, NVFP4), any table of up to 16"
+_CODES = "int1-8, uint1-8, ternary, binary, fp8, nf4, fp4 (MXFP4, NVFP4), any table of up to 16"
+_EXACT = "products of the rounded numbers as above (exact but for tables), float32 sums, then the inputs' scale"
 _INTEGERS = "int1-8, uint1-8, ternary, binary"
 
 
@@ -26,10 +28,22 @@ def _codes(weight: QuantSpec, inputs: QuantSpec | None) -> str | None:
     return refuse_codes(weight) if inputs is None else NOT_MINE
 
 
+def _floats(mine: Callable[[QuantSpec], bool]) -> Refusal:
+    def refuse(weight: QuantSpec, inputs: QuantSpec | None) -> str | None:
+        if inputs is None or not isinstance(inputs.format, FloatFormat):
+            return NOT_MINE
+        reason = refuse_float_inputs(inputs, weight) or refuse_codes(weight)
+        return reason or (None if mine(inputs) else NOT_MINE)
+
+    return refuse
+
+
 def _integers(mine: Callable[[QuantSpec], bool]) -> Refusal:
     def refuse(weight: QuantSpec, inputs: QuantSpec | None) -> str | None:
         if inputs is None:
             return refuse_codes(weight) or "inputs in 16 bits"
+        if isinstance(inputs.format, FloatFormat):
+            return NOT_MINE
         reason = refuse_inputs(inputs) or refuse_integers(weight)
         return reason or (None if mine(inputs) else NOT_MINE)
 
@@ -38,6 +52,15 @@ def _integers(mine: Callable[[QuantSpec], bool]) -> Refusal:
 
 _ROWS: tuple[tuple[str, str, Refusal, type[PackedKernel], type[PackedKernel], str], ...] = (
     (_CODES, "16 or 32 bits", _codes, CodeKernel, CodeTwin, "bfloat16 products (avx512bf16) or float32, float32 sums"),
+    (
+        _CODES,
+        "fp8, fp4 per token or in the weight's groups (MXFP8, MXFP4, NVFP4, FP8 blocks)",
+        _floats(lambda x: x.dynamic),
+        CodeKernel,
+        CodeTwin,
+        _EXACT,
+    ),
+    (_CODES, "fp8, fp4 per tensor, static", _floats(lambda x: not x.dynamic), CodeKernel, CodeTwin, _EXACT),
     (
         _INTEGERS,
         "int2-8 per token",

@@ -23,6 +23,7 @@ from bitgrain.runtime.activations import InputQuantizer
 from bitgrain.runtime.kernel_arguments import (
     Spans,
     code_scales,
+    float_inputs,
     integer_inputs,
     integer_scales,
     packed_codes,
@@ -164,18 +165,19 @@ class IntKernel(PackedKernel):
 
 
 class CodeKernel(PackedKernel):
-    """Weights that are looked up, inputs as they are (`kernels.code_linear`)."""
+    """Weights that are looked up; inputs as they are, or rounded to FP8 or FP4 (`kernels.code_linear`)."""
 
     linear_type: type[CodeLinear] | type[CodeLinearTwin] = CodeLinear
 
     def __init__(self, weight: PackedMatrix, quantizer: InputQuantizer | None) -> None:
-        """What `refuse_codes` has no word against; no quantizer."""
-        super().__init__(weight, None)
+        """What `refuse_codes` and `refuse_float_inputs` have no word against."""
+        super().__init__(weight, quantizer)
         given = code_scales(weight)
+        inputs = None if quantizer is None else float_inputs(quantizer)
         bits, group = weight.spec.format.bits, weight.spec.granularity.tile(weight.shape)[1]
         self.linear = self.linear_type.pack_words(
             weight.words, given.scale, bits, given.table, k=weight.shape[1], group=group, zero=given.zero,
-            outer=given.outer,
+            outer=given.outer, inputs=inputs,
         )  # fmt: skip
         if isinstance(weight.scale, Tensor) and weight.scale.dtype == given.scale.dtype:
             self._scale = None

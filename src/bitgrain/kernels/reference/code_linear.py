@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from bitgrain.kernels.code_linear import CodeTable
+from bitgrain.kernels.float_inputs import FloatInputs
 from bitgrain.kernels.native import rows_of
+from bitgrain.kernels.reference.float_inputs import round_inputs
 from bitgrain.kernels.words import unpack_words
 
 
 def dequantize(
     codes: Tensor,
     scale: Tensor,
-    table: Sequence[float] | None,
+    table: CodeTable,
     *,
     group: int | None = None,
     zero: Tensor | None = None,
@@ -23,8 +24,11 @@ def dequantize(
 ) -> Tensor:
     """The weight [n, k] in float64; arguments as of `CodeLinear.pack`. rounded: the table is rounded to bfloat16."""
     k = codes.shape[1]
-    numbers = codes.double()
-    if table is not None:
+    if isinstance(table, torch.dtype):
+        numbers = codes.view(table).double()
+    elif table is None:
+        numbers = codes.double()
+    else:
         entries = torch.tensor(list(table), dtype=torch.float32)
         numbers = (entries.bfloat16() if rounded else entries).double()[codes.long()]
 
@@ -38,22 +42,28 @@ def code_linear(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
-    table: Sequence[float] | None,
+    table: CodeTable,
     *,
     group: int | None = None,
     zero: Tensor | None = None,
     outer: float = 1.0,
     bias: Tensor | None = None,
+    inputs: FloatInputs | None = None,
     rounded: bool = False,
 ) -> Tensor:
     """Arguments as of `CodeLinear.pack`, x [m, k]; computed in float64 and rounded once to the dtype of x.
 
-    rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does
+    rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does; that changes no FP8 or FP4
     The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| (|table| + |zero|) |scale|, and one
     rounding to its dtype. With 1 or 2 rows avx512bf16 multiplies 8-bit codes in two parts: 512 stands for the table.
     """
     weight = dequantize(codes, scale, table, group=group, zero=zero, outer=outer, rounded=rounded)
-    y = (x.bfloat16() if rounded else x).double() @ weight.T
+    if inputs is not None:
+        values, steps = round_inputs(x, inputs, group)
+        seen = values.double() * steps
+    else:
+        seen = (x.bfloat16() if rounded else x).double()
+    y = seen @ weight.T
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
@@ -61,9 +71,11 @@ class CodeLinearTwin:
     """`CodeLinear` without the native module: the same face; panels are the unsigned codes [n, k]."""
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, table: list[float], group: int | None, zero: Tensor | None, outer: float
-    ) -> None:
+        self, codes: Tensor, scale: Tensor, table: CodeTable, group: int | None, zero: Tensor | None, outer: float,
+        inputs: FloatInputs | None,
+    ) -> None:  # fmt: skip
         self.panels, self.scale, self.table, self.group, self.zero, self.outer = codes, scale, table, group, zero, outer
+        self.inputs = inputs
         self.bias: Tensor | None = None
 
     @classmethod
@@ -72,16 +84,17 @@ class CodeLinearTwin:
         words: Tensor,
         scale: Tensor,
         bits: int,
-        table: Sequence[float] | None,
+        table: CodeTable,
         *,
         k: int,
         group: int | None = None,
         zero: Tensor | None = None,
         outer: float = 1.0,
+        inputs: FloatInputs | None = None,
     ) -> CodeLinearTwin:
         """See `CodeLinear.pack_words`."""
-        numbers = list(table or (float(code - 2 ** (bits - 1)) for code in range(2**bits)))
-        return cls(unpack_words(words, bits, k), scale, numbers, group, zero, outer)
+        numbers = [float(code - 2 ** (bits - 1)) for code in range(2**bits)] if table is None else table
+        return cls(unpack_words(words, bits, k), scale, numbers, group, zero, outer, inputs)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `CodeLinear.unpack`."""
@@ -92,7 +105,7 @@ class CodeLinearTwin:
         self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """See `CodeLinear`; inputs are not rounded."""
+        """See `CodeLinear`; inputs are not rounded to bfloat16."""
         rows = rows_of(x, self.panels.shape[1])
         y = code_linear(
             rows,
@@ -103,5 +116,6 @@ class CodeLinearTwin:
             zero=self.zero,
             outer=self.outer,
             bias=self.bias,
+            inputs=self.inputs,
         )
         return y.view(*x.shape[:-1], -1)
