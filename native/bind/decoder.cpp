@@ -109,6 +109,14 @@ void bind_decoder(nb::module_& m) {
         for (uintptr_t one : weights) all.push_back(at<IntWeights>(one));
         new (self) IntProducts(std::move(all), *at<ActivationSpec>(spec));
       });
+  nb::class_<CodeProducts, Products>(m, "CodeProducts")
+      .def("__init__", [](CodeProducts* self, const std::vector<uintptr_t>& weights) {
+        std::vector<const CodeWeights*> all;
+        for (uintptr_t one : weights) all.push_back(at<CodeWeights>(one));
+        new (self) CodeProducts(std::move(all));
+      });
+  nb::class_<MixedProducts, Products>(m, "MixedProducts")
+      .def(nb::init<int64_t, std::vector<const Products*>, std::vector<std::vector<int>>>());
   nb::class_<DecoderBlock>(m, "DecoderBlock")
       .def(nb::init<>())
       .def("set_attention", &DecoderBlock::set_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

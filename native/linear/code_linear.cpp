@@ -32,11 +32,15 @@ void code_linear(const CodeLinearCall& call, int threads) {
     zeros = zeros || call.weights[i]->zeros != Zeros::constant;
     panels += panels_of(call.weights[i]->n);
   }
-  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr};
+  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr, call.source};
   inputs.tiles = tiles_memory.get<uint8_t>(tiles * rows * w.steps * 2 * kernel.input_bytes);
   if (zeros) inputs.sums = sums_memory.get<float>(tiles * rows * w.spans);
-  parallel_for(call.m < 8 ? 1 : threads, tiles, 1,
-               [&](int64_t first, int64_t last) { kernel.arrange_inputs(inputs, first, last); });
+  parallel_for(call.m < 8 ? 1 : threads, tiles, 1, [&](int64_t first, int64_t last) {
+    static thread_local Scratch row_memory;
+    InputJob own = inputs;
+    if (own.source) own.row = row_memory.get<float>(w.k);
+    kernel.arrange_inputs(own, first, last);
+  });
 
   int64_t tiles_at_once = unpacked ? kUnpackedRows / rows : kInputsAtOnce / (rows * w.steps * 2 * kernel.input_bytes);
   tiles_at_once = tiles_at_once < 2 ? 2 : tiles_at_once;

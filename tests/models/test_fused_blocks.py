@@ -73,6 +73,34 @@ def test_fused_layers_give_what_their_modules_give(name: str, dtype: torch.dtype
     assert logits(model, ids).equal(before)
 
 
+SCHEMES: dict[str, tuple[str, dict[str, str | None]]] = {
+    "symmetric": ("W4A16", {}),
+    "asymmetric": ("W4A16_ASYM", {}),
+    "3 bits": ("W3A16", {}),
+    "ternary": ("TERNARY", {}),
+    "NF4": ("NF4", {}),
+    "MXFP4": ("MXFP4A16", {}),
+    "NVFP4": ("NVFP4A16", {}),
+    "down in W8A8": ("W4A16", {"down_proj": "W8A8"}),
+    "v in 8 bits": ("W4A16", {"v_proj": "W8A16"}),
+    "everything": ("NF4", {"q_proj": "W8A8", "v_proj": "W4A8", "o_proj": "W4A16", "up_proj": "INT8_TENSOR"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_weights_of_any_kind(kind: str, dtype: torch.dtype):
+    scheme, others = SCHEMES[kind]
+    model = growing(pack_linears(build("llama"), scheme, others)).to(dtype)
+    ids = ids_for(model)
+    before = logits(model, ids)
+    assert len(fuse_blocks(model)) == 2
+    calls = count_calls(model)
+    after = logits(model, ids)
+    assert calls == [0]
+    assert same(after.float(), before.float(), CLOSE if dtype == torch.float32 else 3 * CLOSE)
+
+
 def count_calls(model: Any) -> list[int]:
     """Calls of packed layers from now on, in a list of one."""
     calls = [0]

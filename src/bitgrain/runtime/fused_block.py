@@ -19,7 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels import prefill_attention
-from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
+from bitgrain.kernels.code_linear import CodeLinear
+from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart, Weight
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
 from bitgrain.kernels.rows import RowNorm
@@ -27,7 +28,6 @@ from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, NormPlan
 from bitgrain.runtime.fused_stack import FusedStack
 from bitgrain.runtime.guards import Guards
 from bitgrain.runtime.kv_cache.growing import GrowingLayer
-from bitgrain.runtime.packed_kernels import IntKernel
 from bitgrain.runtime.quant_linear import QuantLinear
 
 MOST_ROWS = 16
@@ -188,7 +188,7 @@ def build(block: nn.Module, plan: BlockPlan) -> DecoderBlock | None:
     """The native block of a plan; None where its layers are not packed or do not fit."""
     attention, mlp = plan.attention, plan.mlp
     paths = (*attention.qkv, attention.o, *(() if mlp is None else (*mlp.gate_up, mlp.down)))
-    weights: dict[str, IntLinear] = {}
+    weights: dict[str, Weight] = {}
     for path in paths:
         found = packed_weight(block.get_submodule(path))
         if found is None:
@@ -217,10 +217,10 @@ def row_norm(block: nn.Module, plan: NormPlan) -> RowNorm:
     return RowNorm(width, weight, bias, eps=plan.eps, centered=plan.centered)
 
 
-def packed_weight(module: nn.Module) -> IntLinear | None:
+def packed_weight(module: nn.Module) -> Weight | None:
     """The packed weight that a layer multiplies by, where it does nothing besides; None for other layers."""
     kernel = module.kernel if type(module) is QuantLinear else None
-    if isinstance(kernel, IntKernel) and isinstance(kernel.linear, IntLinear) and kernel.call is kernel.linear:
+    if kernel is not None and isinstance(kernel.linear, IntLinear | CodeLinear) and kernel.call is kernel.linear:
         return kernel.linear
     return None
 
