@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import LEVELS, level
 from torch import Tensor
 
 from bitgrain.kernels.code_linear import CodeLinear
@@ -11,7 +12,6 @@ from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart, Weigh
 from bitgrain.kernels.int_linear import IntInputs, IntLinear
 from bitgrain.kernels.rows import RowNorm, gated
 from bitgrain.numerics.formats import FP4_E2M1, get_format
-from levels import LEVELS, level
 
 pytest.importorskip("bitgrain._native", reason="the native module was not built")
 NF4 = get_format("nf4").grid().tolist()
