@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "decoder/dense_rows.h"
 #include "decoder/rows.h"
 #include "linear/code_linear.h"
 #include "linear/int_linear.h"
@@ -55,6 +56,22 @@ class CodeProducts final : public Products {
 
  private:
   std::vector<const CodeWeights*> weights_;  // at most 3
+};
+
+// Dense weights. The memory is the caller's.
+class DenseProducts final : public Products {
+ public:
+  explicit DenseProducts(std::vector<const DenseWeights*> weights) : weights_(std::move(weights)) {}
+
+  void run(const Rows& rows, int64_t m, void* const* y, DType y_type, int64_t stride, int threads) const override {
+    const int64_t strides[] = {stride, stride, stride};
+    dense_rows({rows.x, rows.type, m, rows.stride, (int64_t)weights_.size(), weights_.data(), y, strides, y_type,
+                rows.source},
+               threads);
+  }
+
+ private:
+  std::vector<const DenseWeights*> weights_;  // at most 3
 };
 
 // Products of different kinds; the rows [m, k] that they read are made once for all. `places`: of each part's weights

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitgrain.kernels.code_linear import CodeLinear
 from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart, Weight
+from bitgrain.kernels.dense_rows import DenseLinear
 from bitgrain.kernels.int_linear import IntInputs, IntLinear
 from bitgrain.kernels.rows import RowNorm, gated
 from bitgrain.numerics.formats import FP4_E2M1, get_format
@@ -19,7 +20,7 @@ E2M1 = FP4_E2M1.decode(torch.arange(16, dtype=torch.uint8)).tolist()
 HIDDEN, HEADS, KV_HEADS, SIZE, WIDTH = 96, 4, 2, 24, 144
 KINDS = (
     "W4A16", "W4A16 asymmetric", "W3A16", "W8A16", "NF4", "MXFP4", "NVFP4", "W4A8", "W4A8 asymmetric", "W8A8",
-    "W8A8 static",
+    "W8A8 static", "dense float32", "dense bfloat16", "dense float16",
 )  # fmt: skip
 
 
@@ -27,6 +28,9 @@ def weight_of(kind: str, n: int, k: int, made: torch.Generator) -> Weight:
     def scales(group: int) -> Tensor:
         return 0.02 + 0.02 * torch.rand(n, -(-k // group), generator=made)
 
+    if kind.startswith("dense"):
+        weight, bias = torch.randn(n, k, generator=made) / 8, torch.randn(n, generator=made)
+        return DenseLinear(weight.to(getattr(torch, kind.split()[1])), bias)
     bits = 8 if "8A" in kind else 3 if "3A" in kind else 4
     codes = torch.randint(0, 2**bits, (n, k), generator=made).to(torch.uint8)
     bias = torch.randn(n, generator=made) if bits == 8 else None

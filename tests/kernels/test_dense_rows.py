@@ -15,7 +15,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("isa", native().isas())
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 2**31), m=st.integers(0, 9), n=st.integers(1, 40), k=st.integers(1, 100), x_dtype=DTYPES,
+    seed=st.integers(0, 2**31), m=st.integers(0, 19), n=st.integers(1, 40), k=st.integers(1, 100), x_dtype=DTYPES,
     dtype=DTYPES, with_bias=st.booleans(),
 )  # fmt: skip
 def test_equals_torch(isa, seed, m, n, k, x_dtype, dtype, with_bias):

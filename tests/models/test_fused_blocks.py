@@ -83,6 +83,8 @@ SCHEMES: dict[str, tuple[str, dict[str, str | None]]] = {
     "NVFP4": ("NVFP4A16", {}),
     "down in W8A8": ("W4A16", {"down_proj": "W8A8"}),
     "v in 8 bits": ("W4A16", {"v_proj": "W8A16"}),
+    "a dense down": ("W4A16", {"down_proj": None}),
+    "dense k and o": ("W4A8", {"k_proj": None, "o_proj": None}),
     "everything": ("NF4", {"q_proj": "W8A8", "v_proj": "W4A8", "o_proj": "W4A16", "up_proj": "INT8_TENSOR"}),
 }
 
@@ -284,6 +286,31 @@ def test_a_replaced_layer_runs(llama: Any):
     found = logits(model, ids)
     unfuse(model)
     assert same(found, logits(model, ids))
+
+
+def test_layers_that_are_not_packed_stay_what_they_are():
+    model = growing(pack_linears(build("llama"), "W4A16", {"layers.1.mlp.down_proj": None}))
+    assert len(fuse_blocks(model)) == 2
+    down, ids = model.model.layers[1].mlp.down_proj, ids_for(model)
+    plain = copy.deepcopy(model)
+    unfuse(plain)
+    before = logits(model, ids)
+    for one in (model, plain):  # trained, cast or replaced
+        with torch.no_grad():
+            one.model.layers[1].mlp.down_proj.weight.mul_(3)
+    after = logits(model, ids)
+    assert not same(after, before)
+    assert same(after, logits(plain, ids))
+    model(ids)
+    down.weight = torch.nn.Parameter(down.weight / 3)
+    assert same(logits(model, ids), before)
+    assert model(ids).logits.requires_grad
+    down.weight.requires_grad_(False)
+    assert not model(ids).logits.requires_grad
+
+
+def test_a_model_without_packed_layers_is_left_alone():
+    assert fuse_blocks(build("llama").to(torch.bfloat16)) == []
 
 
 def test_survives_pickling_and_casts(llama: Any):

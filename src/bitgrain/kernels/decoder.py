@@ -16,11 +16,12 @@ from torch import Tensor
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.code_linear import CodeLinear
+from bitgrain.kernels.dense_rows import DenseLinear
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES, native
 from bitgrain.kernels.rows import ACTS, MAX_HEAD, ROTARY, Act, Rotary, RowNorm
 
-Weight = IntLinear | CodeLinear
+Weight = IntLinear | CodeLinear | DenseLinear
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,8 @@ def _check(attention: AttentionPart, mlp: MlpPart | None, hidden: int) -> None:
 
 def _kind(weight: Weight) -> object:
     """Alike for weights whose products are one: they read the rows in one form."""
+    if isinstance(weight, DenseLinear):
+        return None
     if isinstance(weight, CodeLinear):
         return weight.bits, weight.group
     return weight.bits, weight.lengths, weight.inputs, weight.zeros, weight.zero
@@ -235,6 +238,8 @@ def _kind(weight: Weight) -> object:
 
 def _product_of_one_kind(weights: Sequence[Weight]) -> Any:
     addresses, first = [one.handle.weights_at() for one in weights], weights[0]
+    if isinstance(first, DenseLinear):
+        return native().DenseProducts(addresses)
     if isinstance(first, CodeLinear):
         return native().CodeProducts(addresses)
     return native().IntProducts(addresses, first.handle.spec_at())
