@@ -1,6 +1,6 @@
 """Which decoder layers can run as few native calls: found by watching a model run, and proved on what was seen.
 
-No table of models. A few tokens go through the model; what each norm, each packed linear layer and attention were given
+No table of models. A few tokens go through the model; what each norm, each linear layer and attention were given
 and gave says how they are joined (which norm feeds which products, what was added to what), and each step is computed
 again by the native kernels and compared. Names say nothing here. Whatever does not agree stays module by module.
 """
