@@ -1,10 +1,13 @@
 // y = x W^T + b for dense weights that lie in memory as torch has them: the head of a model, and layers of a decoder
-// block that were not quantized. Products and sums are in float32, whatever the types.
+// block that were not quantized. Sums are float32. So are products, whatever the types; but more than kExactRows rows
+// are rounded to bfloat16 where the weights are bfloat16 and the level multiplies such numbers (Kernels::input_bytes).
 #pragma once
 #include "common.h"
 #include "decoder/rows.h"
 
 namespace bitgrain {
+
+constexpr int64_t kExactRows = 16;
 
 struct DenseWeights {
   const void* w;  // [n, k], rows `stride` elements apart
@@ -15,7 +18,8 @@ struct DenseWeights {
 
 struct DenseRowsJob {
   const DenseWeights* w;
-  const float* x;  // [m, k]
+  const void* x;  // [m, k]
+  DType x_type;   // f32, or bf16 as said above
   int64_t m;
   void* y;  // [m, n], rows `stride` elements apart
   DType type;
@@ -28,7 +32,7 @@ struct DenseRowsCall {
   DType x_type;
   int64_t m, x_stride;
   int64_t count;
-  const DenseWeights* const* weights;  // of the same k
+  const DenseWeights* const* weights;  // of the same k and type
   void* const* y;
   const int64_t* y_stride;
   DType y_type;

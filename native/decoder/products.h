@@ -58,7 +58,7 @@ class CodeProducts final : public Products {
   std::vector<const CodeWeights*> weights_;  // at most 3
 };
 
-// Dense weights. The memory is the caller's.
+// Dense weights of one type. The memory is the caller's.
 class DenseProducts final : public Products {
  public:
   explicit DenseProducts(std::vector<const DenseWeights*> weights) : weights_(std::move(weights)) {}

@@ -230,7 +230,7 @@ def _check(attention: AttentionPart, mlp: MlpPart | None, hidden: int) -> None:
 def _kind(weight: Weight) -> object:
     """Alike for weights whose products are one: they read the rows in one form."""
     if isinstance(weight, DenseLinear):
-        return None
+        return weight.weight.dtype
     if isinstance(weight, CodeLinear):
         return weight.bits, weight.group
     return weight.bits, weight.lengths, weight.inputs, weight.zeros, weight.zero

@@ -17,6 +17,7 @@ from bitgrain.kernels.native import DTYPES, address_of, native, rows_of
 
 MOST_ROWS = 8
 """Beyond so many rows torch's product of matrices is faster."""
+EXACT_ROWS = 16
 
 
 class DenseLinear:
@@ -24,8 +25,9 @@ class DenseLinear:
     weight later counts, a bias is copied.
 
     Called with x [..., k] float32, bfloat16 or float16 it gives [..., n] in the dtype of x. Products and sums are in
-    float32: |y - twin| <= (k / 16 + 8) 2^-24 |x| |w|, and one rounding to its dtype. Raises KernelError for other
-    weights and inputs.
+    float32: |y - twin| <= (k / 16 + 8) 2^-24 |x| |w|, and one rounding to its dtype. More than EXACT_ROWS rows are
+    rounded to bfloat16 first where the weight is bfloat16 and `code_linear.rounds_inputs()`. Raises KernelError for
+    other weights and inputs.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
