@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,15 +17,18 @@ from bitgrain.runtime.operators import Operator
 from bitgrain.runtime.quant_linear import QuantLinear
 
 
-def pack_linears(model: Any, scheme: str = "W4A8") -> Any:
-    """Put a QuantLinear in the place of every nn.Linear but the head; in place."""
-    preset = get_scheme(scheme)
-    assert preset.input is not None
-    row = find_linear(preset.weight, preset.input, "cpu")
-    assert isinstance(row, Operator)
+def pack_linears(model: Any, scheme: str = "W4A8", others: Mapping[str, str | None] | None = None) -> Any:
+    """Put a QuantLinear in the place of every nn.Linear but the head; in place.
+
+    others  other schemes by the ends of paths; None: the layer stays as it is
+    """
     for path, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer is not model.get_output_embeddings():
+        own = next((name for end, name in (others or {}).items() if path.endswith(end)), scheme)
+        if type(layer) is nn.Linear and layer is not model.get_output_embeddings() and own is not None:
+            preset = get_scheme(own)
+            row = find_linear(preset.weight, preset.input, "cpu")
+            assert isinstance(row, Operator)
             q = quantize(layer.weight.detach().float(), preset.weight)
-            kernel = row.kernel(PackedMatrix.of(q), InputQuantizer(preset.input))
+            kernel = row.kernel(PackedMatrix.of(q), None if preset.input is None else InputQuantizer(preset.input))
             put_in_place(model, path, QuantLinear(kernel, layer.bias, dtype=layer.weight.dtype))
     return model.requires_grad_(False)

@@ -36,6 +36,33 @@ KeysValues cache_of(const int64_t* one) {
   return cache;
 }
 
+template <typename T>
+std::vector<const T*> all_at(const std::vector<uintptr_t>& addresses) {
+  std::vector<const T*> all;
+  for (uintptr_t one : addresses) all.push_back(at<T>(one));
+  return all;
+}
+
+// A dense weight; its memory is the caller's.
+class DenseWeight {
+ public:
+  DenseWeight(uintptr_t w, int type, int64_t n, int64_t k, int64_t stride, uintptr_t bias)
+      : w_{at<void>(w), DType(type), n, k, stride, at<float>(bias)} {}
+
+  void run(uintptr_t x, int x_type, int64_t m, int64_t x_stride, uintptr_t y, int y_type, int64_t y_stride,
+           int threads) const {
+    nb::gil_scoped_release free;
+    const DenseWeights* weights[] = {&w_};
+    void* to[] = {at<void>(y)};
+    dense_rows({at<void>(x), DType(x_type), m, x_stride, 1, weights, to, &y_stride, DType(y_type)}, threads);
+  }
+
+  const DenseWeights& weights() const { return w_; }
+
+ private:
+  DenseWeights w_;
+};
+
 // A decoder block; what it points to is held by its owner in Python.
 class DecoderBlock {
  public:
@@ -117,10 +144,22 @@ void bind_decoder(nb::module_& m) {
   nb::class_<Products>(m, "Products");
   nb::class_<IntProducts, Products>(m, "IntProducts")
       .def("__init__", [](IntProducts* self, const std::vector<uintptr_t>& weights, uintptr_t spec) {
-        std::vector<const IntWeights*> all;
-        for (uintptr_t one : weights) all.push_back(at<IntWeights>(one));
-        new (self) IntProducts(std::move(all), *at<ActivationSpec>(spec));
+        new (self) IntProducts(all_at<IntWeights>(weights), *at<ActivationSpec>(spec));
       });
+  nb::class_<CodeProducts, Products>(m, "CodeProducts")
+      .def("__init__", [](CodeProducts* self, const std::vector<uintptr_t>& weights) {
+        new (self) CodeProducts(all_at<CodeWeights>(weights));
+      });
+  nb::class_<DenseWeight>(m, "DenseWeight")
+      .def(nb::init<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t>())
+      .def("run", &DenseWeight::run)
+      .def("weights_at", [](const DenseWeight& w) { return reinterpret_cast<uintptr_t>(&w.weights()); });
+  nb::class_<DenseProducts, Products>(m, "DenseProducts")
+      .def("__init__", [](DenseProducts* self, const std::vector<uintptr_t>& weights) {
+        new (self) DenseProducts(all_at<DenseWeights>(weights));
+      });
+  nb::class_<MixedProducts, Products>(m, "MixedProducts")
+      .def(nb::init<int64_t, std::vector<const Products*>, std::vector<std::vector<int>>>());
   nb::class_<DecoderBlock>(m, "DecoderBlock")
       .def(nb::init<>())
       .def("set_attention", &DecoderBlock::set_attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
@@ -143,12 +182,6 @@ void bind_decoder(nb::module_& m) {
     nb::gil_scoped_release free;
     const GatedRows rows{at<void>(gate), at<void>(up), DType(type), stride, width, static_cast<Act>(act)};
     make_rows({kernels().gated_row, &rows}, count, width, at<void>(y), DType(type), threads);
-  });
-  m.def("dense_rows", [](uintptr_t w, int type, int64_t n, int64_t k, int64_t stride, uintptr_t x, int x_type, int64_t rows,
-                         int64_t x_stride, uintptr_t bias, uintptr_t y, int threads) {
-    nb::gil_scoped_release free;
-    run_dense_rows({at<void>(w), DType(type), n, k, stride, nullptr, rows, at<float>(bias), at<void>(y), DType(x_type)},
-                   at<void>(x), DType(x_type), x_stride, threads);
   });
   m.def("rotate_rows", [](uintptr_t x, int type, int64_t count, int64_t stride, int64_t heads, int64_t head_dim,
                           const Norm* norm, int rotary, uintptr_t cos, uintptr_t sin, int cos_type, int64_t cos_rows,

@@ -1,7 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
 #include <vector>
 
 #include "bind/bind.h"
@@ -55,34 +54,6 @@ class IntWeight : public PackedWeight<IntWeights, float> {
   std::vector<Span> spans_;
 };
 
-// Several weights that read the same inputs, in one call; the caller keeps them alive.
-class IntGroup {
- public:
-  explicit IntGroup(const std::vector<const IntWeight*>& members) {
-    for (const IntWeight* one : members) weights_.push_back(&one->weights());
-    spec_ = members[0]->spec();
-  }
-
-  // ys: [m, n] of each, whole rows one behind the other
-  void run(uintptr_t x, int x_type, int64_t m, int64_t x_stride, const std::vector<uintptr_t>& ys, int y_type,
-           int threads) const {
-    nb::gil_scoped_release free;
-    constexpr size_t kMost = 8;
-    void* to[kMost];
-    int64_t strides[kMost];
-    const size_t count = weights_.size() < kMost ? weights_.size() : kMost;
-    for (size_t i = 0; i < count; ++i) {
-      to[i] = reinterpret_cast<void*>(ys[i]), strides[i] = weights_[i]->n;
-    }
-    int_linear({reinterpret_cast<const void*>(x), static_cast<DType>(x_type), m, x_stride, spec_,
-                static_cast<int64_t>(count), weights_.data(), to, strides, static_cast<DType>(y_type)}, threads);
-  }
-
- private:
-  std::vector<const IntWeights*> weights_;
-  ActivationSpec spec_{};
-};
-
 }  // namespace
 
 void bind_int_linear(nb::module_& m) {
@@ -98,7 +69,4 @@ void bind_int_linear(nb::module_& m) {
       .def("run", &IntWeight::run)
       .def("weights_at", [](const IntWeight& w) { return reinterpret_cast<uintptr_t>(&w.weights()); })
       .def("spec_at", [](const IntWeight& w) { return reinterpret_cast<uintptr_t>(&w.spec()); });
-  nb::class_<IntGroup>(m, "IntGroup")
-      .def(nb::init<const std::vector<const IntWeight*>&>())
-      .def("run", &IntGroup::run);
 }

@@ -9,8 +9,9 @@ void make_rows(const RowSource& source, int64_t m, int64_t width, void* y, DType
     static thread_local Scratch memory;
     float* made = memory.get<float>(width);
     for (int64_t row = first; row < last; ++row) {
-      source.make(source.context, row, made);
-      kernel.add_row(made, DType::f32, 0, nullptr, width, y, type, row * width);
+      float* to = type == DType::f32 ? static_cast<float*>(y) + row * width : made;
+      source.make(source.context, row, to);
+      if (to == made) kernel.add_row(made, DType::f32, 0, nullptr, width, y, type, row * width);
     }
   });
 }

@@ -59,7 +59,10 @@ static void arrange_inputs(const InputJob& job, int64_t first, int64_t last) {
     float* scales = job.scales ? job.scales + t * job.rows * scales_of_row(*job.w) : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const void* x = (const uint8_t*)job.x + (t * job.rows + r) * job.stride * (int64_t)size_of(job.type);
-      if (job.type == DType::f32) arrange_row<DType::f32>(job, x, tile, sums, scales, r, rows);
+      if (job.source) {
+        job.source->make(job.source->context, t * job.rows + r, job.row);
+        arrange_row<DType::f32>(job, job.row, tile, sums, scales, r, rows);
+      } else if (job.type == DType::f32) arrange_row<DType::f32>(job, x, tile, sums, scales, r, rows);
       else if (job.type == DType::bf16) arrange_row<DType::bf16>(job, x, tile, sums, scales, r, rows);
       else arrange_row<DType::f16>(job, x, tile, sums, scales, r, rows);
     }

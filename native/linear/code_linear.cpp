@@ -27,25 +27,24 @@ void code_linear(const CodeLinearCall& call, int threads) {
   tiles = ceil_div(call.m, rows);
 
   bool zeros = false;
-  int64_t panels = 0;
-  for (int64_t i = 0; i < call.count; ++i) {
-    zeros = zeros || call.weights[i]->zeros != Zeros::constant;
-    panels += panels_of(call.weights[i]->n);
-  }
-  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr};
+  for (int64_t i = 0; i < call.count; ++i) zeros = zeros || call.weights[i]->zeros != Zeros::constant;
+  InputJob inputs{call.x, call.x_type, call.m, call.x_stride, &w, rows, nullptr, nullptr, nullptr, call.source};
   inputs.tiles = tiles_memory.get<uint8_t>(tiles * rows * w.steps * 2 * kernel.input_bytes);
   if (zeros) inputs.sums = sums_memory.get<float>(tiles * rows * w.spans);
   if (w.inputs.kind != InputScale::none) inputs.scales = scales_memory.get<float>(tiles * rows * scales_of_row(w));
-  parallel_for(call.m < 8 ? 1 : threads, tiles, 1,
-               [&](int64_t first, int64_t last) { kernel.arrange_inputs(inputs, first, last); });
+  parallel_for(call.m < 8 ? 1 : threads, tiles, 1, [&](int64_t first, int64_t last) {
+    static thread_local Scratch row_memory;
+    InputJob own = inputs;
+    if (own.source) own.row = row_memory.get<float>(w.k);
+    kernel.arrange_inputs(own, first, last);
+  });
 
   int64_t tiles_at_once = unpacked ? kUnpackedRows / rows : kInputsAtOnce / (rows * w.steps * 2 * kernel.input_bytes);
   tiles_at_once = tiles_at_once < 2 ? 2 : tiles_at_once;
   const int64_t blocks = ceil_div(tiles, tiles_at_once);
   tiles_at_once = ceil_div(tiles, blocks);
 
-  const int64_t grain = call.m <= 16 ? (panels + 8 * threads - 1) / (8 * threads) : 1;
-  for_panels(call.weights, call.count, blocks, grain, threads, [&](int64_t i, int64_t block, int64_t from, int64_t to) {
+  for_panels(call.weights, call.count, call.m, blocks, threads, [&](int64_t i, int64_t block, int64_t from, int64_t to) {
     static thread_local Scratch totals_memory;
     const int64_t first = block * tiles_at_once, last = first + tiles_at_once < tiles ? first + tiles_at_once : tiles;
     float* totals = unpacked ? totals_memory.get<float>(tiles_at_once * rows * kPanel) : nullptr;

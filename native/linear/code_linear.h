@@ -1,6 +1,7 @@
 // y = x W^T + b with weights that are looked up in a table and inputs in bfloat16 or float32.
 #pragma once
 #include "common.h"
+#include "decoder/rows.h"
 #include "linear/code_weights.h"
 
 namespace bitgrain {
@@ -17,6 +18,8 @@ struct InputJob {
   uint8_t* tiles;        // [tiles][rows * steps * 2] elements
   float* sums;           // null, or [tiles][rows * spans], in a tile [spans][R]: of the features of a group, as rounded
   float* scales = nullptr;  // null, or of rounded inputs: [tiles][rows * scales_of_row], in a tile [spans][R] or [R]
+  const RowSource* source = nullptr;  // makes the rows, in place of x
+  float* row = nullptr;               // [k], of the thread: for a source
 };
 
 // Panels of one weight against all tiles [first_tile, last_tile) of inputs.
@@ -41,6 +44,7 @@ struct CodeLinearCall {
   void* const* y;
   const int64_t* y_stride;
   DType y_type;
+  const RowSource* source = nullptr;  // makes the rows of x, each one once
 };
 
 void code_linear(const CodeLinearCall& call, int threads);

@@ -9,8 +9,6 @@ namespace {
 
 // Activations that stay in a core's own cache beside a panel of weights.
 constexpr int64_t kActivationBytes = 384 << 10;
-// Weights that a thread takes at a time where little is computed with them.
-constexpr int64_t kPanelBytes = 48 << 10;
 
 }  // namespace
 
@@ -46,8 +44,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   const int64_t blocks = ceil_div(tiles, tiles_at_once);
   tiles_at_once = ceil_div(tiles, blocks);
 
-  const int64_t grain = call.m <= 16 ? ceil_div(kPanelBytes, w.panel_bytes) : 1;
-  for_panels(call.weights, call.count, blocks, grain, threads, [&](int64_t i, int64_t block, int64_t from, int64_t to) {
+  for_panels(call.weights, call.count, call.m, blocks, threads, [&](int64_t i, int64_t block, int64_t from, int64_t to) {
     const int64_t first = block * tiles_at_once, last = first + tiles_at_once < tiles ? first + tiles_at_once : tiles;
     kernel.int_panels({call.weights[i], acts.bytes, acts.sums, acts.scales, call.m, rows, first, last, call.y[i],
                        call.y_type, call.y_stride[i]},

@@ -121,6 +121,36 @@ def test_a_packed_cache_refuses_what_it_cannot_hold():
         assert cache.layers[1].held_keys.tokens == held
 
 
+SCHEMES: dict[str, tuple[str, dict[str, str | None]]] = {
+    "symmetric": ("W4A16", {}),
+    "asymmetric": ("W4A16_ASYM", {}),
+    "3 bits": ("W3A16", {}),
+    "ternary": ("TERNARY", {}),
+    "NF4": ("NF4", {}),
+    "MXFP4": ("MXFP4A16", {}),
+    "NVFP4": ("NVFP4A16", {}),
+    "down in W8A8": ("W4A16", {"down_proj": "W8A8"}),
+    "v in 8 bits": ("W4A16", {"v_proj": "W8A16"}),
+    "a dense down": ("W4A16", {"down_proj": None}),
+    "dense k and o": ("W4A8", {"k_proj": None, "o_proj": None}),
+    "everything": ("NF4", {"q_proj": "W8A8", "v_proj": "W4A8", "o_proj": "W4A16", "up_proj": "INT8_TENSOR"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_weights_of_any_kind(kind: str, dtype: torch.dtype):
+    scheme, others = SCHEMES[kind]
+    model = growing(pack_linears(build("llama"), scheme, others)).to(dtype)
+    ids = ids_for(model)
+    before = logits(model, ids)
+    assert len(fuse_blocks(model)) == 2
+    calls = count_calls(model)
+    after = logits(model, ids)
+    assert calls == [0]
+    assert same(after.float(), before.float(), CLOSE if dtype == torch.float32 else 3 * CLOSE)
+
+
 def count_calls(model: Any) -> list[int]:
     """Calls of packed layers from now on, in a list of one."""
     calls = [0]
@@ -304,6 +334,31 @@ def test_a_replaced_layer_runs(llama: Any):
     found = logits(model, ids)
     unfuse(model)
     assert same(found, logits(model, ids))
+
+
+def test_layers_that_are_not_packed_stay_what_they_are():
+    model = growing(pack_linears(build("llama"), "W4A16", {"layers.1.mlp.down_proj": None}))
+    assert len(fuse_blocks(model)) == 2
+    down, ids = model.model.layers[1].mlp.down_proj, ids_for(model)
+    plain = copy.deepcopy(model)
+    unfuse(plain)
+    before = logits(model, ids)
+    for one in (model, plain):  # trained, cast or replaced
+        with torch.no_grad():
+            one.model.layers[1].mlp.down_proj.weight.mul_(3)
+    after = logits(model, ids)
+    assert not same(after, before)
+    assert same(after, logits(plain, ids))
+    model(ids)
+    down.weight = torch.nn.Parameter(down.weight / 3)
+    assert same(logits(model, ids), before)
+    assert model(ids).logits.requires_grad
+    down.weight.requires_grad_(False)
+    assert not model(ids).logits.requires_grad
+
+
+def test_a_model_without_packed_layers_is_left_alone():
+    assert fuse_blocks(build("llama").to(torch.bfloat16)) == []
 
 
 def test_survives_pickling_and_casts(llama: Any):

@@ -17,7 +17,6 @@ from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.recipes import PRESETS
 from bitgrain.runtime.activations import InputQuantizer
-from bitgrain.runtime.fused_linears import FusedQuantLinears, why_not
 from bitgrain.runtime.linear_rows import INT8_INPUTS, find_linear
 from bitgrain.runtime.low_bit_linear import LowBitLinear
 from bitgrain.runtime.operators import operators
@@ -189,19 +188,6 @@ def test_compiled(backend: str):
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         assert torch.equal(compiled(inputs(3, 192)), model(inputs(3, 192)))
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_layers_in_one_call(tokens: int):
-    layers = [layer_of(weight_of(PRESETS["W4A8"].weight, rows), TOKEN, bias_of(rows)) for rows in (40, 7, 64)]
-    x = inputs(2, tokens, 192)
-    for y, layer in zip(FusedQuantLinears(layers)(x), layers, strict=True):
-        assert torch.equal(y, layer(x))
-    other = layer_of(weight_of(PRESETS["W8A8"].weight), TOKEN)
-    assert why_not([layers[0], other]) == "bits, groups or inputs differ"
-    with pytest.raises(SchemeError, match="bits, groups or inputs differ"):
-        FusedQuantLinears([layers[0], other])
-    assert "Linear" in str(why_not([nn.Linear(4, 4)]))
 
 
 def test_what_no_kernel_serves():

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
+from bitgrain.kernels.code_linear import CodeLinear
+from bitgrain.kernels.dense_rows import DenseLinear
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES, native
 from bitgrain.kernels.packed_states import PackedStates
 from bitgrain.kernels.rows import ACTS, MAX_HEAD, ROTARY, Act, Rotary, RowNorm
 
+Weight = IntLinear | CodeLinear | DenseLinear
+
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """x + o(attention(q, k, v)) with q, k, v read off norm(x).
+    """x + o(attention(q, k, v)) with q, k, v read off norm(x). Weights may be of any kinds.
 
     qkv               three weights, or one that writes q, k and v side by side
     q_norm, k_norm    of each head, before it is rotated
@@ -31,8 +35,8 @@ class AttentionPart:
     """
 
     norm: RowNorm
-    qkv: tuple[IntLinear, ...]
-    o: IntLinear
+    qkv: tuple[Weight, ...]
+    o: Weight
     heads: int
     kv_heads: int
     head_dim: int
@@ -55,8 +59,8 @@ class MlpPart:
     """
 
     norm: RowNorm
-    gate_up: tuple[IntLinear, ...]
-    down: IntLinear
+    gate_up: tuple[Weight, ...]
+    down: Weight
     act: Act
     joined: bool = False
 
@@ -122,7 +126,7 @@ BlockCache = DenseCache | PackedCache
 
 
 class DecoderBlock:
-    """Raises KernelError for parts whose sizes do not fit, or whose weights cannot share their inputs."""
+    """Raises KernelError for parts whose sizes do not fit."""
 
     def __init__(self, attention: AttentionPart, mlp: MlpPart | None) -> None:
         self.attention, self.mlp = attention, mlp
@@ -209,11 +213,17 @@ class DecoderBlock:
     def _attended(self, x: Tensor) -> int:
         return x.shape[0] * x.shape[1] * self.attention.heads * self.attention.head_dim
 
-    def _product(self, weights: Sequence[IntLinear]) -> Any:
-        first = weights[0].handle
-        made = native().IntProducts([one.handle.weights_at() for one in weights], first.spec_at())
-        self._products.append(made)
-        return made
+    def _product(self, weights: Sequence[Weight]) -> Any:
+        """Of weights that read the same rows: in one product for each kind of them."""
+        kinds: dict[object, list[int]] = {}
+        for place, one in enumerate(weights):
+            kinds.setdefault(_kind(one), []).append(place)
+        parts = [_product_of_one_kind([weights[place] for place in places]) for places in kinds.values()]
+        self._products += parts
+        if len(parts) == 1:
+            return parts[0]
+        self._products.append(native().MixedProducts(weights[0].k, parts, list(kinds.values())))
+        return self._products[-1]
 
 
 class DecoderStack:
@@ -266,18 +276,27 @@ def _check(attention: AttentionPart, mlp: MlpPart | None, hidden: int) -> None:
     for norm in (attention.q_norm, attention.k_norm):
         if norm is not None and norm.width != size:
             raise KernelError(f"a norm of {norm.width} features does not fit heads of {size}")
-    _check_shared(attention.qkv)
     if mlp is None:
         return
     width, shapes = mlp.down.k, [(one.n, one.k) for one in mlp.gate_up]
     wanted = [(2 * width, hidden)] if mlp.joined else [(width, hidden)] * len(mlp.gate_up)
     if shapes != wanted or len(shapes) > 2 or mlp.down.n != hidden or mlp.norm.width != hidden:
         raise KernelError(f"gate, up {shapes} and down {(mlp.down.n, mlp.down.k)} do not fit {hidden} features")
-    _check_shared(mlp.gate_up)
 
 
-def _check_shared(weights: Sequence[IntLinear]) -> None:
-    first = weights[0]
-    for other in weights[1:]:
-        if other.inputs != first.inputs or other.lengths != first.lengths or other.bits != first.bits:
-            raise KernelError("weights that read the same rows have different spans, bits or input quantization")
+def _kind(weight: Weight) -> object:
+    """Alike for weights whose products are one: they read the rows in one form."""
+    if isinstance(weight, DenseLinear):
+        return weight.weight.dtype
+    if isinstance(weight, CodeLinear):
+        return weight.bits, weight.group, weight.inputs
+    return weight.bits, weight.lengths, weight.inputs, weight.zeros, weight.zero
+
+
+def _product_of_one_kind(weights: Sequence[Weight]) -> Any:
+    addresses, first = [one.handle.weights_at() for one in weights], weights[0]
+    if isinstance(first, DenseLinear):
+        return native().DenseProducts(addresses)
+    if isinstance(first, CodeLinear):
+        return native().CodeProducts(addresses)
+    return native().IntProducts(addresses, first.handle.spec_at())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.native import DTYPES, native, rows_of
+from bitgrain.kernels.native import DTYPES, native
 from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros
 from bitgrain.kernels.words import check_words
 
@@ -186,31 +186,3 @@ def _restore(
     return IntLinear(
         n, lengths, bits, inputs, scale_dtype=scale_dtype, zeros=zeros, zero=zero, bias=bias, panels=panels
     )
-
-
-class IntLinears:
-    """Several weights that read the same inputs (q, k and v; gate and up), in one call. Up to 8."""
-
-    def __init__(self, members: Sequence[IntLinear]) -> None:
-        """Raises KernelError unless they have the same bits, spans and inputs."""
-        first = members[0]
-        if len({(one.bits, one.lengths, one.inputs) for one in members}) > 1:
-            raise KernelError("weights that run in one call have the same bits, spans and quantized inputs")
-        if len(members) > 8:
-            raise KernelError(f"up to 8 weights run in one call, not {len(members)}")
-        self.members = tuple(members)
-        self.k = first.k
-        self.handle: Any = native().IntGroup([one.handle for one in members])
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x as for `IntLinear`; the outputs of the members in their order."""
-        shape, kind = x.shape, DTYPES.get(x.dtype)
-        if kind is None or shape[-1] != self.k or not x.is_cpu:
-            rows_of(x, self.k)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        ys = tuple([x.new_empty((*shape[:-1], one.n)) for one in self.members])
-        self.handle.run(
-            x.data_ptr(), kind, x.numel() // self.k, self.k, [y.data_ptr() for y in ys], kind, torch.get_num_threads()
-        )
-        return ys

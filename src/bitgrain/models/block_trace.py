@@ -6,9 +6,11 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -57,9 +59,31 @@ class BlockTrace:
 
 
 def embedded_tokens(model: PreTrainedModel) -> Tensor:
+    """In the dtype of the embeddings."""
     inputs = cast(nn.Embedding, model.get_input_embeddings())
     ids = torch.arange(1, TOKENS + 2) * 7919 % inputs.num_embeddings
-    return inputs(ids[None].to(inputs.weight.device)).float()
+    return inputs(ids[None].to(inputs.weight.device))
+
+
+@contextmanager
+def linears_in_float32(module: nn.Module) -> Generator[None]:
+    """Dense linear layers of other dtypes take and give float32, as packed ones do."""
+    changed = [
+        one for one in module.modules()
+        if type(one) is nn.Linear and one.weight.dtype != torch.float32 and "forward" not in one.__dict__
+    ]  # fmt: skip
+    try:
+        for one in changed:
+            cast(Any, one).forward = partial(_float32_linear, one)
+        yield
+    finally:
+        for one in changed:
+            one.__dict__.pop("forward", None)
+
+
+def _float32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    bias = cast(Tensor | None, layer.bias)
+    return F.linear(x, layer.weight.float(), None if bias is None else bias.float())
 
 
 @torch.no_grad()
@@ -73,11 +97,11 @@ def watch_blocks(model: PreTrainedModel) -> dict[str, BlockTrace]:
     names = [name for name, _ in model.named_parameters()]
     packed = [f"{path}.weight" for path, one in model.named_modules() if packed_weight(one) is not None]
     paths = find_blocks(model, [*names, *packed])
-    embedded = embedded_tokens(model)
+    embedded = embedded_tokens(model).float()
     cache = DynamicCache(config=model.config)
     arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
     try:
-        with _observed(model) as seen:
+        with _observed(model) as seen, linears_in_float32(base):
             base(inputs_embeds=embedded[:, :TOKENS], **arguments)
             with _hooks(model, paths, traces, seen):
                 base(inputs_embeds=embedded[:, TOKENS:], **arguments)

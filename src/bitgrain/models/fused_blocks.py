@@ -1,6 +1,6 @@
 """Which decoder layers can run as few native calls: found by watching a model run, and proved on what was seen.
 
-No table of models. A few tokens go through the model; what each norm, each packed linear layer and attention were given
+No table of models. A few tokens go through the model; what each norm, each linear layer and attention were given
 and gave says how they are joined (which norm feeds which products, what was added to what), and each step is computed
 again by the native kernels and compared. Names say nothing here. Whatever does not agree stays module by module.
 """
@@ -19,12 +19,13 @@ from bitgrain.errors import KernelError
 from bitgrain.kernels.decoder import DenseCache
 from bitgrain.kernels.native import is_available
 from bitgrain.kernels.rows import ACTS, ROTARY, Rotary, RowNorm, gated, rotate_
-from bitgrain.models.block_trace import TOKENS, BlockTrace, Call, embedded_tokens, watch_blocks
+from bitgrain.models.block_trace import TOKENS, BlockTrace, Call, embedded_tokens, linears_in_float32, watch_blocks
 from bitgrain.models.trace import norm_paths
 from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, MlpPlan, NormPlan
 from bitgrain.runtime.fused_block import (
     build,
     fuse,
+    native_weight,
     packed_weight,
     row_norm,
     stack,
@@ -41,10 +42,12 @@ SAME = 0.03
 def fuse_blocks(model: nn.Module) -> list[str]:
     """`fuse` every decoder layer of a transformers model that can be; returns their paths.
 
-    Runs the model on a few tokens, in float32. A model that cannot be run like that, or a machine without the native
-    kernels, is left as it is.
+    Runs the model on a few tokens, in float32. A model that cannot be run like that, or that has no packed layers, or a
+    machine without the native kernels, is left as it is.
     """
     if not is_available() or not isinstance(model, PreTrainedModel) or not model.can_generate() or model.training:
+        return []
+    if all(packed_weight(one) is None for one in model.modules()):
         return []
     seen = watch_blocks(model)
     fused: list[str] = []
@@ -80,7 +83,7 @@ def _run_tokens(model: PreTrainedModel, cache: Cache) -> Tensor:
 
 def plan_of(block: nn.Module, trace: BlockTrace) -> BlockPlan | None:
     """What the block is made of, each step proved on the trace; None for another structure."""
-    linears = [one for one in trace.calls if packed_weight(block.get_submodule(one.path)) is not None]
+    linears = [one for one in trace.calls if native_weight(block.get_submodule(one.path)) is not None]
     norms = [one for one in trace.calls if one.path in norm_paths(block)]
     if len(trace.attention) != 1 or len({one.path for one in linears}) != len(linears):
         return None
@@ -96,7 +99,9 @@ def plan_of(block: nn.Module, trace: BlockTrace) -> BlockPlan | None:
             behind = _behind(block, trace, trace.x + o.y, linears, norms)
             if behind is None or cache is None:
                 return None
-            return BlockPlan(attention, *behind, frozenset(trace.arguments), cache)
+            plan = BlockPlan(attention, *behind, frozenset(trace.arguments), cache)
+            packed = [path for path in plan.linears() if packed_weight(block.get_submodule(path)) is not None]
+            return plan if packed else None  # a layer without is not ours to change
     return None
 
 
@@ -111,7 +116,7 @@ def _attention(
     new = [one.transpose(1, 2)[:, -tokens:].flatten(2) for one in (call.q, call.k, call.v)]
     o = [
         one for one in trace.calls
-        if packed_weight(block.get_submodule(one.path)) is not None and _close(one.x, call.y.flatten(2))
+        if native_weight(block.get_submodule(one.path)) is not None and _close(one.x, call.y.flatten(2))
     ]  # fmt: skip
     if len(o) != 1 or o[0].y.shape != trace.x.shape:
         return None
@@ -248,6 +253,7 @@ def _rotated(
     return heads.view(part.shape)
 
 
+@torch.no_grad()
 def _proved(block: nn.Module, plan: BlockPlan, trace: BlockTrace) -> bool:
     """Whether the native block gives what the block gave: by parts, and in one call with one new token."""
     native = build(block, plan)
@@ -259,7 +265,8 @@ def _proved(block: nn.Module, plan: BlockPlan, trace: BlockTrace) -> bool:
     y = native.finish(x, call.y.flatten(2).contiguous())
     if plan.mlp is None:
         norm, mlp = plan.rest
-        after = block.get_submodule(mlp)(block.get_submodule(norm)(y))
+        with linears_in_float32(block):
+            after = block.get_submodule(mlp)(block.get_submodule(norm)(y))
         y = y + (after[0] if isinstance(after, tuple) else after)
     if not _close(y, trace.y, SAME):
         return False

@@ -65,6 +65,11 @@ class BlockPlan:
     arguments: frozenset[str]
     cache: str
 
+    def linears(self) -> tuple[str, ...]:
+        """Paths of the layers whose products run natively."""
+        attention, mlp = self.attention, self.mlp
+        return (*attention.qkv, attention.o, *(() if mlp is None else (*mlp.gate_up, mlp.down)))
+
     def norms(self) -> dict[str, list[str]]:
         """Path of each norm that runs natively -> its parameters."""
         attention = self.attention

@@ -19,7 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels import prefill_attention
-from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart
+from bitgrain.kernels.code_linear import CodeLinear
+from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart, Weight
+from bitgrain.kernels.dense_rows import DenseLinear
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES
 from bitgrain.kernels.rows import RowNorm
@@ -27,7 +29,6 @@ from bitgrain.runtime.block_caches import kind_of, with_room
 from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, NormPlan
 from bitgrain.runtime.fused_stack import FusedStack
 from bitgrain.runtime.guards import Guards
-from bitgrain.runtime.packed_kernels import IntKernel
 from bitgrain.runtime.quant_linear import QuantLinear
 
 MOST_ROWS = 16
@@ -151,7 +152,9 @@ class FusedForward:
                 return False
         if guards is None or not guards.hold():
             self._native = build(block, self.plan)
-            guards = self._guards = Guards(block, self.plan.norms())
+            guards = self._guards = Guards(block, {**self.plan.norms(), **_dense_parameters(block, self.plan)})
+        if torch.is_grad_enabled() and guards.need_gradients():
+            return False
         return self._native is not None and guards.no_hooks()
 
     def whole(self, x: Tensor) -> DecoderBlock | None:
@@ -184,12 +187,11 @@ def unfuse(module: nn.Module) -> None:
 
 
 def build(block: nn.Module, plan: BlockPlan) -> DecoderBlock | None:
-    """The native block of a plan; None where its layers are not packed or do not fit."""
+    """The native block of a plan; None where its layers have no native products or do not fit."""
     attention, mlp = plan.attention, plan.mlp
-    paths = (*attention.qkv, attention.o, *(() if mlp is None else (*mlp.gate_up, mlp.down)))
-    weights: dict[str, IntLinear] = {}
-    for path in paths:
-        found = packed_weight(block.get_submodule(path))
+    weights: dict[str, Weight] = {}
+    for path in plan.linears():
+        found = native_weight(block.get_submodule(path))
         if found is None:
             return None
         weights[path] = found
@@ -216,10 +218,30 @@ def row_norm(block: nn.Module, plan: NormPlan) -> RowNorm:
     return RowNorm(width, weight, bias, eps=plan.eps, centered=plan.centered)
 
 
-def packed_weight(module: nn.Module) -> IntLinear | None:
+def native_weight(module: nn.Module) -> Weight | None:
+    """The weight that a layer multiplies by, packed or dense, where it does nothing besides; None for other layers."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return packed_weight(module)
+    try:
+        return DenseLinear(module.weight, module.bias) if type(cast(Any, module).weight) is nn.Parameter else None
+    except KernelError:
+        return None
+
+
+def _dense_parameters(block: nn.Module, plan: BlockPlan) -> dict[str, list[str]]:
+    """Path of each layer that is not packed -> its parameters."""
+    found: dict[str, list[str]] = {}
+    for path in plan.linears():
+        layer = block.get_submodule(path)
+        if type(layer) is nn.Linear:
+            found[path] = [name for name, _ in layer.named_parameters()]
+    return found
+
+
+def packed_weight(module: nn.Module) -> IntLinear | CodeLinear | None:
     """The packed weight that a layer multiplies by, where it does nothing besides; None for other layers."""
     kernel = module.kernel if type(module) is QuantLinear else None
-    if isinstance(kernel, IntKernel) and isinstance(kernel.linear, IntLinear) and kernel.call is kernel.linear:
+    if kernel is not None and isinstance(kernel.linear, IntLinear | CodeLinear) and kernel.call is kernel.linear:
         return kernel.linear
     return None
 

@@ -13,10 +13,10 @@ from bitgrain.runtime.quant_linear import QuantLinear
 
 
 class Guards:
-    """What must not change: the modules of a block, the hooks on them, the parameters of its norms."""
+    """What must not change: the modules of a block, the hooks on them, parameters."""
 
-    def __init__(self, block: nn.Module, norms: Mapping[str, Sequence[str]]) -> None:
-        """norms: path of a norm -> names of its parameters that count."""
+    def __init__(self, block: nn.Module, parameters: Mapping[str, Sequence[str]]) -> None:
+        """parameters: path of a module -> names of its parameters that count."""
         self._places: list[tuple[dict[str, Any], str]] = []
         self._hooks: list[Mapping[int, Any]] = []
         self._own: list[dict[str, Any]] = []
@@ -30,7 +30,7 @@ class Guards:
                     if isinstance(child, QuantLinear):
                         self._places.append((child.__dict__, "kernel"))
         self._parameters: list[Tensor] = []
-        for path, names in norms.items():
+        for path, names in parameters.items():
             owned = cast(dict[str, Any], block.get_submodule(path)._parameters)
             for name in names:
                 self._places.append((owned, name))
@@ -49,6 +49,10 @@ class Guards:
     def hold(self) -> bool:
         """Whether modules, kernels and parameters are those that were there."""
         return self._look() == self._found
+
+    def need_gradients(self) -> bool:
+        """Whether one of the parameters is to be trained."""
+        return any(one.requires_grad for one in self._parameters)
 
     def no_hooks(self) -> bool:
         """Whether nobody looks into the block, and no module's forward is another one than its class has."""
