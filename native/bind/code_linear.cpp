@@ -44,6 +44,7 @@ void bind_code_linear(nb::module_& m) {
       .def("pack", &CodeWeight::pack)
       .def("pack_words", &CodeWeight::pack_words)
       .def("unpack", &CodeWeight::unpack)
+      .def("gather", &CodeWeight::gather)
       .def("run", &CodeWeight::run);
   m.def("rounds_inputs", [] { return kernels().input_bytes == 2; },
         "Whether the level that runs rounds the inputs and tables of CodeWeight to bfloat16.");

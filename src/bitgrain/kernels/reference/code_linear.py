@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.kernels.native import rows_of
+from bitgrain.kernels.reference.embedding import look_up
 from bitgrain.kernels.words import unpack_words
 
 
@@ -86,6 +87,12 @@ class CodeLinearTwin:
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `CodeLinear.unpack`."""
         return self.panels, self.scale, self.zero
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `PackedLinear.rows`."""
+        return look_up(
+            self.panels, self.scale, self.table, ids, dtype, group=self.group, zero=self.zero, outer=self.outer
+        )
 
     def set_bias(self, bias: Tensor | None) -> None:
         """See `CodeLinear.set_bias`."""
