@@ -221,7 +221,8 @@ def _run_experts_(
         return QuantLinear(kernel, dtype=dtype, stored=stored[name])
 
     experts = [[layer(name, i) for name, i in expert] for expert in place.parts]
-    setattr(owner, leaf, QuantExperts(experts, place.transposed))
+    delattr(owner, leaf)
+    owner.add_module(leaf, QuantExperts(experts, place.transposed))
 
 
 def _few(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self, cast
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -42,16 +42,19 @@ class HeldKernel(Protocol):
         ...
 
 
-class KernelHolder(PackedWeight):
+K = TypeVar("K", bound=HeldKernel)
+
+
+class KernelHolder(PackedWeight, Generic[K]):
     """The part of a layer that has to do with its kernel.
 
     tied  another layer of the model holds the same kernel, and its state_dict has the weight
     """
 
-    kernel: HeldKernel
+    kernel: K
     tied: bool
 
-    def _take(self, kernel: Any) -> None:
+    def hold(self, kernel: K) -> None:
         """Run `kernel` from now on."""
         self.kernel = kernel
         for name, tensor in kernel.tensors().items() if not self.tied else ():
@@ -91,7 +94,7 @@ class KernelHolder(PackedWeight):
                 "devices"
             )
         super()._apply(fn, recurse)  # packed weights are bytes, which no cast touches
-        self._take(self.kernel)
+        self.hold(self.kernel)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -132,10 +135,10 @@ class KernelHolder(PackedWeight):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._take(self.kernel)
+        self.hold(self.kernel)
 
 
-LAYERS: WeakValueDictionary[int, KernelHolder] = WeakValueDictionary()
+LAYERS: WeakValueDictionary[int, KernelHolder[Any]] = WeakValueDictionary()
 """Layers by number, by which a compiled graph calls them: it holds no objects."""
 
 

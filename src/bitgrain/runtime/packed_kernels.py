@@ -123,9 +123,10 @@ class PackedKernel(ABC):
 
     def refill(self, weight: PackedMatrix) -> None:
         """Hold another weight of the same spec and shape, for all layers that share this kernel."""
-        bias = self.linear.bias
-        self.__setstate__(self.repacked(weight).__getstate__())
-        self.set_bias(bias)
+        fresh = self.repacked(weight)
+        fresh.set_bias(self.linear.bias)
+        vars(self.linear).update(vars(fresh.linear))  # the layers hold what is called
+        vars(self).update({name: vars(fresh)[name] for name in vars(fresh).keys() - {"linear", "call"}})
 
     def describe(self) -> str:
         """For the printed model."""

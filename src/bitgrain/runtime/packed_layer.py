@@ -9,7 +9,7 @@ from bitgrain.numerics import QuantSpec
 from bitgrain.runtime.lazy_weight import PackedWeight
 
 
-class PackedLayer(PackedWeight, nn.Linear):
+class PackedLayer(PackedWeight, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """x [.., in] -> x W^T + b, where W [out, in] is a QTensor in some packed form.
 
     bias        [out] or None, as it is

@@ -24,18 +24,16 @@ class RowKernel(HeldKernel, Protocol):
         ...
 
 
-class QuantEmbedding(KernelHolder, nn.Embedding):
+class QuantEmbedding(KernelHolder[RowKernel], nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride]
     """ids [...] -> rows [..., features] in the dtype of the weight; made by `quant_embedding`.
 
     Rows are rounded to the dtype that the weight had when it was quantized, then to that of the module: what an
     embedding with the dequantized weight gives, bit for bit.
     """
 
-    kernel: RowKernel
-
     def _refill(self, weight: PackedMatrix) -> None:
         self.kernel.refill(weight)
-        self._take(self.kernel)
+        self.hold(self.kernel)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -64,14 +62,13 @@ def quant_embedding(
     tied    as of `KernelHolder`
     Of a class of its own (Gemma's scales what it looks up) it stays an instance, and its forward is run.
     """
-    new = _class_like(type(old)).__new__(_class_like(type(old)))
-    nn.Module.__init__(new)
+    new, dtype = _empty(type(old)), old.weight.dtype
     for name, value in vars(old).items():
         new.__dict__[name] = value.copy() if isinstance(value, dict) else value
-    dtype = new._parameters.pop("weight").dtype  # type: ignore[union-attr]
+    del new.__dict__["_parameters"]["weight"]
     new.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
     new.stored, new.tied = stored or dtype, tied
-    new._take(kernel)
+    new.hold(kernel)
     return new
 
 
@@ -81,10 +78,12 @@ def _class_like(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
     if kind is nn.Embedding:
         return QuantEmbedding
 
+    bases: Any = (kind, QuantEmbedding)
+
     def reduce(self: QuantEmbedding, _: Any) -> tuple[Any, ...]:
         return _empty, (kind,), self.__getstate__()
 
-    return type(f"Quant{kind.__name__}", (kind, QuantEmbedding), {"__reduce_ex__": reduce})
+    return type(f"Quant{kind.__name__}", bases, {"__reduce_ex__": reduce})
 
 
 def _empty(kind: type[nn.Embedding]) -> QuantEmbedding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from bitgrain.runtime.packed_kernels import PackedKernel
 from bitgrain.runtime.packed_layer import PackedLayer
 
 
-class QuantLinear(KernelHolder, PackedLayer):
+class QuantLinear(KernelHolder[PackedKernel], PackedLayer):
     """x [.., in] float32, bfloat16 or float16 on the CPU -> x W^T + b in the dtype of x; W [out, in] is packed.
 
     kernel  the weight and how inputs are quantized (`runtime.packed_kernels`)
@@ -25,8 +25,6 @@ class QuantLinear(KernelHolder, PackedLayer):
     tied    as of `KernelHolder`: the head of a model whose embedding looks its rows up in the same kernel
     Raises SchemeError where a gradient is asked for, or another device.
     """
-
-    kernel: PackedKernel
 
     def __init__(
         self,
@@ -40,14 +38,15 @@ class QuantLinear(KernelHolder, PackedLayer):
     ) -> None:
         PackedLayer.__init__(self, kernel.shape, kernel.spec, bias, dtype, stored, transposed)
         self.tied = tied
-        self._take(kernel)
+        self.hold(kernel)
 
-    def _take(self, kernel: PackedKernel) -> None:
+    def hold(self, kernel: PackedKernel) -> None:
         kernel.set_bias(self.bias)
-        super()._take(kernel)
+        super().hold(kernel)
+        self._call = kernel.call
 
     def _refill(self, weight: PackedMatrix) -> None:
-        self._take(self.kernel.repacked(weight))
+        self.hold(self.kernel.repacked(weight))
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -57,11 +56,14 @@ class QuantLinear(KernelHolder, PackedLayer):
                 "packed kernels compute no gradients: run under torch.no_grad(), or load what is to be trained with "
                 "bitgrain.load(..., low_bit=True)"
             )
-        return self.kernel.call(input)
+        return self._call(input)
 
     def qtensor(self) -> QTensor:
         """The weight, unpacked."""
         return self.kernel.qtensor()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_call"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.kernel.describe()}"
