@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import bitgrain
@@ -52,9 +51,9 @@ def test_generate(tiny: Callable[[str], Path], tmp_path: Path):
 def test_layers_without_a_kernel_are_listed_with_the_remedy(tiny: Callable[[str], Path], tmp_path: Path):
     int16 = Scheme("int16", QuantSpec(IntFormat(4), per_group(32)), QuantSpec(IntFormat(16), per_token(), dynamic=True))
     recipe = make_recipe(scheme=SchemeModel.of(int16))
-    bitgrain.quantize(tiny("mixtral"), tmp_path / "out", recipe=recipe, layout="bitgrain")
+    bitgrain.quantize(tiny("mixtral"), tmp_path / "out", recipe=recipe)
     with pytest.raises(
-        SchemeError, match=r"experts.* and \d+ more \(inputs in int16\): ask.*execution='dequantize'"
+        SchemeError, match=r"self_attn.* and \d+ more \(inputs in int16\): ask.*execution='dequantize'"
     ) as told:
         bitgrain.load(tmp_path / "out", device="cpu")
     assert "\n" not in str(told.value)
@@ -77,7 +76,8 @@ def float_kernels() -> Iterator[None]:
 def compare(folder: Path, close: float, **arguments: Any) -> Any:
     """The model that runs kernels, its logits as close to the simulation's as a part of the largest."""
     model = bitgrain.load(folder, device="cpu", **arguments)
-    dense = bitgrain.load(folder, device="cpu", execution="reference" if arguments else "dequantize")
+    execution = "reference" if arguments else "dequantize"
+    dense = bitgrain.load(folder, device="cpu", execution=execution, **arguments)
     found, expected = zoo.outputs(model, IDS), zoo.outputs(dense, IDS)
     assert float((found - expected).abs().max() / expected.abs().max()) < close
     assert found.argmax(-1).equal(expected.argmax(-1))
@@ -149,7 +149,12 @@ def test_experts_all_at_once(tmp_path: Path):
 
 
 def test_experts_that_share_a_static_scale(readable: Callable[..., Path], text: Path, tmp_path: Path):
-    bitgrain.quantize(readable("mixtral"), tmp_path / "out", "W8A8_STATIC", calibration={"text": str(text)})
+    bitgrain.quantize(
+        readable("mixtral"),
+        tmp_path / "out",
+        "W8A8_STATIC",
+        calibration={"text": str(text), "windows": 4, "seqlen": 32},
+    )
     compare(tmp_path / "out", 1e-2)
 
 
@@ -184,6 +189,18 @@ def test_in_memory():
     with pytest.raises(SchemeError, match="execution='dequantize'"):
         bitgrain.quantize_(refused, "FP8_DYNAMIC", execution="kernels")
     assert all(torch.equal(value, before[name]) for name, value in refused.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma", "mixtral", "gpt-oss"])
+def test_embeddings_and_experts_in_memory(name: str):
+    include = ["model.embed_tokens"] if name in ("llama-tied", "gemma") else []
+    dense, packed = zoo.build(name), zoo.build(name).requires_grad_(False)
+    scheme = "W4A16" if include else "W4A8"
+    bitgrain.quantize_(dense, scheme, include=include)
+    bitgrain.quantize_(packed, scheme, include=include, execution="kernels")
+    found, expected = zoo.outputs(packed, IDS), zoo.outputs(dense, IDS)
+    assert float((found - expected).std() / expected.std()) < 0.02
+    assert any(isinstance(part, QuantEmbedding | QuantExperts) for part in packed.modules())
 
 
 def test_weights_alone_with_inputs_in_8_bits(tiny: Callable[[str], Path], tmp_path: Path):

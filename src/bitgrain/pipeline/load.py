@@ -146,8 +146,9 @@ def load(
 ) -> nn.Module:
     """A transformers model in eval mode that runs a checkpoint which bitgrain wrote.
 
-    execution: "kernels" (the default): packed weights run through native kernels (`runtime.quant_linear`), without
-    gradients; "dequantize": dense weights, quantized activations simulated; "reference": the kernels' readable twins.
+    execution: "kernels" (the default): packed weights run through native kernels (`runtime.quant_linear`,
+    `quant_embedding`, `quant_experts`), without gradients; "dequantize": dense weights, quantized activations
+    simulated; "reference": the kernels' readable twins.
     activations: "int8" lets weight-only layers quantize their inputs to 8 bits for each token, which is faster and no
     longer what the checkpoint says.
     kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too. None: as the

@@ -74,7 +74,8 @@ def quantize_(
     first_last   another scheme for the first and the last layer, or "keep"; with calibration in the order in which
                  layers run, else in that of the module tree
     execution    "dequantize": dense weights hold the rounded values, quantized activations are simulated; "kernels":
-                 linear layers become `runtime.quant_linear.QuantLinear`, which runs packed weights, for inference;
+                 layers become ones that run packed weights (`runtime.quant_linear`, `quant_embedding`,
+                 `quant_experts`), for inference;
                  "reference": likewise, by the kernels' twins
     Returns the QTensors by parameter name, one for each stacked matrix; a convolution's is [out, in/groups * kernel].
     Parameters then hold the dequantized values in their own dtype; layers whose scheme quantizes activations get an
