@@ -11,11 +11,12 @@ struct Embedding {
   float table[256];     // what each unsigned code is
   const void* scale;    // [n, groups]: f32, bf16, f16, E8M0, E4M3
   DType scale_type;
+  float outer;          // what all scales are multiplied with
   const void* zero;     // [n, groups]: f32, bf16, f16, u8, s8; null: none
   DType zero_type;
 };
 
-// y [count, k] in f32, bf16 or f16: (table[code] - zero) * scale, each step rounded to float32, then to `type`.
+// y [count, k] in f32, bf16 or f16: (table[code] - zero) * (scale * outer), each step rounded to float32, then to `type`.
 // Returns where the first id is that is no row; -1: none, and only then y is written whole.
 int64_t look_up_rows(const Embedding& e, const int64_t* ids, int64_t count, void* y, DType type, int threads);
 

@@ -66,6 +66,17 @@ BG_INLINE float load_number(const void* p, DType type, int64_t at) {
   std::memcpy(&half, (const uint8_t*)p + 2 * at, 2);
   return type == DType::bf16 ? from_bf16(half) : from_f16(half);
 }
+// The same of any type that numbers are stored in.
+BG_INLINE float load_any(const void* p, DType type, int64_t at) {
+  const uint8_t byte = size_of(type) == 1 ? ((const uint8_t*)p)[at] : 0;
+  switch (type) {
+    case DType::u8: return (float)byte;
+    case DType::s8: return (float)(int8_t)byte;
+    case DType::e8m0: return from_e8m0(byte);
+    case DType::e4m3: return from_e4m3(byte);
+    default: return load_number(p, type, at);
+  }
+}
 BG_INLINE void store_number(void* p, DType type, int64_t at, float x) {
   if (type == DType::f32) {
     std::memcpy((uint8_t*)p + 4 * at, &x, 4);

@@ -50,6 +50,7 @@ void bind_code_linear(nb::module_& m) {
       .def("pack_words", &CodeWeight::pack_words)
       .def("unpack", &CodeWeight::unpack)
       .def("round_inputs", &CodeWeight::round_inputs)
+      .def("gather", &CodeWeight::gather)
       .def("run", &CodeWeight::run)
       .def("weights_at", [](const CodeWeight& w) { return reinterpret_cast<uintptr_t>(&w.weights()); });
   m.def("rounds_inputs", [] { return kernels().input_bytes == 2; },

@@ -15,8 +15,8 @@ namespace {
 // Rows of a packed matrix. Its memory is the caller's.
 class EmbeddingRows {
  public:
-  EmbeddingRows(int64_t n, int64_t k, int64_t group, int bits, const std::vector<float>& table) {
-    e_.n = n, e_.k = k, e_.group = group, e_.words.bits = bits;
+  EmbeddingRows(int64_t n, int64_t k, int64_t group, int bits, const std::vector<float>& table, float outer) {
+    e_.n = n, e_.k = k, e_.group = group, e_.words.bits = bits, e_.outer = outer;
     for (size_t i = 0; i < table.size() && i < 256; ++i) e_.table[i] = table[i];
   }
   EmbeddingRows(const EmbeddingRows&) = delete;
@@ -41,7 +41,7 @@ class EmbeddingRows {
 
 void bind_embedding(nb::module_& m) {
   nb::class_<EmbeddingRows>(m, "EmbeddingRows")
-      .def(nb::init<int64_t, int64_t, int64_t, int, const std::vector<float>&>())
+      .def(nb::init<int64_t, int64_t, int64_t, int, const std::vector<float>&, float>())
       .def("attach", &EmbeddingRows::attach)
       .def("run", &EmbeddingRows::run);
 }

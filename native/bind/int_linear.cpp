@@ -65,6 +65,7 @@ void bind_int_linear(nb::module_& m) {
       .def("pack", &IntWeight::pack)
       .def("pack_words", &IntWeight::pack_words)
       .def("unpack", &IntWeight::unpack)
+      .def("gather", &IntWeight::gather)
       .def("dequantize", &IntWeight::dequantize)
       .def("run", &IntWeight::run)
       .def("weights_at", [](const IntWeight& w) { return reinterpret_cast<uintptr_t>(&w.weights()); })

@@ -37,6 +37,13 @@ class PackedWeight {
     });
   }
 
+  // rows `ids` of the weight; the place of the first that there is not, or -1
+  int64_t gather(uintptr_t ids, int64_t count, uintptr_t y, int y_type, int threads) const {
+    nanobind::gil_scoped_release free;
+    return gather_rows(w_, reinterpret_cast<const int64_t*>(ids), count, reinterpret_cast<void*>(y),
+                       static_cast<DType>(y_type), threads);
+  }
+
   const W& weights() const { return w_; }
 
  protected:

@@ -1,5 +1,6 @@
 #include "floats.h"
 #include "linear/code_weights.h"
+#include "linear/gather.h"
 #include "linear/panels.h"
 
 namespace bitgrain {
@@ -72,9 +73,21 @@ void pack_panel(const CodeWeights& w, const uint8_t* codes, const void* scale, c
   });
 }
 
+// One column's codes of a group.
+template <int BITS>
+void unfold_group(const uint8_t* lane, int64_t count, uint8_t* codes) {
+  constexpr int64_t kFeatures = chunk_features(BITS), kVectors = chunk_vectors(BITS);
+  for (int64_t f = 0; f < count; f += kFeatures, lane += kVectors * 2 * 64) {
+    uint8_t some[kFeatures];
+    uint32_t words[kVectors];
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&words[v], lane + 64 * v, 4);
+    unfold<BITS>(words, some);
+    std::memcpy(codes + f, some, (size_t)(count - f < kFeatures ? count - f : kFeatures));
+  }
+}
+
 template <int BITS>
 void unpack_panel(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t panel) {
-  constexpr int64_t kFeatures = chunk_features(BITS), kVectors = chunk_vectors(BITS);
   const size_t size = size_of(w.scale_type);
   visit(w, w.panels + panel * w.panel_bytes, panel,
         [&](int64_t c, int64_t s, const uint8_t* scales, const uint8_t* zeros, const uint8_t* lane) {
@@ -82,14 +95,7 @@ void unpack_panel(const CodeWeights& w, uint8_t* codes, void* scale, float* zero
     if (scale) std::memcpy((uint8_t*)scale + (size_t)index * size, scales + (size_t)c * size, size);
     if (zero && w.zeros == Zeros::codes) zero[index] = zeros[c];
     if (zero && w.zeros == Zeros::real) std::memcpy(&zero[index], zeros + 4 * c, 4);
-    uint8_t* row = codes + (panel * kPanel + c) * w.k + s * w.group;
-    for (int64_t f = 0; f < count; f += kFeatures, lane += kVectors * 2 * 64) {
-      uint8_t some[kFeatures];
-      uint32_t words[kVectors];
-      for (int v = 0; v < kVectors; ++v) std::memcpy(&words[v], lane + 64 * v, 4);
-      unfold<BITS>(words, some);
-      std::memcpy(row + f, some, (size_t)(count - f < kFeatures ? count - f : kFeatures));
-    }
+    unfold_group<BITS>(lane, count, codes + (panel * kPanel + c) * w.k + s * w.group);
   });
 }
 
@@ -137,6 +143,42 @@ void pack_panels(const CodeWeights& w, const WordRows& words, const void* scale,
 void unpack_panels(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t first, int64_t last) {
   with_bits(w.bits, [&](auto bits) {
     for (int64_t p = first; p < last; ++p) unpack_panel<bits()>(w, codes, scale, zero, p);
+  });
+}
+
+namespace {
+
+// What a code stands for, as panels hold it.
+float number_of(const CodeWeights& w, uint8_t code) {
+  switch (w.kind) {
+    case CodeKind::integers: return (float)(int8_t)code;
+    case CodeKind::e4m3: return from_e4m3(code);
+    case CodeKind::e5m2: return from_e5m2(code);
+    default: return w.table[code % 16];
+  }
+}
+
+}  // namespace
+
+int64_t gather_rows(const CodeWeights& w, const int64_t* ids, int64_t count, void* y, DType type, int threads) {
+  float numbers[256];
+  for (int i = 0; i < 256; ++i) numbers[i] = number_of(w, (uint8_t)i);
+  const int64_t vectors = chunk_vectors(w.bits);
+  return gather(w.n, w.k, numbers, ids, count, y, type, threads, [&](int64_t row, uint8_t* codes, const auto& f) {
+    const int64_t c = row % kPanel;
+    const uint8_t* scales = w.panels + row / kPanel * w.panel_bytes;
+    for (int64_t s = 0; s < w.spans; ++s) {
+      const uint8_t *zeros = scales + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.zeros);
+      const int64_t count_now = features_of(w, s);
+      with_bits(w.bits, [&](auto bits) {
+        unfold_group<bits()>(chunks + (c / 16) * vectors * 64 + (c % 16) * 4, count_now, codes + s * w.group);
+      });
+      const float zero = w.zeros == Zeros::constant ? 0.f
+                         : w.zeros == Zeros::codes  ? (float)zeros[c]
+                                                    : load_number(zeros, DType::f32, c);
+      f(s * w.group, count_now, load_any(scales, w.scale_type, c) * w.outer, zero);
+      scales = chunks + chunks_of(w, s) * vectors * 2 * 64;
+    }
   });
 }
 

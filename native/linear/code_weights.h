@@ -95,4 +95,7 @@ void pack_panels(const CodeWeights& w, const WordRows& words, const void* scale,
 // The inverse: codes, and scales and zeros where asked for (not null).
 void unpack_panels(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t first, int64_t last);
 
+// Rows `ids` [count] of the weight, dequantized: (table[code] - zero) * (scale * outer), see `gather`.
+int64_t gather_rows(const CodeWeights& w, const int64_t* ids, int64_t count, void* y, DType type, int threads);
+
 }  // namespace bitgrain

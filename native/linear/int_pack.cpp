@@ -1,4 +1,5 @@
 #include "floats.h"
+#include "linear/gather.h"
 #include "linear/int_weights.h"
 #include "linear/panels.h"
 
@@ -57,6 +58,11 @@ void unfold_span(const uint8_t* lane, int64_t count, uint8_t* codes) {
     unfold<BITS>(words, some);
     std::memcpy(codes + f, some, (size_t)(count - f < kFeatures ? count - f : kFeatures));
   }
+}
+
+float zero_at(const IntWeights& w, const uint8_t* zeros, int64_t c) {
+  if (w.zeros == Zeros::constant) return (float)w.zero;
+  return w.zeros == Zeros::codes ? (float)zeros[c] : load_number(zeros, DType::f32, c);
 }
 
 // One code of a lane; f: counted from the chunk's start.
@@ -161,14 +167,28 @@ void dequantize_features(const IntWeights& w, const int64_t* features, int64_t c
       for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
         const uint8_t* lane = chunk + (c / 16) * vectors * 64 + (c % 16) * 4;
         const uint8_t code = code_at(w.bits, lane, f % in_chunk);
-        float zero = (float)w.zero;
-        if (w.zeros == Zeros::codes) zero = zeros[c];
-        if (w.zeros == Zeros::real) std::memcpy(&zero, zeros + 4 * c, 4);
+        const float zero = zero_at(w, zeros, c);
         const float value = w.bits == 8 ? (float)(int8_t)code : (float)code;
         to[i * w.n + panel * kPanel + c] = (value - zero) * load_number(scales, w.scale_type, c);
       }
     }
   }
+}
+
+int64_t gather_rows(const IntWeights& w, const int64_t* ids, int64_t count, void* y, DType type, int threads) {
+  float numbers[256];
+  for (int i = 0; i < 256; ++i) numbers[i] = w.bits == 8 ? (float)(int8_t)i : (float)i;
+  return gather(w.n, w.k, numbers, ids, count, y, type, threads, [&](int64_t row, uint8_t* codes, const auto& f) {
+    const int64_t c = row % kPanel;
+    for (int32_t s = 0; s < w.spans; ++s) {
+      const Span& span = w.span[s];
+      const uint8_t* scales = w.panels + row / kPanel * w.panel_bytes + span.offset;
+      const uint8_t *zeros = scales + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
+      const uint8_t* lane = chunks + (c / 16) * chunk_vectors(w.bits) * 64 + (c % 16) * 4;
+      with_bits(w.bits, [&](auto bits) { unfold_span<bits()>(lane, span.count, codes + span.first); });
+      f(span.first, span.count, load_number(scales, w.scale_type, c), zero_at(w, zeros, c));
+    }
+  });
 }
 
 }  // namespace bitgrain

@@ -86,4 +86,7 @@ void unpack_panels(const IntWeights& w, uint8_t* codes, float* scale, float* zer
 void dequantize_features(const IntWeights& w, const int64_t* features, int64_t count, float* to, int64_t first,
                          int64_t last);
 
+// Some output features, dequantized: rows `ids` [count] of the weight, see `gather`.
+int64_t gather_rows(const IntWeights& w, const int64_t* ids, int64_t count, void* y, DType type, int threads);
+
 }  // namespace bitgrain

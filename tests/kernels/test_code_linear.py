@@ -11,6 +11,7 @@ from bitgrain.kernels.float_inputs import FORMATS, KINDS, FloatInputs
 from bitgrain.kernels.int_linear import BITS
 from bitgrain.kernels.native import native
 from bitgrain.kernels.reference.code_linear import code_linear, dequantize
+from bitgrain.kernels.reference.embedding import look_up
 from bitgrain.kernels.reference.float_inputs import round_inputs
 from bitgrain.numerics.formats import FP4_E2M1, get_format
 from bitgrain.numerics.packing import pack
@@ -112,6 +113,22 @@ def test_words_are_packed_as_their_codes_are(weight, bits, word):
     plain = codes if bits <= 4 else (codes.int() - 2 ** (bits - 1)).to(torch.int8)
     found = CodeLinear.pack_words(pack(codes, bits, word), scale, bits, table, k=codes.shape[1], **how)
     assert found.panels.equal(CodeLinear.pack(plain, scale, wide, table, **how).panels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weight=weights(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    ids=st.lists(st.integers(0, 10**6), max_size=20),
+)
+def test_rows_are_those_of_the_twin(weight, dtype, ids):
+    (codes, scale, bits, table), how, _ = weight
+    rows = torch.tensor(ids, dtype=torch.int64) % len(codes)
+    found = CodeLinear.pack(codes, scale, bits, table, **how).rows(rows, dtype)
+    plain = (codes.view(torch.uint8) + 128) if table is None else codes
+    expected = look_up(plain, scale, list(range(-128, 128)) if table is None else table, rows, dtype, **how)
+    assert found.dtype == dtype
+    assert found.equal(expected)
 
 
 def test_wrong_inputs_are_told():

@@ -8,7 +8,7 @@ from levels import LEVELS, level
 from torch import Tensor
 
 from bitgrain.kernels.code_linear import CodeLinear
-from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart, Weight
+from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, DenseCache, MlpPart, Weight
 from bitgrain.kernels.dense_rows import DenseLinear
 from bitgrain.kernels.int_linear import IntInputs, IntLinear
 from bitgrain.kernels.rows import RowNorm, gated
@@ -123,7 +123,8 @@ def test_a_whole_block_equals_torch_attention_between_its_parts(
         attended = torch.nn.functional.scaled_dot_product_attention(
             q, all_keys, all_values, attn_mask=seen, enable_gqa=True
         )
-        y = block.run(x, None, None, keys, values)
+        y = block.run(x, None, None, DenseCache(keys, values))
+        assert y is not None
         assert keys.equal(all_keys)
         assert values.equal(all_values)
         wanted = expected_finish(block, x, attended.transpose(1, 2).flatten(2))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bitgrain.errors import KernelError
 from bitgrain.kernels.int_linear import BITS, IntInputs, IntLinear
 from bitgrain.kernels.native import native
-from bitgrain.kernels.reference.int_linear import int_linear, quantize_inputs
+from bitgrain.kernels.reference.int_linear import IntLinearTwin, int_linear, quantize_inputs
 from bitgrain.numerics.packing import pack
 
 STATIC = st.sampled_from([(-128, 127), (0, 255), (-8, 7)])
@@ -108,6 +108,18 @@ def test_words_are_packed_as_their_codes_are(case, bits, word, seed):
         assert found.zero == expected.zero
 
 
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), ids=st.lists(st.integers(0, 10**6), max_size=20))
+def test_rows_are_those_of_the_twin(case, ids):
+    x, codes, scale, bits, inputs, lengths, zero, _ = case
+    rows = torch.tensor(ids, dtype=torch.int64).view(-1, 1) % len(codes)
+    found = IntLinear.pack(codes, scale, bits, inputs, lengths=lengths, zero=zero).rows(rows, x.dtype)
+    twin = IntLinearTwin(codes, scale, zero, tuple(lengths), inputs).rows(rows, x.dtype)
+    assert found.dtype == x.dtype
+    assert found.equal(twin)
+    assert twin.equal(IntLinearTwin(codes, scale, zero, tuple(lengths), inputs).rows(rows).to(x.dtype))
+
+
 def test_rows_that_are_not_finite_become_nan(level):
     packed = IntLinear.pack(torch.ones(3, 8, dtype=torch.uint8), torch.ones(3, 1), 4, IntInputs())
     x = torch.ones(3, 8)
@@ -124,6 +136,8 @@ def test_wrong_inputs_are_told():
         packed(torch.ones(2, 7))
     with pytest.raises(KernelError, match="float64"):
         packed(torch.ones(2, 8, dtype=torch.float64))
+    with pytest.raises(KernelError, match="3 is no row of an embedding of 3"):
+        packed.rows(torch.tensor([0, 3]))
     with pytest.raises(KernelError, match="5-bit"):
         IntLinear(3, [8], 5, IntInputs())
     words = torch.zeros(3, 4, dtype=torch.uint8)

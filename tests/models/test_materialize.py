@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from bitgrain.errors import ModelError
 from bitgrain.models import build_skeleton, load_config, load_dense_into, read_anatomy, resolve_model
+from bitgrain.models.materialize import Weightless
 
 TOKENS = torch.tensor([[1, 5, 9, 101, 7, 7, 64, 3]])
 
@@ -100,3 +101,24 @@ def test_faults_are_errors(tiny):
     expert = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     with pytest.raises(ModelError, match="do not fit MixtralForCausalLM"):
         load_dense_into(mixtral.skeleton, mixtral.config, {**mixtral.tensors, expert: torch.zeros(3, 64)}.items())
+
+
+def test_what_takes_the_place_of_weights_takes_no_memory():
+    zeros = [Weightless.of((300, 200), torch.float32) for _ in range(4)]
+    assert zeros[0].device.type == "cpu"
+    joined = torch.stack([torch.cat([a, b], 1) for a, b in zip(zeros[:2], zeros[2:], strict=True)])
+    for made in (joined, joined.to(torch.bfloat16), joined.transpose(1, 2).contiguous(), joined[1].clone()):
+        assert isinstance(made, Weightless)
+        assert made.untyped_storage().nbytes() == made.dtype.itemsize
+    assert joined.shape == (2, 300, 400)
+    assert joined.to("cpu", torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama-tied", "gpt-oss"])
+def test_a_model_without_weights(tiny, name):
+    checkpoint = tiny(name)
+    zeros = ((name, Weightless.of(one.shape, one.dtype)) for name, one in checkpoint.tensors.items())
+    model = load_dense_into(checkpoint.skeleton, checkpoint.config, zeros, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.untyped_storage().nbytes() == 2

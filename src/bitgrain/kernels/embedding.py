@@ -15,6 +15,7 @@ from torch import Tensor
 from bitgrain.errors import KernelError
 from bitgrain.kernels.code_linear import SCALE_DTYPES
 from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.packed_linear import gather_rows
 from bitgrain.kernels.words import check_words
 
 ZERO_DTYPES = {**DTYPES, torch.uint8: 3, torch.int8: 4}
@@ -38,8 +39,10 @@ class CodeEmbedding:
         k: int,
         group: int | None = None,
         zero: Tensor | None = None,
+        outer: float = 1.0,
     ) -> None:
         """table: what each unsigned code is, 2**bits numbers or fewer (signed integers: from -2**(bits - 1) on).
+        outer: one more scale for all (NVFP4), multiplied with the others first.
 
         Raises KernelError for shapes and dtypes that do not fit.
         """
@@ -57,7 +60,7 @@ class CodeEmbedding:
         self.n, self.k = words.shape[0], k
         self.words, self.scale = words, scale.contiguous()
         self.zero = None if zero is None else zero.contiguous()
-        self.handle: Any = native().EmbeddingRows(self.n, k, group or k, bits, [float(one) for one in table])
+        self.handle: Any = native().EmbeddingRows(self.n, k, group or k, bits, [float(one) for one in table], outer)
         self.handle.attach(
             words.data_ptr(), stride, self.scale.data_ptr(), SCALE_DTYPES[scale.dtype],
             0 if self.zero is None else self.zero.data_ptr(), 0 if self.zero is None else ZERO_DTYPES[self.zero.dtype],
@@ -65,11 +68,4 @@ class CodeEmbedding:
 
     def __call__(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """ids [...] integers -> [..., k] in float32, bfloat16 or float16. Raises KernelError for unknown ids."""
-        if dtype not in DTYPES:
-            raise KernelError(f"rows are given in float32, bfloat16 or float16, not {dtype}")
-        rows = ids.to(torch.int64).contiguous()
-        y = torch.empty((*ids.shape, self.k), dtype=dtype)
-        bad = self.handle.run(rows.data_ptr(), rows.numel(), y.data_ptr(), DTYPES[dtype], torch.get_num_threads())
-        if bad >= 0:
-            raise KernelError(f"{int(rows.view(-1)[bad])} is no row of an embedding of {self.n}")
-        return y
+        return gather_rows(self.handle.run, ids, self.n, self.k, dtype)

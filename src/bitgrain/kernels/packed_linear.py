@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from bitgrain.errors import KernelError
 from bitgrain.kernels.memory import weight_memory
 from bitgrain.kernels.native import DTYPES, address_of, rows_of
 
@@ -64,6 +66,11 @@ class PackedLinear:
         self.handle.unpack(codes.data_ptr(), scale.data_ptr(), address_of(zero), torch.get_num_threads())
         return codes, scale, zero.to(torch.uint8) if zero is not None and self.zeros == "codes" else zero
 
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of W, for ids [...] integers: [..., k] in float32, bfloat16 or float16, each step rounded to float32,
+        then to `dtype`. Raises KernelError for unknown ids."""
+        return gather_rows(self.handle.gather, ids, self.n, self.k, dtype)
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., k] float32, bfloat16 or float16 -> [..., n] in its dtype."""
         shape, kind = x.shape, DTYPES.get(x.dtype)
@@ -79,6 +86,18 @@ class PackedLinear:
         """Another bias [n] from now on. Also to be called when the memory of `panels` has moved."""
         self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         self.handle.attach(self.panels.data_ptr(), address_of(self.bias))
+
+
+def gather_rows(run: Callable[..., int], ids: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """ids [...] -> rows [..., k] by a native look-up, which tells the first id that is no row of n."""
+    if dtype not in DTYPES:
+        raise KernelError(f"rows are given in float32, bfloat16 or float16, not {dtype}")
+    wanted = ids.to(torch.int64).contiguous()
+    y = torch.empty((*ids.shape, k), dtype=dtype)
+    bad = run(wanted.data_ptr(), wanted.numel(), y.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+    if bad >= 0:
+        raise KernelError(f"{int(wanted.view(-1)[bad])} is no row of an embedding of {n}")
+    return y
 
 
 def _floats(zero: Tensor | None) -> Tensor | None:

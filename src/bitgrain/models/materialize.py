@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bitgrain.errors import ModelError
+
+
+class Weightless(torch.Tensor):
+    """Zeros that take no memory, also once transformers has cast, stacked and joined them: what holds the place of a
+    tensor in `load_dense_into` that is to be replaced."""
+
+    @staticmethod
+    def of(shape: Sequence[int], dtype: torch.dtype) -> Weightless:
+        """One of this shape and dtype."""
+        return torch.zeros(1, dtype=dtype).expand(*shape).as_subclass(Weightless)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _JOINS:
+            with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+                made = func(*tree_map_only(torch.Tensor, lambda one: one.to("meta"), args), **(kwargs or {}))
+            return Weightless.of(made.shape, made.dtype)
+        if func in _CASTS:
+            given = (*args[1:], *(kwargs or {}).values(), _CASTS[func])
+            dtype = next((one for one in given if isinstance(one, torch.dtype)), args[0].dtype)
+            return args[0] if dtype == args[0].dtype else Weightless.of(args[0].shape, dtype)
+        return super().__torch_function__(func, types, args, kwargs or {})  # views take no memory by themselves
+
+
+_JOINS = {torch.stack, torch.cat, torch.concat}
+_CASTS = {
+    torch.Tensor.to: None,
+    torch.Tensor.clone: None,
+    torch.Tensor.contiguous: None,
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.half: torch.float16,
+    torch.Tensor.bfloat16: torch.bfloat16,
+}
 
 
 def load_dense_into(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitgrain.checkpoints.disk_space import format_bytes
+from bitgrain.models.skeleton import build_skeleton
 from bitgrain.pipeline.execution import why_no_kernels
 from bitgrain.pipeline.plan import Plan
 
@@ -85,7 +86,8 @@ def _folder(plan: Plan) -> str:
 
 def _loading(plan: Plan) -> list[str]:
     """How bitgrain loads it: packed, or dense where some layer has no kernel."""
-    refused = why_no_kernels(plan.quantized, plan.anatomy)
+    skeleton = build_skeleton(plan.config, plan.trust_remote_code)
+    refused = why_no_kernels(skeleton, plan.anatomy, plan.quantized)
     how = "" if refused is None else ', execution="dequantize"'
     note = (
         "Packed weights run through kernels, on a CPU."

@@ -20,7 +20,7 @@ from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
 from bitgrain.errors import CheckpointError, ModelError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
 from bitgrain.models.fused_blocks import fuse_blocks
-from bitgrain.models.materialize import load_dense_into
+from bitgrain.models.materialize import Weightless, load_dense_into
 from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
@@ -28,14 +28,8 @@ from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.pipeline.cache_plan import stored_cache
-from bitgrain.pipeline.execution import (
-    Execution,
-    KernelChoice,
-    choose_execution,
-    choose_kernels,
-    packable,
-    run_packed_,
-)
+from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
+from bitgrain.pipeline.places import Place, find_places
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
@@ -77,10 +71,9 @@ class QuantizedCheckpoint:
         """The QTensors of an original tensor, one for each stacked matrix."""
         return self.layout.decode(self.layers[tensor], self.checkpoint.read)
 
-    def packed(self, tensor: str) -> PackedMatrix:
-        """The QTensor of an original tensor that is one matrix, with its codes left packed."""
-        (found,) = self.layout.decode_packed(self.layers[tensor], self.checkpoint.read)
-        return found
+    def packed(self, tensor: str) -> list[PackedMatrix]:
+        """The QTensors of an original tensor, one for each stacked matrix, with their codes left packed."""
+        return self.layout.decode_packed(self.layers[tensor], self.checkpoint.read)
 
     def static_inputs(self) -> dict[str, list[StaticInput]]:
         """The static input scales of every layer that has them, by original tensor, one for each stacked matrix."""
@@ -153,8 +146,9 @@ def load(
 ) -> nn.Module:
     """A transformers model in eval mode that runs a checkpoint which bitgrain wrote.
 
-    execution: "kernels" (the default): packed weights run through native kernels (`runtime.quant_linear`), without
-    gradients; "dequantize": dense weights, quantized activations simulated; "reference": the kernels' readable twins.
+    execution: "kernels" (the default): packed weights run through native kernels (`runtime.quant_linear`,
+    `quant_embedding`, `quant_experts`), without gradients; "dequantize": dense weights, quantized activations
+    simulated; "reference": the kernels' readable twins.
     activations: "int8" lets weight-only layers quantize their inputs to 8 bits for each token, which is faster and no
     longer what the checkpoint says.
     kv_cache: how keys and values of the past are kept (`runtime.kv_cache.SCHEMES`), in `generate` too. None: as the
@@ -236,32 +230,33 @@ def _load(
     static, columns = stored.static_inputs(), stored.columns()
     schemes = {name: layer.scheme for name, layer in stored.layers.items()}
     quantizers = input_quantizers(anatomy, schemes, rounding, static=static, columns=columns)
-    packed = _packed_layers(skeleton, anatomy, stored) if low_bit or execution != "dequantize" else {}
+    packed = _packed_layers(skeleton, anatomy, stored) if low_bit else {}
+    places: list[Place] = []
     kernels: dict[str, KernelChoice] = {}
     if not low_bit and execution != "dequantize":
-        kernels = choose_kernels(stored.layers, packed, quantizers, where, execution, activations)
+        places, reasons = find_places(skeleton, anatomy, stored.layers)
+        kernels = choose_kernels(stored.layers, places, reasons, quantizers, where, execution, activations)
 
     def dense() -> Iterator[tuple[str, Tensor]]:
         for name in originals:
-            if name in packed:
-                layer = stored.layers[name]
-                shape = layer.shape[::-1] if layer.transposed else layer.shape
-                own = config.dtype if isinstance(config.dtype, torch.dtype) else layer.dtype
-                one = torch.zeros(1, dtype=dtype or own)
-                yield name, one.expand(shape)  # takes no memory, as long as no dtype changes; replaced below
+            if name in packed or name in kernels:
+                own = config.dtype if isinstance(config.dtype, torch.dtype) else stored.layers[name].dtype
+                yield name, Weightless.of(originals[name].shape, dtype or own)  # replaced below
             elif name not in anatomy.unexpected:
                 yield name, stored.dense(name) if name in stored.layers else stored.checkpoint.read(name)
 
     experts_run_one_by_one(config)
-    model = load_dense_into(skeleton, config, dense(), "cpu" if packed else where, dtype)
+    model = load_dense_into(skeleton, config, dense(), "cpu" if packed or kernels else where, dtype)
     attach_rotations(model, stored.config.get("online_rotations", {}))
     with no_holes():
         for name, path in packed.items():  # one by one: unpacked codes take four bytes a weight and more
-            if kernels:
-                run_packed_(model, path, kernels[name], stored.packed(name), stored.layers[name].dtype)
-                quantizers.pop(f"{path}.weight", None)
-            else:
-                hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
+            hold_low_bit_(model, {path: stored.quantized(name)[0]}, {path: stored.layers[name].dtype})
+        dtypes = {name: layer.dtype for name, layer in stored.layers.items()}
+        sizes = {place: sum(stored.layers[name].elements for name in place.tensors) for place in places}
+        for place in sorted(places, key=lambda place: -sizes[place]):  # what is read stands beside the rest
+            run_packed_(model, place, kernels, stored.packed, dtypes)
+            for path in {place.module, *place.paths}:
+                quantizers.pop(place.target if place.kind == "experts" else f"{path}.weight", None)
     if kernels:
         model.requires_grad_(False)  # kernels compute no gradients
     model.to(where)
@@ -272,10 +267,15 @@ def _load(
 
 def _packed_layers(skeleton: nn.Module, anatomy: Anatomy, stored: QuantizedCheckpoint) -> dict[str, str]:
     """Original tensors that can stay packed -> their modules: each is the whole weight of one linear layer."""
+    tied = {name for group in anatomy.tied for name in group}
     return {
-        tensor: path
-        for tensor, path in packable(anatomy).items()
-        if tensor in stored.layers and type(skeleton.get_submodule(path)) in (nn.Linear, Conv1D)
+        weight.tensor: weight.memory_module
+        for weight in anatomy.weights
+        if weight.tensor in stored.layers
+        and weight.targets == (weight.memory,) == (f"{weight.memory_module}.weight",)
+        and weight.experts == 1
+        and weight.memory not in tied
+        and type(skeleton.get_submodule(weight.memory_module)) in (nn.Linear, Conv1D)
     }
 
 

@@ -67,6 +67,19 @@ def refuse_float_inputs(spec: QuantSpec, weight: QuantSpec) -> str | None:
     return None
 
 
+def refuse_rows(spec: QuantSpec) -> str | None:
+    """Why no kernel looks up rows of an embedding of such a spec, or None."""
+    if spec.format.bits > 8:
+        return f"embeddings in {spec.format}"
+    return "embeddings with outliers or columns apart" if spec.outliers or spec.columns else None
+
+
+def refuse_shared(spec: QuantSpec) -> str | None:
+    """The same where a kernel that multiplies by the weight gives the rows: it may have added to real zero points."""
+    reason = "real zero points of an embedding tied to the head" if spec.zero_point == "real" else None
+    return refuse_rows(spec) or reason
+
+
 @dataclass(frozen=True)
 class Spans:
     """Runs of input features with one weight scale and one input scale.
@@ -149,9 +162,7 @@ class CodeScales:
 def code_scales(weight: PackedMatrix) -> CodeScales:
     """For a weight that `refuse_codes` does not refuse."""
     spec, format = weight.spec, weight.spec.format
-    scale, outer = weight.scale, 1.0
-    if isinstance(scale, QTensor) and _is_nvfp4(spec) and isinstance(scale.scale, Tensor):
-        scale, outer = scale.codes.view(torch.float8_e4m3fn), float(scale.scale.to(torch.float32))
+    scale, outer = _scale_and_outer(weight)
     rows = _rows(_plain(scale, SCALE_DTYPES), weight)
     zero = None if weight.zero is None else _rows(weight.zero, weight)
     if (dtype := _float8(format)) is not None:
@@ -167,6 +178,13 @@ def code_scales(weight: PackedMatrix) -> CodeScales:
     if zero is not None and spec.zero_point == "integer":
         return CodeScales(rows, [float(code) for code in range(2**format.bits)], unsigned(zero, format), outer)
     return CodeScales(rows, _table(format), None if zero is None else zero.to(torch.float32), outer)
+
+
+def row_scales(weight: PackedMatrix) -> CodeScales:
+    """The same for the look-up of rows, which `refuse_rows` does not refuse: any table, zero points as they are."""
+    scale, outer = _scale_and_outer(weight)
+    zero = None if weight.zero is None else _rows(weight.zero, weight)
+    return CodeScales(_rows(_plain(scale, SCALE_DTYPES), weight), _table(weight.spec.format), zero, outer)
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
@@ -187,6 +205,14 @@ def stored_tiles(
 def plain_scale_dtype(spec: QuantSpec) -> torch.dtype | None:
     """The dtype of scales that are stored plainly."""
     return spec.scale.torch_dtype if isinstance(spec.scale, FloatFormat) else None
+
+
+def _scale_and_outer(weight: PackedMatrix) -> tuple[Tensor | QTensor, float]:
+    """Scales, and the scale of the scales where those are kept as they are (NVFP4)."""
+    scale = weight.scale
+    if isinstance(scale, QTensor) and _is_nvfp4(weight.spec) and isinstance(scale.scale, Tensor):
+        return scale.codes.view(torch.float8_e4m3fn), float(scale.scale.to(torch.float32))
+    return scale, 1.0
 
 
 def _plain(scale: Tensor | QTensor, known: dict[torch.dtype, int]) -> Tensor:

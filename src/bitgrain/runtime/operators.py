@@ -22,13 +22,13 @@ NOT_MINE = ""
 class Operator:
     """One row.
 
-    operation  "attention": softmax(Q K^T) V; "linear": x W^T + b
+    operation  "attention": softmax(Q K^T) V; "linear": x W^T + b; "embedding": some rows of W
     formats    of its operands in their order ("int8 per_channel"), "-" for one that stays as it is
     device     a type of torch.device, or ANY
     kernel     computes it, or makes what does; the operation says with which arguments
     reference  whether it is the readable twin, which saves no time
-    refuse     "linear", whose formats are only a description: why the row does not serve operands (the specs of weight
-               and inputs), None where it does
+    refuse     "linear" and "embedding", whose formats are only a description: why the row does not serve operands (the
+               specs of weight and inputs), None where it does
     arithmetic how it computes, for the table
     """
 

@@ -113,9 +113,21 @@ class PackedKernel(ABC):
         outliers = None if self._sparse is None else _outliers(self._sparse)
         return QTensor(_signed(codes, self.spec.format), scale, zero, self.spec, outliers, self._columns)
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, for ids [...]: [..., in], what `QTensor.dequantize` gives, bit for bit. Only of weights
+        that `refuse_shared` has no word against."""
+        return self.linear.rows(ids, dtype)
+
     def repacked(self, weight: PackedMatrix) -> PackedKernel:
         """The same for another weight of the same spec and shape."""
         return type(self)(weight, self.quantizer)
+
+    def refill(self, weight: PackedMatrix) -> None:
+        """Hold another weight of the same spec and shape, for all layers that share this kernel."""
+        fresh = self.repacked(weight)
+        fresh.set_bias(self.linear.bias)
+        vars(self.linear).update(vars(fresh.linear))  # the layers hold what is called
+        vars(self).update({name: vars(fresh)[name] for name in vars(fresh).keys() - {"linear", "call"}})
 
     def describe(self) -> str:
         """For the printed model."""

@@ -1,35 +1,28 @@
-"""A linear layer that multiplies its packed weight by a kernel: no dense weight at any moment.
-
-Inference only. The packed panels are the only copy of the codes; what a state_dict holds (`numerics.packed`, as
-`LowBitLinear` has it) is made from them on the fly.
-"""
+"""A linear layer that multiplies its packed weight by a kernel: no dense weight at any moment. Inference only."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor
-from bitgrain.numerics.packed import pack_qtensor, packed_matrix, packed_specs
+from bitgrain.numerics.packed import PackedMatrix
+from bitgrain.runtime.kernel_holder import LAYERS, KernelHolder
 from bitgrain.runtime.packed_kernels import PackedKernel
 from bitgrain.runtime.packed_layer import PackedLayer
 
-_PREFIX = "packed_"
-_KEYS = itertools.count()
 
-
-class QuantLinear(PackedLayer):
+class QuantLinear(KernelHolder[PackedKernel], PackedLayer):
     """x [.., in] float32, bfloat16 or float16 on the CPU -> x W^T + b in the dtype of x; W [out, in] is packed.
 
     kernel  the weight and how inputs are quantized (`runtime.packed_kernels`)
     bias    [out] or None; its values are taken over when the layer is made, cast or loaded
     dtype, stored, transposed   as of `PackedLayer`
+    tied    as of `KernelHolder`: the head of a model whose embedding looks its rows up in the same kernel
     Raises SchemeError where a gradient is asked for, or another device.
     """
 
@@ -41,19 +34,19 @@ class QuantLinear(PackedLayer):
         dtype: torch.dtype = torch.float32,
         stored: torch.dtype | None = None,
         transposed: bool = False,
+        tied: bool = False,
     ) -> None:
-        super().__init__(kernel.shape, kernel.spec, bias, dtype, stored, transposed)
-        self._take(kernel)
+        PackedLayer.__init__(self, kernel.shape, kernel.spec, bias, dtype, stored, transposed)
+        self.tied = tied
+        self.hold(kernel)
 
-    def _take(self, kernel: PackedKernel) -> None:
-        """Run `kernel` from now on, with the bias as it is now."""
-        self.kernel = kernel
+    def hold(self, kernel: PackedKernel) -> None:
         kernel.set_bias(self.bias)
-        for name, tensor in kernel.tensors().items():
-            self.register_buffer(name, tensor, persistent=False)
+        super().hold(kernel)
         self._call = kernel.call
-        self._key = next(_KEYS)
-        _LAYERS[self._key] = self
+
+    def _refill(self, weight: PackedMatrix) -> None:
+        self.hold(self.kernel.repacked(weight))
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -69,70 +62,18 @@ class QuantLinear(PackedLayer):
         """The weight, unpacked."""
         return self.kernel.qtensor()
 
-    @property
-    def packed_nbytes(self) -> int:
-        """Bytes of the weight as it is held."""
-        return sum(tensor.nbytes for tensor in self.kernel.tensors().values())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        if (place := fn(self.like).device).type != "cpu":
-            raise SchemeError(
-                f"packed weights run on the CPU, not on {place}: load the model with execution='dequantize' for other "
-                "devices"
-            )
-        super()._apply(fn, recurse)  # panels are bytes, which no cast touches
-        self._take(self.kernel)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportUnknownMemberType]
-        for name, tensor in pack_qtensor(self.qtensor()).items():
-            destination[f"{prefix}{_PREFIX}{name}"] = tensor.view(torch.uint8)
-
-    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        start = prefix + _PREFIX
-        given = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
-        rest = {key: value for key, value in state_dict.items() if not key.startswith(start)}
-        super()._load_from_state_dict(  # pyright: ignore[reportUnknownMemberType]
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        parts: dict[str, Tensor] = {}
-        for name, dtype, shape in packed_specs(self.spec, self.kernel.shape):
-            size = (*shape[:-1], shape[-1] * dtype.itemsize)
-            tensor = given.pop(name, None)
-            if tensor is None:
-                missing_keys.append(start + name)
-            elif tuple(tensor.shape) != size or tensor.dtype != torch.uint8:
-                error_msgs.append(f"{start}{name}: {tuple(tensor.shape)} {tensor.dtype}, the layer has {size} bytes")
-            else:
-                parts[name] = tensor.detach().cpu().clone().view(dtype)
-        unexpected_keys += [start + name for name in given] if strict else []
-        if len(parts) == len(packed_specs(self.spec, self.kernel.shape)):
-            self._take(self.kernel.repacked(packed_matrix(parts, self.spec, self.kernel.shape)))
-
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_call", "_key")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._take(self.kernel)
+        return {name: value for name, value in super().__getstate__().items() if name != "_call"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.kernel.describe()}"
-
-
-_LAYERS: WeakValueDictionary[int, QuantLinear] = WeakValueDictionary()
-"""Layers by number, by which a compiled graph calls them: it holds no objects."""
 
 
 @torch.library.custom_op("bitgrain::quant_linear", mutates_args=())
 def quant_linear(x: Tensor, key: int, out_features: int) -> Tensor:
     """The layer of this number in a compiled graph."""
     with torch.no_grad():
-        return _LAYERS[key].kernel.call(x)
+        return cast(QuantLinear, LAYERS[key]).kernel.call(x)
 
 
 @quant_linear.register_fake

@@ -8,6 +8,7 @@ from torch import Tensor
 from bitgrain.kernels.code_linear import CodeTable
 from bitgrain.kernels.float_inputs import FloatInputs
 from bitgrain.kernels.native import rows_of
+from bitgrain.kernels.reference.embedding import look_up
 from bitgrain.kernels.reference.float_inputs import round_inputs
 from bitgrain.kernels.words import unpack_words
 
@@ -99,6 +100,12 @@ class CodeLinearTwin:
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `CodeLinear.unpack`."""
         return self.panels, self.scale, self.zero
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `PackedLinear.rows`."""
+        return look_up(
+            self.panels, self.scale, self.table, ids, dtype, group=self.group, zero=self.zero, outer=self.outer
+        )
 
     def set_bias(self, bias: Tensor | None) -> None:
         """See `CodeLinear.set_bias`."""

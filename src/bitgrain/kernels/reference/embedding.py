@@ -17,8 +17,10 @@ def look_up(
     *,
     group: int | None = None,
     zero: Tensor | None = None,
+    outer: float = 1.0,
 ) -> Tensor:
-    """Rows `ids` of (table[code] - zero) * scale, in float32 and rounded once; equal to the kernel's, bit for bit.
+    """Rows `ids` of (table[code] - zero) * (scale * outer), in float32 and rounded once; equal to the kernel's, bit for
+    bit.
 
     codes [n, k] unsigned; the others as of `CodeEmbedding`.
     """
@@ -28,4 +30,4 @@ def look_up(
         return x[ids].to(torch.float32).repeat_interleave(group or k, -1)[..., :k]
 
     numbers = torch.tensor(list(table), dtype=torch.float32)[codes[ids].long()]
-    return ((numbers if zero is None else numbers - spread(zero)) * spread(scale)).to(dtype)
+    return ((numbers if zero is None else numbers - spread(zero)) * (spread(scale) * outer)).to(dtype)

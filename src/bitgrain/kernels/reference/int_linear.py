@@ -87,6 +87,16 @@ class IntLinearTwin:
         zero = self.zero if isinstance(self.zero, int) else self.zero[:, span].to(torch.float32)
         return ((self.panels[:, index].to(torch.float32) - zero) * self.scale[:, span].to(torch.float32)).T
 
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `PackedLinear.rows`."""
+        sizes = torch.tensor(self.lengths)
+
+        def spread(x: Tensor) -> Tensor:
+            return x[ids].to(torch.float32).repeat_interleave(sizes, -1)
+
+        zero = self.zero if isinstance(self.zero, int) else spread(self.zero)
+        return ((self.panels[ids].to(torch.float32) - zero) * spread(self.scale)).to(dtype)
+
     def set_bias(self, bias: Tensor | None) -> None:
         """See `IntLinear.set_bias`."""
         self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True)

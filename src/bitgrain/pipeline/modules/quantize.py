@@ -16,8 +16,8 @@ from bitgrain.models.fused import sibling_groups
 from bitgrain.models.structure import Matrix, find_matrices
 from bitgrain.numerics import QTensor, QuantSpec, quantize
 from bitgrain.numerics.packed import PackedMatrix
-from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, kernels_of_module, run_packed_
-from bitgrain.pipeline.load import input_quantizer_for, shared_columns
+from bitgrain.pipeline.execution import Execution, choose_execution, kernels_of_module, run_packed_
+from bitgrain.pipeline.load import experts_run_one_by_one, input_quantizer_for, shared_columns
 from bitgrain.pipeline.modules.calibrate import ModuleCalibration
 from bitgrain.pipeline.modules.layer import choose_static_input, matrices, restored, solve_matrices
 from bitgrain.recipes import Recipe, Scheme, get_scheme, make_recipe
@@ -74,7 +74,8 @@ def quantize_(
     first_last   another scheme for the first and the last layer, or "keep"; with calibration in the order in which
                  layers run, else in that of the module tree
     execution    "dequantize": dense weights hold the rounded values, quantized activations are simulated; "kernels":
-                 linear layers become `runtime.quant_linear.QuantLinear`, which runs packed weights, for inference;
+                 layers become ones that run packed weights (`runtime.quant_linear`, `quant_embedding`,
+                 `quant_experts`), for inference;
                  "reference": likewise, by the kernels' twins
     Returns the QTensors by parameter name, one for each stacked matrix; a convolution's is [out, in/groups * kernel].
     Parameters then hold the dequantized values in their own dtype; layers whose scheme quantizes activations get an
@@ -121,13 +122,12 @@ def quantize_(
         for name, one in chosen.items()
         if one.input is not None
     }
-    packed: dict[str, KernelChoice] = {}
     if execution != "dequantize":
-        packed = kernels_of_module(module, results, quantizers, execution)
-    for name, choice in packed.items():
-        path, dtype = name.removesuffix(".weight"), module.get_parameter(name).dtype
-        run_packed_(module, path, choice, PackedMatrix.of(results[name][0]), dtype)
-    if packed:
+        places, kernels = kernels_of_module(module, found, results, quantizers, execution)
+        dtypes = {name: module.get_parameter(name).dtype for name in results}
+        experts_run_one_by_one(getattr(module, "config", None))
+        for place in places:
+            run_packed_(module, place, kernels, lambda name: [PackedMatrix.of(part) for part in results[name]], dtypes)
         return results
     for name, parts in results.items():
         parameter = module.get_parameter(name)
