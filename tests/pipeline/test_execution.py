@@ -14,6 +14,7 @@ import zoo
 from bitgrain.errors import KernelError, SchemeError
 from bitgrain.kernels import native
 from bitgrain.numerics import IntFormat, QuantSpec, per_group, per_token
+from bitgrain.pipeline.execution import Execution
 from bitgrain.recipes import Scheme, make_recipe
 from bitgrain.recipes.spec_model import SchemeModel
 from bitgrain.runtime.quant_embedding import QuantEmbedding
@@ -22,7 +23,7 @@ from bitgrain.runtime.quant_linear import QuantLinear, quant_layers
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native module was not built")
 
-WAYS = ("kernels", "dequantize")
+WAYS: tuple[Execution, ...] = ("kernels", "dequantize")
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -97,7 +98,7 @@ def test_embeddings_and_tied_heads(tiny: Callable[[str], Path], tmp_path: Path, 
     bitgrain.quantize(tiny(name), tmp_path / "out", scheme, include=[f"{embedding}.embed_tokens"])
     model = compare(tmp_path / "out", 1e-4)
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    dense = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
+    dense: Any = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
     assert isinstance(inputs, QuantEmbedding)
     assert isinstance(inputs, type(dense.get_input_embeddings()))
     assert inputs(IDS).equal(dense.get_input_embeddings()(IDS))
@@ -130,7 +131,8 @@ def test_embeddings_in_dtypes(tmp_path: Path):
     source = zoo.save("llama-tied", tmp_path / "model", torch.bfloat16)
     bitgrain.quantize(source, tmp_path / "out", "W4A16", include=["model.embed_tokens"])
     for dtype in (None, torch.float32):
-        model, dense = (bitgrain.load(tmp_path / "out", device="cpu", dtype=dtype, execution=one) for one in WAYS)
+        both: list[Any] = [bitgrain.load(tmp_path / "out", device="cpu", dtype=dtype, execution=one) for one in WAYS]
+        model, dense = both
         found, expected = zoo.outputs(model, IDS), zoo.outputs(dense, IDS)
         assert model.get_input_embeddings()(IDS).equal(dense.get_input_embeddings()(IDS))
         assert float((found - expected).abs().max() / expected.abs().max()) < 2e-2

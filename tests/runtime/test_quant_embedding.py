@@ -101,7 +101,7 @@ def test_functions_that_are_given_the_weight():
 @pytest.mark.parametrize("name", ["W4A16_ASYM", "NVFP4A16"])
 def test_copies_and_casts(name: str, scaled: bool):
     q = weight_of(PRESETS[name].weight)
-    layer = packed_of(q, dense_of(q, scaled=scaled))
+    layer: Any = packed_of(q, dense_of(q, scaled=scaled))
     stream = io.BytesIO()
     torch.save(layer, stream)
     stream.seek(0)
