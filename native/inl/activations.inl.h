@@ -55,13 +55,15 @@ static void quantize_tiles(const ActivationJob& job, int64_t first, int64_t last
     const int64_t rows = rows_of_tile(job.m, job.rows, tile);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = tile * job.rows + r;
-      const void* x = (const uint8_t*)job.x + row * job.stride * (int64_t)size_of(job.type);
       uint8_t* bytes = job.bytes + tile * job.rows * row_bytes;
       int32_t* sums = job.sums + tile * job.rows * job.w->spans;
       if (job.source) {
         job.source->make(job.source->context, row, job.row);
         quantize_row<DType::f32>(job, job.row, bytes, sums, r, rows, job.scales + row);
-      } else if (job.type == DType::f32) quantize_row<DType::f32>(job, x, bytes, sums, r, rows, job.scales + row);
+        continue;
+      }
+      const void* x = (const uint8_t*)job.x + row * job.stride * (int64_t)size_of(job.type);
+      if (job.type == DType::f32) quantize_row<DType::f32>(job, x, bytes, sums, r, rows, job.scales + row);
       else if (job.type == DType::bf16) quantize_row<DType::bf16>(job, x, bytes, sums, r, rows, job.scales + row);
       else quantize_row<DType::f16>(job, x, bytes, sums, r, rows, job.scales + row);
     }
