@@ -29,6 +29,7 @@ class EmbeddingKernel:
         self.spec, self.shape, self._weight = weight.spec, weight.shape, weight
         given = row_scales(weight)
         assert given.table is not None
+        assert not isinstance(given.table, torch.dtype)
         self._embedding = CodeEmbedding(
             weight.words, given.scale, weight.spec.format.bits, given.table, k=weight.shape[1],
             group=weight.spec.granularity.tile(weight.shape)[1], zero=given.zero, outer=given.outer,

@@ -103,6 +103,7 @@ class CodeLinearTwin:
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `PackedLinear.rows`."""
+        assert self.table is not None  # `pack_words` says what integers are
         return look_up(
             self.panels, self.scale, self.table, ids, dtype, group=self.group, zero=self.zero, outer=self.outer
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 def look_up(
     codes: Tensor,
     scale: Tensor,
-    table: Sequence[float],
+    table: Sequence[float] | torch.dtype,
     ids: Tensor,
     dtype: torch.dtype = torch.float32,
     *,
@@ -22,12 +22,15 @@ def look_up(
     """Rows `ids` of (table[code] - zero) * (scale * outer), in float32 and rounded once; equal to the kernel's, bit for
     bit.
 
-    codes [n, k] unsigned; the others as of `CodeEmbedding`.
+    codes [n, k] unsigned, or of FP8 numbers of the dtype `table`; the others as of `CodeEmbedding`.
     """
     k = codes.shape[1]
 
     def spread(x: Tensor) -> Tensor:
         return x[ids].to(torch.float32).repeat_interleave(group or k, -1)[..., :k]
 
-    numbers = torch.tensor(list(table), dtype=torch.float32)[codes[ids].long()]
+    if isinstance(table, torch.dtype):
+        numbers = codes[ids].view(table).to(torch.float32)
+    else:
+        numbers = torch.tensor(list(table), dtype=torch.float32)[codes[ids].long()]
     return ((numbers if zero is None else numbers - spread(zero)) * (spread(scale) * outer)).to(dtype)
