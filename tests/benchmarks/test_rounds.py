@@ -87,7 +87,11 @@ def test_instructions_are_counted_in_the_loop_that_multiplies():
 def test_pages_tell_what_busy_processes_cost():
     contestants = {"W8A8": {"ms": 2.0, "busy_ms": 3.0, "nbytes": 8e6}, "ggml Q8_0": {"ms": 1.0, "busy_ms": 9.0}}
     cell = {"k": 8, "n": 16, "m": 1, "limits": {}, "contestants": contestants, "failed": {"ggml Q4_0": "no"}}
-    data = {"settings": {"threads": 2, "busy": 1}, "versions": {"torch": "2"}, "absent": {"openvino": "no module"}}
+    data = {
+        "settings": {"threads": 2, "busy": 1, "processes": 3},
+        "versions": {"torch": "2"},
+        "absent": {"openvino": "no module"},
+    }
     page = kernels_report.report({**data, "cells": [cell], "layouts": []}, "here")
     assert "| 8 x 16 | 1 | W8A8 | 2.000 | 1.000 | ggml Q8_0 | 2.00 | - | - |" in page
     assert "| 8 x 16 | 1 | ggml Q8_0 | 1.000 | 9.000 | 9.0 |" in page

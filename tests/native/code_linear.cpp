@@ -38,6 +38,7 @@ class Layer {
         scales_(c.n * groups_ * int64_t(size_of(c.scale_type)), c.edge), zeros_(c.n * groups_, c.edge),
         bias_(c.n, c.edge), table_(16) {
     w_.n = c.n, w_.k = c.k, w_.group = c.group, w_.bits = c.bits, w_.scale_type = c.scale_type, w_.zeros = c.zeros;
+    w_.kind = c.bits == 8 ? CodeKind::integers : CodeKind::table;
     w_.outer = random.one_of({1.f, 0.25f});
     for (float& entry : table_) entry = random.real() * 4;
     const int64_t entries = random.within(2, int64_t{1} << (c.bits < 4 ? c.bits : 4));
@@ -109,9 +110,11 @@ void run_kernels(const Case& c, const CodeWeights& w, Numbers& x, Numbers& y, bo
   Guarded<uint8_t> inputs(c.m * w.steps * 2 * kernel.input_bytes, c.edge, 0x5a);
   Guarded<float> sums(c.m * w.spans, c.edge), totals(c.m * kPanel, c.edge);
   const bool zeros = w.zeros != Zeros::constant;
-  kernel.arrange_inputs({x.data(), c.x_type, c.m, c.k + c.gap, &w, rows, inputs.data(), zeros ? sums.data() : nullptr},
-                        0, tiles);
-  kernel.code_panels({&w, inputs.data(), zeros ? sums.data() : nullptr, c.m, rows, 0, tiles,
+  InputJob job{};
+  job.x = x.data(), job.type = c.x_type, job.m = c.m, job.stride = c.k + c.gap, job.w = &w, job.rows = rows;
+  job.tiles = inputs.data(), job.sums = zeros ? sums.data() : nullptr;
+  kernel.arrange_inputs(job, 0, tiles);
+  kernel.code_panels({&w, inputs.data(), zeros ? sums.data() : nullptr, nullptr, c.m, rows, 0, tiles,
                       unpacked ? totals.data() : nullptr, y.data(), c.x_type, c.n + c.gap},
                      0, ceil_div(c.n, kPanel));
 }

@@ -100,8 +100,8 @@ void check_case(Random& random, const std::vector<const Kernels*>& levels) {
       Numbers more_keys(room, type, edge), more_values(room, type, edge);
       for (Numbers* one : {&keys, &values, &more_keys, &more_values}) std::memcpy(one->data(), old.data(), old.size());
       auto cache = [&](Numbers& k, Numbers& v) {
-        return KeysValues{k.data(), v.data(), {kv_heads * head_elements, head_elements},
-                          {kv_heads * head_elements, head_elements}, all};
+        return KeysValues{all, k.data(), v.data(), {kv_heads * head_elements, head_elements},
+                          {kv_heads * head_elements, head_elements}, nullptr, nullptr, 0};
       };
       run_stack(blocks, x.data(), type, batch, tokens, {cos.data(), sin.data(), type, m, turned},
                 {cache(keys, values), cache(more_keys, more_values)},

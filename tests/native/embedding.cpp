@@ -59,6 +59,7 @@ void check_case(Random& random) {
       all_zeros.push_back(load_number(zero.data(), e.zero_type, i));
     }
   }
+  e.outer = random.one_of({1.f, 0.3f});
   e.scale = scale.data(), e.zero = zeros ? zero.data() : nullptr;
 
   Guarded<int64_t> ids(count, edge);
@@ -70,7 +71,8 @@ void check_case(Random& random) {
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = 0; i < k; ++i) {
       const int64_t at = ids[r] * groups + i / group;
-      meant.set(i, (e.table[codes[ids[r] * k + i]] - (zeros ? all_zeros[size_t(at)] : 0.f)) * scales[size_t(at)]);
+      meant.set(i, (e.table[codes[ids[r] * k + i]] - (zeros ? all_zeros[size_t(at)] : 0.f)) *
+                       (scales[size_t(at)] * e.outer));
     }
     if (std::memcmp(meant.data(), y.bytes() + r * int64_t(meant.size()), meant.size()) != 0) {
       fail(what + ": another row");

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from bitgrain.errors import SchemeError
@@ -144,10 +145,11 @@ def quantize_expert_inputs(module: nn.Module, quantizers: dict[str, InputQuantiz
     forward = module.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        # by attribute: in functional_call it is no Parameter
-        seen = {getattr(module, name).untyped_storage().data_ptr(): q for name, q in quantizers.items()}
-        with _ExpertInputs(seen):
-            return forward(*args, **kwargs)
+        with parametrize.cached():  # a weight that is computed (in training) is the same tensor to the module
+            # by attribute: in functional_call it is no Parameter
+            seen = {getattr(module, name).untyped_storage().data_ptr(): q for name, q in quantizers.items()}
+            with _ExpertInputs(seen):
+                return forward(*args, **kwargs)
 
     for name, quantizer in quantizers.items():
         module.add_module(f"{name}_input_quantizer", quantizer)
