@@ -179,7 +179,8 @@ def main() -> None:
     steps: list[dict[str, Any]] = []
     for weights in ("bfloat16", "W4A8"):
         for tokens in map(int, arguments.steps.split(",")):
-            steps += measure_steps(arguments.layers, tokens, 3 * arguments.rounds, weights)
+            turns = arguments.rounds * (3 if weights == "bfloat16" else 20)
+            steps += measure_steps(arguments.layers, tokens, turns, weights)
     write_results(arguments.name, {"attention": attention, "steps": steps}, report(attention, steps))
 
 

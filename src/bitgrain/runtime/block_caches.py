@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,20 @@ def kind_of(layer: Any, x: Tensor, part: AttentionPart) -> type[BlockCache] | No
 
 def with_room(layer: Any, x: Tensor, part: AttentionPart) -> BlockCache:
     """A layer that has a kind, with room for the tokens of x."""
-    if isinstance(layer, GrowingLayer):
-        new = x.new_empty(x.shape[0], part.kv_heads, x.shape[1], part.head_dim)
-        return DenseCache(*layer.update(new, new, write=False))
-    return PackedCache(layer.held_keys.packed, layer.held_values.packed, x.shape[1])
+    return all_with_room([layer], x, [part])[0]
+
+
+def all_with_room(layers: Sequence[Any], x: Tensor, parts: Sequence[AttentionPart]) -> list[BlockCache]:
+    """The same of several."""
+    like: dict[tuple[int, int], Tensor] = {}  # what new keys and values are like
+    found: list[BlockCache] = []
+    for layer, part in zip(layers, parts, strict=True):
+        if isinstance(layer, GrowingLayer):
+            shape = part.kv_heads, part.head_dim
+            new = like.get(shape)
+            if new is None:
+                new = like[shape] = x.new_empty(x.shape[0], shape[0], x.shape[1], shape[1])
+            found.append(DenseCache(*layer.update(new, new, write=False)))
+        else:
+            found.append(PackedCache(layer.held_keys.packed, layer.held_values.packed, x.shape[1]))
+    return found

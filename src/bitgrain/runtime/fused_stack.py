@@ -14,7 +14,7 @@ from weakref import ref
 from torch import Tensor, nn
 
 from bitgrain.kernels.decoder import DecoderBlock, DecoderStack
-from bitgrain.runtime.block_caches import kind_of, with_room
+from bitgrain.runtime.block_caches import all_with_room, kind_of
 
 if TYPE_CHECKING:
     from bitgrain.runtime.fused_block import FusedForward
@@ -70,13 +70,13 @@ class FusedStack:
                 return None
             layers.append(cache.layers[forward.plan.attention.layer])
             blocks.append(block)
-        kinds = {kind_of(layer, x, block.attention) for layer, block in zip(layers, blocks, strict=True)}
+        parts = [block.attention for block in blocks]
+        kinds = {kind_of(layer, x, part) for layer, part in zip(layers, parts, strict=True)}
         if len(kinds) != 1 or None in kinds:
             return None
         if self._native is None or blocks != self._native.blocks:
             self._native = DecoderStack(blocks)
-        room = [with_room(layer, x, block.attention) for layer, block in zip(layers, blocks, strict=True)]
-        y = self._native.run(x, cos, sin, room)
+        y = self._native.run(x, cos, sin, all_with_room(layers, x, parts))
         if y is None:
             return None
         self._running.result, self._running.next = y, 1
