@@ -1,9 +1,10 @@
 """How loaded models compute: packed weights through kernels, the same as the simulation, or an error with a remedy."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_generate(tiny: Callable[[str], Path], tmp_path: Path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     found = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert found.shape == (2, 16)
+
+
+@pytest.mark.parametrize("how", [{}, {"low_bit": True}], ids=["kernels", "low bit"])
+def test_packed_weights_are_not_saved_as_if_they_were_dense(
+    tiny: Callable[[str], Path], tmp_path: Path, how: dict[str, bool]
+):
+    bitgrain.quantize(tiny("llama"), tmp_path / "out", "W4A16")
+    packed = bitgrain.load(tmp_path / "out", device="cpu", **how)  # type: ignore[arg-type]
+    expected = zoo.outputs(packed, IDS)
+    for model in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert zoo.outputs(model, IDS).equal(expected)
+        with pytest.raises(SchemeError, match="copy the folder"):
+            cast(Any, model).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    dense: Any = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
+    dense.save_pretrained(tmp_path / "saved")
+    assert zoo.outputs(bitgrain.load(tmp_path / "saved", device="cpu"), IDS).equal(zoo.outputs(dense, IDS))
 
 
 def test_layers_without_a_kernel_are_listed_with_the_remedy(tiny: Callable[[str], Path], tmp_path: Path):

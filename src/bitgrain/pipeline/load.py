@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from bitgrain.runtime.kv_cache.growing import GrowingCache
 from bitgrain.runtime.low_bit_linear import hold_low_bit_
 from bitgrain.runtime.memory import no_holes
 from bitgrain.runtime.online import attach_rotations
+from bitgrain.runtime.saving import refuse_to_save_packed
 
 
 class QuantizedCheckpoint:
@@ -164,11 +166,12 @@ def load(
     """
     chosen = choose_execution(execution, low_bit)
     model = _load(folder, device, dtype, trust_remote_code, rounding, low_bit, chosen, activations)
+    refuse_to_save_packed(model)
     scheme = cache_for(folder, kv_cache, trust_remote_code)
     if scheme is not None:
         config = model.config
         KVCache(scheme, config)  # what cannot be is said now
-        use_cache(model, lambda: KVCache(scheme, config))
+        use_cache(model, partial(KVCache, scheme, config))
     if attention is not None:
         set_attention(model, attention)
     if chosen == "kernels" and fuse_blocks(model):
@@ -176,7 +179,7 @@ def load(
         multiply_few_rows_natively(parts.get_output_embeddings())
         plain = parts.config
         if scheme is None:
-            use_cache(model, lambda: GrowingCache(plain))
+            use_cache(model, partial(GrowingCache, plain))
     return model
 
 

@@ -88,21 +88,28 @@ def past_argument(model: nn.Module) -> str:
 def use_cache(model: nn.Module, make: Callable[[], Cache]) -> None:
     """From now on `model` (of transformers) fills caches as `make` gives them wherever it would fill a plain one.
 
-    An empty DynamicCache that is passed to it, as `generate` does, gets our layers.
+    An empty DynamicCache that is passed to it, as `generate` does, gets our layers. The model can be pickled if `make`
+    can.
     """
+    model.register_forward_pre_hook(_Caches(past_argument(model), make), with_kwargs=True)
 
-    name = past_argument(model)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = kwargs.get(name, kwargs.get("past_key_values"))
+class _Caches:
+    """Before a model is called: the cache that it shall fill."""
+
+    def __init__(self, name: str, make: Callable[[], Cache]) -> None:
+        self._name, self._make = name, make
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = kwargs.get(self._name, kwargs.get("past_key_values"))
         wanted = kwargs.get("use_cache")
         if wanted is None:
             wanted = getattr(model.config, "use_cache", True)
         if given is None and wanted and not model.training:
-            kwargs = {**kwargs, name: make()}
+            kwargs = {**kwargs, self._name: self._make()}
         elif type(given) is DynamicCache and not any(getattr(one, "is_initialized", True) for one in given.layers):
-            given.layers = make().layers
+            given.layers = self._make().layers
             given.layer_class_to_replicate = None
         return args, kwargs
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
