@@ -8,7 +8,8 @@ from levels import LEVELS, level
 from torch import Tensor
 
 from bitgrain.kernels.code_linear import CodeLinear
-from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, DenseCache, MlpPart, Weight
+from bitgrain.kernels.decoder import AttentionPart, DecoderBlock, MlpPart, Weight
+from bitgrain.kernels.decoder_caches import DenseCache
 from bitgrain.kernels.dense_rows import DenseLinear
 from bitgrain.kernels.int_linear import IntInputs, IntLinear
 from bitgrain.kernels.rows import RowNorm, gated

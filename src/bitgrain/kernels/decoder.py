@@ -16,10 +16,10 @@ from torch import Tensor
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.code_linear import CodeLinear
+from bitgrain.kernels.decoder_caches import BlockCache
 from bitgrain.kernels.dense_rows import DenseLinear
 from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES, native
-from bitgrain.kernels.packed_states import PackedStates
 from bitgrain.kernels.rows import ACTS, MAX_HEAD, ROTARY, Act, Rotary, RowNorm
 
 Weight = IntLinear | CodeLinear | DenseLinear
@@ -63,66 +63,6 @@ class MlpPart:
     down: Weight
     act: Act
     joined: bool = False
-
-
-@dataclass(frozen=True)
-class DenseCache:
-    """keys, values [batch, kv_heads, past and new tokens, head_dim] of the dtype of x, whole rows side by side."""
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Past and new."""
-        return self.keys.shape[2]
-
-    def place(self, x: Tensor, part: AttentionPart) -> list[int]:
-        """As native code is told. Raises KernelError for keys and values that do not fit x."""
-        shape = (x.shape[0], part.kv_heads, self.tokens, part.head_dim)
-        for one in (self.keys, self.values):
-            rows = one.shape == shape and one.stride()[2:] == (part.head_dim, 1) and shape[2] >= x.shape[1]
-            if not rows or one.dtype != x.dtype:
-                raise KernelError(f"a cache {tuple(one.shape)} {one.dtype} does not fit {_wanted(x, part)}")
-        (a, b, _, _), (c, d, _, _) = self.keys.stride(), self.values.stride()
-        return [0, self.tokens, self.keys.data_ptr(), self.values.data_ptr(), a, b, c, d]
-
-    def written(self) -> None:
-        """The new tokens are there."""
-
-
-@dataclass(frozen=True)
-class PackedCache:
-    """Keys and values in few bits, to which `new` tokens are added once they are packed."""
-
-    keys: PackedStates
-    values: PackedStates
-    new: int
-
-    @property
-    def tokens(self) -> int:
-        """Past and new."""
-        return self.keys.tokens + self.new
-
-    def place(self, x: Tensor, part: AttentionPart) -> list[int]:
-        """As native code is told, with room for the new tokens. Raises KernelError where they do not fit x."""
-        wanted = (x.shape[0], part.kv_heads, part.head_dim)
-        for one in (self.keys, self.values):
-            if (one.batch, one.heads, one.size) != wanted or self.new != x.shape[1]:
-                raise KernelError(f"a cache of {(one.batch, one.heads, one.size)} does not fit {_wanted(x, part)}")
-            one.make_room(self.new)
-        keys, values = self.keys, self.values
-        if (keys.first, keys.tokens, keys.bits) != (values.first, values.tokens, values.bits):
-            raise KernelError("packed keys and values do not belong together")
-        return [1, self.tokens, keys.handle.at(), values.handle.at(), keys.first, 0, 0, 0]
-
-    def written(self) -> None:
-        """The new tokens are there."""
-        self.keys.tokens += self.new
-        self.values.tokens += self.new
-
-
-BlockCache = DenseCache | PackedCache
 
 
 class DecoderBlock:
@@ -186,7 +126,7 @@ class DecoderBlock:
                token sees those before it
         """
         self._check(x)
-        place = cache.place(x, self.attention)
+        place = cache.place(x, self.attention.kv_heads, self.attention.head_dim)
         y = torch.empty_like(x)
         kind, address, strides = 0, 0, (0, 0, 0)
         if mask is not None:
@@ -238,7 +178,7 @@ class DecoderStack:
         y = torch.empty_like(x)
         places: list[int] = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            places += cache.place(x, block.attention)
+            places += cache.place(x, block.attention.kv_heads, block.attention.head_dim)
         good = self.handle.run(
             x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, y.data_ptr(),
             torch.get_num_threads(),
@@ -248,12 +188,6 @@ class DecoderStack:
         for cache in caches:
             cache.written()
         return y
-
-
-def _wanted(x: Tensor, part: AttentionPart) -> str:
-    return (
-        f"{part.kv_heads} heads of {part.head_dim} for inputs {tuple(x.shape)} {x.dtype}: make a new one for each batch"
-    )
 
 
 def _positions(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, int, int]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from bitgrain.errors import KernelError
-from bitgrain.kernels.decoder import DenseCache
+from bitgrain.kernels.decoder_caches import DenseCache
 from bitgrain.kernels.native import is_available
 from bitgrain.kernels.rows import ACTS, ROTARY, Rotary, RowNorm, gated, rotate_
 from bitgrain.models.block_trace import TOKENS, BlockTrace, Call, embedded_tokens, linears_in_float32, watch_blocks

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bitgrain.kernels.decoder import AttentionPart, BlockCache, DenseCache, PackedCache
+from bitgrain.kernels.decoder import AttentionPart
+from bitgrain.kernels.decoder_caches import BlockCache, DenseCache, PackedCache
 from bitgrain.runtime.kv_cache.growing import GrowingLayer
 from bitgrain.runtime.kv_cache.layers import QuantizedLayer
 from bitgrain.runtime.kv_cache.tiled import Tiled
