@@ -55,6 +55,7 @@ class Layer {
     pack_panels(w_, codes_.data(), scales_.data(), zeros_.data(), panels_->data(), 0, ceil_div(c.n, kPanel));
     w_.panels = panels_->data(), w_.bias = c.bias ? bias_.data() : nullptr;
     check_unpack();
+    check_rows(random);
   }
   Layer(const Layer&) = delete;
   ~Layer() { delete panels_; }
@@ -91,6 +92,33 @@ class Layer {
         std::memcmp(scales.data(), scales_.data(), scales.size()) ||
         (c_.zeros != Zeros::constant && std::memcmp(zeros.data(), zeros_.data(), zeros.size()))) {
       fail("unpacked differs from packed: " + describe(c_));
+    }
+  }
+
+  // Rows as an embedding looks them up: each step rounded to float32.
+  void check_rows(Random& random) {
+    const int64_t count = random.within(0, 9);
+    Guarded<int64_t> ids(count, c_.edge);
+    for (int64_t i = 0; i < count; ++i) ids[i] = random.within(0, c_.n - 1);
+    Numbers y(count * c_.k, any_float_type(random), c_.edge), meant(c_.k, y.type(), c_.edge);
+    if (gather_rows(w_, ids.data(), count, y.data(), y.type(), int(random.within(1, 3))) != -1) {
+      fail("rows: an id is none: " + describe(c_));
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < c_.k; ++i) {
+        const int64_t at = ids[r] * groups_ + i / c_.group;
+        const uint8_t code = codes_[ids[r] * c_.k + i];
+        const float number = c_.bits == 8 ? float(int8_t(code)) : w_.table[code];
+        const float zero = c_.zeros == Zeros::constant ? 0.f : zeros_[at];
+        meant.set(i, (number - zero) * (load_any(scales_.data(), c_.scale_type, at) * w_.outer));
+      }
+      if (std::memcmp(meant.data(), y.bytes() + r * int64_t(meant.size()), meant.size()) != 0) {
+        fail("rows out of panels: " + describe(c_));
+      }
+    }
+    if (count > 0) {
+      ids[count - 1] = random.one_of<int64_t>({-1, c_.n});
+      if (gather_rows(w_, ids.data(), count, y.data(), y.type(), 1) != count - 1) fail("rows: a wrong id is not told");
     }
   }
 
