@@ -12,11 +12,6 @@ namespace {
 
 using Three = std::array<int64_t, 3>;
 
-template <typename T>
-T* at(uintptr_t p) {
-  return reinterpret_cast<T*>(p);
-}
-
 void copy(const Three& from, int64_t* to) { std::memcpy(to, from.data(), sizeof(Three)); }
 
 // Queries, options and result of one call.

@@ -2,6 +2,14 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <cstdint>
+
+// What an address from Python points to.
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
 void bind_int_linear(nanobind::module_& m);
 void bind_prefill(nanobind::module_& m);
 void bind_code_linear(nanobind::module_& m);

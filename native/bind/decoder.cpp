@@ -13,11 +13,6 @@ using namespace bitgrain;
 
 namespace {
 
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // A cache as Python tells of it: whether it is packed, tokens, the addresses of keys and values, and their strides of
 // batch and head; of packed ones the first token in their memory.
 constexpr size_t kCacheNumbers = 8;
