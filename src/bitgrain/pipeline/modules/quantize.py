@@ -122,12 +122,11 @@ def quantize_(
         for name, one in chosen.items()
         if one.input is not None
     }
-    places, kernels = (
-        ([], {}) if execution == "dequantize" else kernels_of_module(module, found, results, quantizers, execution)
-    )
+    packed = None if execution == "dequantize" else kernels_of_module(module, found, results, quantizers, execution)
     if any(found[name].role == "expert" for name in results):  # otherwise nobody sees the inputs of each
         experts_run_one_by_one(getattr(module, "config", None))
-    if kernels:
+    if packed is not None:
+        places, kernels = packed
         dtypes = {name: module.get_parameter(name).dtype for name in results}
         for place in places:
             run_packed_(module, place, kernels, lambda name: [PackedMatrix.of(part) for part in results[name]], dtypes)
