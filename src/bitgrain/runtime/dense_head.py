@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any, cast
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +10,15 @@ from torch import Tensor, nn
 from bitgrain.kernels.dense_rows import MOST_ROWS, dense_rows
 from bitgrain.kernels.memory import use_large_pages
 from bitgrain.kernels.native import DTYPES
+from bitgrain.runtime.owned import OwnedBy
 
 
-class FewRows:
+class FewRows(OwnedBy):
     """The forward of an nn.Linear; gradients, other devices and many rows go its own way."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self._layer = ref(layer)  # weak: the layer owns this
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self._layer()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._layer = ref(state["layer"])
-
     def __call__(self, input: Tensor) -> Tensor:
-        layer = self._layer()
-        assert layer is not None
-        weight = cast(Any, layer).weight
+        layer = cast(nn.Linear, self.owner)
+        weight = layer.weight
         if (
             input.numel() <= MOST_ROWS * input.shape[-1]
             and input.dtype in DTYPES

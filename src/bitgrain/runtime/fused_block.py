@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from bitgrain.runtime.block_caches import kind_of, with_room
 from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, NormPlan
 from bitgrain.runtime.fused_stack import FusedStack
 from bitgrain.runtime.guards import Guards
+from bitgrain.runtime.owned import OwnedBy
 from bitgrain.runtime.quant_linear import QuantLinear
 
 MOST_ROWS = 16
@@ -37,31 +37,25 @@ MOST_ROWS = 16
 _PLAIN_ATTENTION = ("sdpa", "eager")
 
 
-class FusedForward:
+class FusedForward(OwnedBy):
     """The forward of one decoder layer; its own one is `original`."""
 
     def __init__(self, block: nn.Module, plan: BlockPlan) -> None:
-        self._block, self.plan = ref(block), plan  # weak: the block owns this
+        super().__init__(block)
+        self.plan = plan
         self.stack: FusedStack | None = None
         self.place = 0
         self._native: DecoderBlock | None = None
         self._guards: Guards | None = None
 
-    @property
-    def block(self) -> nn.Module:
-        """The layer whose forward this is."""
-        block = self._block()
-        assert block is not None
-        return block
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"block": self.block, "plan": self.plan}
+        return {**super().__getstate__(), "plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["block"], state["plan"])
+        self.__init__(state["owner"], state["plan"])
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.block).forward(self.block, *args, **kwargs)
+        return type(self.owner).forward(self.owner, *args, **kwargs)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         plan, stack = self.plan, self.stack
@@ -78,7 +72,7 @@ class FusedForward:
         cache = kwargs.get(plan.cache)
         x = hidden_states if hidden_states.is_contiguous() else hidden_states.contiguous()
         attention = plan.attention
-        part = self.block.get_submodule(attention.module) if attention.module else self.block
+        part = self.owner.get_submodule(attention.module) if attention.module else self.owner
         implementation = cast(Any, part).config._attn_implementation
         if (
             x.shape[0] * x.shape[1] <= MOST_ROWS
@@ -137,12 +131,12 @@ class FusedForward:
         y = native.finish(x, attended)
         if self.plan.mlp is None:
             norm, mlp = self.plan.rest
-            after = self.block.get_submodule(mlp)(self.block.get_submodule(norm)(y))
+            after = self.owner.get_submodule(mlp)(self.owner.get_submodule(norm)(y))
             y = y + (after[0] if isinstance(after, tuple) else after)
         return y
 
     def _is_plain(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        block, guards = self.block, self._guards
+        block, guards = self.owner, self._guards
         if block.training or x.dtype not in DTYPES or x.device.type != "cpu" or x.numel() == 0:
             return False
         if torch.is_grad_enabled() and x.requires_grad:
@@ -160,7 +154,7 @@ class FusedForward:
     def whole(self, x: Tensor) -> DecoderBlock | None:
         """The native block, if nobody would notice that this layer ran in one call with those around it."""
         plain = self.plan.attention.plain and self.plan.mlp is not None and self._is_plain(x, {})
-        watched = self._guards is None or self._guards.looked_at(self.block)
+        watched = self._guards is None or self._guards.looked_at(self.owner)
         return self._native if plain and not watched else None
 
 

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from typing import Any, cast
-from weakref import ref
 
 from torch import nn
 
 from bitgrain.errors import SchemeError
 from bitgrain.runtime.lazy_weight import PackedWeight
+from bitgrain.runtime.owned import OwnedBy
 
 
-class SavePretrained:
+class SavePretrained(OwnedBy):
     """In the place of a model's `save_pretrained`, which runs once no weight is packed any more.
 
     Raises SchemeError while one is.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = ref(model)  # weak: the model owns this
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self._model()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model = ref(state["model"])
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        assert model is not None
+        model = self.owner
         if any(isinstance(part, PackedWeight) for part in model.modules()):
             raise SchemeError(
                 "save_pretrained cannot write packed weights: copy the folder that the model was loaded from, or load "
