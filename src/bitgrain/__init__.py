@@ -5,6 +5,7 @@ bitgrain.plan("MODEL", "W4A16")                 what it will cost, before it sta
 bitgrain.load("OUT")                            a transformers model
 bitgrain.evaluate("OUT", against="MODEL", text="FILE")
 bitgrain.inspect("MODEL")                       ranges, outliers, what each granularity would lose
+bitgrain.convert("OUT", "gptq", "OUT-gptq")     the same numbers in another engine's layout
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
 bitgrain.calibrate(module, batches)             for quantize_(..., calibration=): static scales, solvers
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from bitgrain.api import (
         KVCache,
         calibrate,
+        convert,
         evaluate,
         finetune,
         fold_batch_norms_,
@@ -46,6 +48,7 @@ __all__ = [
     "KVCache",
     "__version__",
     "calibrate",
+    "convert",
     "evaluate",
     "finetune",
     "fold_batch_norms_",

@@ -16,6 +16,7 @@ from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.convert import Converted, convert
 from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune
 from bitgrain.pipeline.load import cache_for, load
@@ -39,9 +40,11 @@ from bitgrain.runtime.kv_cache import CacheScheme, KVCache
 __all__ = [
     "Calibrated",
     "Check",
+    "Converted",
     "Finetuned",
     "KVCache",
     "calibrate",
+    "convert",
     "evaluate",
     "finetune",
     "fold_batch_norms_",
@@ -111,6 +114,7 @@ def plan(
     bits: float | None = None,
     kv_cache: str | None = None,
     engine: str = "compressed-tensors",
+    layout: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -133,6 +137,8 @@ def plan(
     bits         stored bits a weight on average, allocated by sensitivity, which is measured now (`pipeline.mixed`);
                  `scheme` then only says how activations are quantized; engine: whose formats may be chosen
     kv_cache     "fp8": keys and values get static scales from calibration, which vLLM reads
+    layout       how the files are laid out (`checkpoints.layouts`); None: compressed-tensors, or bitgrain's own where
+                 that cannot hold everything
     """
     if statistics is not None and (calibration is not None or bits is not None):
         what = "bits, which needs gradients" if calibration is None else "calibration text"
@@ -168,7 +174,7 @@ def plan(
     elif kept or fallen:
         spared = spare_layers(model, chosen, keep=kept, fallback=fallen, **measuring, **settings)
         chosen, notes = spared.recipe, spared.notes
-    return make_plan(model, chosen, notes=notes, statistics=statistics, **settings)
+    return make_plan(model, chosen, notes=notes, statistics=statistics, layout=layout, **settings)
 
 
 def quantize(

@@ -13,8 +13,8 @@ import bitgrain
 import zoo
 from bitgrain.numerics import quantize
 from bitgrain.pipeline.layers import matrices
-from bitgrain.pipeline.load import QuantizedCheckpoint
 from bitgrain.pipeline.quantize import QuantizeResult
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 
 Tiny = Callable[[str], Path]
 MOE = ("mixtral", "qwen3-moe", "gpt-oss")

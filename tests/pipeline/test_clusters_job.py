@@ -19,7 +19,7 @@ from bitgrain.errors import CheckpointError, PlanError, RecipeError, SchemeError
 from bitgrain.numerics import IntFormat, QuantSpec, per_group, per_tensor
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.pipeline.blockwise import block as block_job
-from bitgrain.pipeline.load import QuantizedCheckpoint
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import Scheme, make_recipe
 from bitgrain.recipes.scheme import PRESETS
 from calibrated_jobs import TUNED, recipe_of, run

@@ -13,7 +13,8 @@ import zoo
 from bitgrain.errors import ModelError, PlanError, RecipeError, SchemeError
 from bitgrain.numerics import fake_quantize
 from bitgrain.pipeline.blockwise.columns import columns_of
-from bitgrain.pipeline.load import QuantizedCheckpoint, shared_columns
+from bitgrain.pipeline.load import shared_columns
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import get_scheme, make_recipe
 from bitgrain.runtime.activations import InputQuantizer
 from calibrated_jobs import TUNED

@@ -9,7 +9,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 import bitgrain
 from bitgrain.errors import PlanError
 from bitgrain.numerics import QTensor
-from bitgrain.pipeline.load import QuantizedCheckpoint
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import make_recipe
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from bitgrain.calibration.windows import calibration_windows
 from bitgrain.errors import ModelError, RecipeError, ResumeError
 from bitgrain.pipeline.blockwise import block as block_job
 from bitgrain.pipeline.experts import ALONE, BORROWED, FEW
-from bitgrain.pipeline.load import QuantizedCheckpoint
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.progress import Progress
 from bitgrain.recipes import make_recipe
 from calibrated_jobs import activations, layers_of, recipe_of, run

@@ -9,8 +9,8 @@ import torch
 import bitgrain
 from bitgrain.models import build_skeleton, load_config, read_anatomy, resolve_model
 from bitgrain.models.naming import convert_tensors
-from bitgrain.pipeline.load import QuantizedCheckpoint
 from bitgrain.pipeline.places import Place, find_places
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 
 
 def places_of(folder: Path) -> tuple[QuantizedCheckpoint, torch.nn.Module, list[Place], dict[str, str]]:

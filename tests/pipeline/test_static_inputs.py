@@ -22,11 +22,11 @@ from bitgrain.numerics import QuantSpec, get_format, per_tensor, quantize
 from bitgrain.numerics.observers import StaticInput, start, static_input, update
 from bitgrain.numerics.ranges import Percentile
 from bitgrain.pipeline.load import (
-    QuantizedCheckpoint,
     attach_input_quantizers,
     experts_run_one_by_one,
     load,
 )
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import PRESETS, Scheme
 from bitgrain.runtime.watch import Key, Watch, parameters_of
 

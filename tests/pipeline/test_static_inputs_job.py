@@ -26,7 +26,7 @@ from bitgrain.pipeline.blockwise.batches import Pool
 from bitgrain.pipeline.blockwise.runs import Runs, Seen
 from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.pipeline.blockwise.static import Chosen, choose_inputs
-from bitgrain.pipeline.load import QuantizedCheckpoint
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import PRESETS, Scheme, make_recipe
 from bitgrain.runtime.watch import Key
 

@@ -12,6 +12,8 @@ convolution is one matrix [out, in/groups * kernel]):
 | T.outer_scale | only for nested scales: the scale of the scales |
 | T.outer_zero  | only for asymmetric nested scales: codes packed like T.codes, or numbers in the storage dtype |
 | T.zero        | only with zero points: likewise |
+| T.minimum     | only with minima: like T.scale; nested ones: T.minimum_scale, their scale |
+| T.order       | only with an order of the columns: int32 [E, in], the input channel of each column of the codes |
 | T.outlier_starts, T.outlier_columns, T.outlier_values | only with outliers, see `numerics.outliers`: |
 |               | int32 [E, out + 1], int16 or int32 [E, k] and float16 [E, k]; numbers to be added |
 | T.column_index, T.column_values | only with columns in 16 bits, see `numerics.columns`: int32 [E, k], and float16 or |
@@ -24,7 +26,7 @@ convolution is one matrix [out, in/groups * kernel]):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -32,8 +34,9 @@ import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
+from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.shards import TensorSpec
-from bitgrain.numerics import QTensor, QuantSpec, per_tensor
+from bitgrain.numerics import Format, QTensor, QuantSpec, per_tensor
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.outliers import column_dtype
 from bitgrain.numerics.packed import PackedMatrix, pack_qtensor, packed_matrix, packed_specs, scale_dtype, zero_dtype
@@ -44,6 +47,18 @@ class BitgrainLayout:
     """See `Layout`."""
 
     name = "bitgrain"
+    summary = "bitgrain.load; every spec there is, embeddings, convolutions and stacked experts too"
+    keys: tuple[str, ...] = ("quantization_config",)
+    storages: tuple[Format, ...] = ()
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        return (config.get("quantization_config") or {}).get("quant_method") == self.name
+
+    def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
+        return read_layers(config["quantization_config"])
+
+    def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
+        return (layer.scheme.weight,)
 
     def refusal(self, layer: StoredLayer) -> str | None:
         if layer.role == "conv" and layer.transposed:

@@ -18,17 +18,20 @@ Codes are packed densely, low bits first, as code + 2**(bits - 1). Readers decod
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitgrain.checkpoints.compressed_tensors_reader import read_layers
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
+from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.shards import TensorSpec
+from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
-from bitgrain.numerics import Granularity, IntFormat, QTensor, QuantSpec
+from bitgrain.numerics import Format, Granularity, IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix
@@ -38,12 +41,25 @@ from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+INTEGERS = tuple(IntFormat(bits) for bits in range(2, 9))
 
 
 class CompressedTensors:
     """See `Layout`."""
 
     name = "compressed-tensors"
+    summary = "vLLM, SGLang and transformers; integers of 2 to 8 bits, FP8, NVFP4, MXFP4, quantized inputs"
+    keys: tuple[str, ...] = ("quantization_config",)
+    storages: tuple[Format, ...] = ()
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        return (config.get("quantization_config") or {}).get("quant_method") == self.name
+
+    def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
+        return read_layers(config["quantization_config"], checkpoint)
+
+    def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
+        return near_spellings(layer.scheme.weight, INTEGERS, (FP32, FP16, BF16), ("none", "integer"))
 
     def refusal(self, layer: StoredLayer) -> str | None:
         spec, strategy, where = layer.scheme.weight, _strategy(layer.scheme.weight.granularity), f"for {layer.module}"

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint, StoredTensor
 from bitgrain.errors import CheckpointError, SchemeError
 from bitgrain.numerics import IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
 from bitgrain.numerics.formats import BF16, FP8_E4M3, FP16, FP32, FloatFormat, Format
 from bitgrain.recipes import Scheme
-
-__all__ = ["CompressedTensors", "read_layers"]
 
 _STORAGE = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 

@@ -5,15 +5,16 @@ One file for each layout. A layout knows nothing of models: it sees one quantize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.shards import TensorSpec
-from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics import Format, QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.recipes import Scheme
@@ -64,12 +65,36 @@ class StoredLayer:
 
 
 class Layout(Protocol):
-    """A way to lay quantized layers out in safetensors files and config.json."""
+    """A way to lay quantized layers out in safetensors files and config.json.
+
+    name  as `--to` and `--layout` have it; summary: whose it is and what it holds, for tables
+    keys  of config.json under which `config` lies
+    storages  of plain scales that its readers take, what a float32 model gets first; empty: float32, float16, bfloat16
+    """
 
     name: str
+    summary: str
+    keys: tuple[str, ...]
+    storages: tuple[Format, ...]
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this config.json is in this layout."""
+        ...
+
+    def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
+        """Every quantized layer of a checkpoint that is `recognised`, from its config.json and headers.
+
+        Raises CheckpointError for what is damaged or unknown.
+        """
+        ...
 
     def refusal(self, layer: StoredLayer) -> str | None:
         """Why this layout cannot hold `layer`, or None."""
+        ...
+
+    def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
+        """Weight specs that this layout holds and that may say what `layer` says, the nearest first: conversion takes
+        the first under which no number changes (`numerics.respell`). Its own spec comes first where it is held."""
         ...
 
     def tensors(self, layer: StoredLayer) -> list[TensorSpec]:
@@ -100,7 +125,7 @@ class Layout(Protocol):
         ...
 
     def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
-        """`quantization_config` for config.json; `kept`: (module, memory module, class) of matrices kept."""
+        """What config.json says under `keys`; `kept`: (module, memory module, class) of matrices kept."""
         ...
 
 

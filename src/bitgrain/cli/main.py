@@ -16,7 +16,20 @@ from types import TracebackType
 from typing import NoReturn
 
 import bitgrain
-from bitgrain.cli import calibrate, demo, eval, finetune, inspect, merge, plan, quantize, schemes, train, verify
+from bitgrain.cli import (
+    calibrate,
+    convert,
+    demo,
+    eval,
+    finetune,
+    inspect,
+    merge,
+    plan,
+    quantize,
+    schemes,
+    train,
+    verify,
+)
 from bitgrain.cli.terminal import print_error, quieten_libraries
 from bitgrain.errors import BitgrainError
 
@@ -25,6 +38,7 @@ COMMANDS = {
     "plan": plan,
     "eval": eval,
     "inspect": inspect,
+    "convert": convert,
     "verify": verify,
     "train": train,
     "calibrate": calibrate,

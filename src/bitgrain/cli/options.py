@@ -162,6 +162,11 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         "--engine", metavar="E", help="with --bits: whose formats may be chosen (compressed-tensors, vllm, ...)"
     )
     parser.add_argument(
+        "--layout",
+        metavar="L",
+        help="how the files are laid out: compressed-tensors (the default where it can hold all), gptq, awq, ...",
+    )
+    parser.add_argument(
         "--keep",
         action="append",
         metavar="NAME",
@@ -235,6 +240,7 @@ def plan_from(args: argparse.Namespace, progress: Progress | None = None, cache:
         bits=args.bits,
         kv_cache=args.kv_cache,
         engine=args.engine or "compressed-tensors",
+        layout=args.layout,
         device=getattr(args, "device", "auto"),
         progress=progress,
         cache=cache,

@@ -4,6 +4,8 @@ codes           uint8 [out, ceil(in * bits / 8)], low bits first, as code + offs
 scale           storage dtype [tiles down, tiles across]; nested scales: their codes, packed like `codes`
 outer_scale     only for nested scales: the scale of the scales; outer_zero: only for asymmetric ones
 zero            only with zero points: codes packed like `codes`, or numbers in the storage dtype
+minimum         only with minima: as scale; nested ones: minimum_scale, their scale
+order           only with an order of the columns: int32 [in]
 outlier_starts, outlier_columns, outlier_values   only with outliers, see `numerics.outliers`
 column_index, column_values   only with columns in 16 bits, see `numerics.columns`
 """
@@ -36,8 +38,18 @@ def packed_specs(spec: QuantSpec, shape: tuple[int, int]) -> list[tuple[str, tor
             found.append(("outer_zero", *_zeros(spec.scale, inner)))
     else:
         found.append(("scale", scale_dtype(spec), tiles))
-    if not spec.symmetric:
+    if spec.zero_point in ("integer", "real"):
         found.append(("zero", *_zeros(spec, tiles)))
+    if isinstance(spec.minimum, QuantSpec):
+        inner = spec.minimum.granularity.tiles(tiles)
+        found += [
+            ("minimum", *_packed(spec.minimum.format, tiles)),
+            ("minimum_scale", scale_dtype(spec.minimum), inner),
+        ]
+    elif spec.minimum is not None:
+        found.append(("minimum", float_dtype(spec.minimum), tiles))
+    if spec.ordered:
+        found.append(("order", INDEX_DTYPE, (cols,)))
     if spec.outliers:
         count = (spec.count_outliers(shape),)
         found += [
@@ -53,8 +65,13 @@ def packed_specs(spec: QuantSpec, shape: tuple[int, int]) -> list[tuple[str, tor
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
     """The storage of plainly stored scales."""
-    assert isinstance(spec.scale, FloatFormat)
-    dtype = spec.scale.torch_dtype
+    assert isinstance(spec.scale, Format)
+    return float_dtype(spec.scale)
+
+
+def float_dtype(format: Format) -> torch.dtype:
+    """The torch dtype of a format that is a storage dtype."""
+    dtype = format.torch_dtype if isinstance(format, FloatFormat) else None
     assert dtype is not None
     return dtype
 
@@ -80,6 +97,14 @@ def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
         found["scale"] = q.scale
     if q.zero is not None:
         found["zero"] = _pack_zero(q.zero, q.spec)
+    if isinstance(q.minimum, QTensor):
+        found["minimum"] = _pack(q.minimum.unsigned_codes(), q.minimum.spec.format)
+        assert isinstance(q.minimum.scale, Tensor)
+        found["minimum_scale"] = q.minimum.scale
+    elif q.minimum is not None:
+        found["minimum"] = q.minimum
+    if q.order is not None:
+        found["order"] = q.order
     if q.outliers is not None:
         found["outlier_starts"] = q.outliers.starts
         found["outlier_columns"] = q.outliers.columns
@@ -104,18 +129,22 @@ class PackedMatrix:
     shape: tuple[int, int]
     outliers: Outliers | None = None
     columns: Columns | None = None
+    minimum: Tensor | QTensor | None = None
+    order: Tensor | None = None
 
     @staticmethod
     def of(q: QTensor) -> PackedMatrix:
         """A QTensor of rank 2, packed."""
         rows, cols = q.shape
         words = _pack(q.unsigned_codes(), q.spec.format)
-        return PackedMatrix(words, q.scale, q.zero, q.spec, (rows, cols), q.outliers, q.columns)
+        more = (q.outliers, q.columns, q.minimum, q.order)
+        return PackedMatrix(words, q.scale, q.zero, q.spec, (rows, cols), *more)
 
     def unpack(self) -> QTensor:
         """The QTensor."""
         codes = _unpack(self.words, self.spec.format, self.shape[1])
-        return QTensor(codes, self.scale, self.zero, self.spec, self.outliers, self.columns)
+        more = (self.outliers, self.columns, self.minimum, self.order)
+        return QTensor(codes, self.scale, self.zero, self.spec, *more)
 
 
 def unpack_qtensor(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
@@ -138,7 +167,12 @@ def packed_matrix(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[in
         outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
     columns = Columns(stored["column_index"], stored["column_values"]) if spec.columns else None
     zero = _unpack_zero(stored.get("zero"), spec, across)
-    return PackedMatrix(stored["codes"], scale, zero, spec, shape, outliers, columns)
+    minimum: Tensor | QTensor | None = stored["minimum"] if spec.minimum is not None else None
+    if isinstance(spec.minimum, QuantSpec):
+        codes = _unpack(stored["minimum"], spec.minimum.format, across)
+        minimum = QTensor(codes, stored["minimum_scale"], None, spec.minimum)
+    order = stored["order"] if spec.ordered else None
+    return PackedMatrix(stored["codes"], scale, zero, spec, shape, outliers, columns, minimum, order)
 
 
 def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:

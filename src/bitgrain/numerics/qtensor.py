@@ -26,7 +26,9 @@ class QTensor:
     zero      None if symmetric; "integer": codes [down, across]; "real": [down, across] in the scale's dtype
     outliers  what is added to some elements; None unless the spec has some
     columns   what stands in the place of some columns; None unless the spec has some
-    Raises SchemeError where a spec keeps columns and there are none.
+    minimum   [tiles down, tiles across] in its storage dtype, or a QTensor of that shape; None unless the spec has some
+    order     int32 [in]: the input channel that each column of the codes is for; None unless the spec is ordered
+    Raises SchemeError where a spec has columns, minima or an order and there are none.
     """
 
     codes: Tensor
@@ -35,20 +37,33 @@ class QTensor:
     spec: QuantSpec
     outliers: Outliers | None = None
     columns: Columns | None = None
+    minimum: Tensor | QTensor | None = None
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.spec.columns is not None and self.columns is None:
             raise SchemeError(f"{self.spec.describe()}: no columns were kept; solve it by solvers.beside.solve_matrix")
+        if (self.minimum is not None) != (self.spec.minimum is not None):
+            raise SchemeError(f"{self.spec.describe()}: {'no' if self.minimum is None else 'there are'} minima")
+        if (self.order is not None) != self.spec.ordered:
+            raise SchemeError(
+                f"{self.spec.describe()}: {'no' if self.order is None else 'there is an'} order of columns"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s * (v - z) and its outlier, or what was kept, for each element: in float32, and rounded once to `dtype`."""
+        """s * (v - z), or s * v - m, and its outlier, or what was kept, for each element: in float32, rounded once to
+        `dtype`."""
         values = self.spec.format.decode(to_tiles(self.codes, self.spec.granularity))
         values = from_grid(values, scale_values(self.scale), self.zero)
+        if self.minimum is not None:
+            values = values.sub_(scale_values(self.minimum).unsqueeze(-1))
         dense = from_tiles(values, self.spec.granularity, self.shape)
+        if self.order is not None:
+            dense = torch.empty_like(dense).index_copy_(1, self.order.to(torch.int64), dense)
         if self.outliers is not None:
             dense = self.outliers.add_to(dense.reshape(matrix_shape(self.shape))).view(self.shape)
         if self.columns is not None:

@@ -30,7 +30,7 @@ from bitgrain.numerics.outliers import VALUE_DTYPE, column_dtype
 from bitgrain.numerics.ranges.base import Range
 from bitgrain.numerics.ranges.minmax import MinMax
 
-ZeroPoint = Literal["none", "integer", "real"]
+ZeroPoint = Literal["none", "integer", "real", "minimum"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class QuantSpec:
     format       the grid of numbers
     granularity  the tile that shares one scale
     zero_point   "none": symmetric, x = s * v; "integer": asymmetric, x = s * (v - z) with z a code of the format;
-                 "real": z is any number in the scale's storage dtype (as the minimum of the k-quants, or HQQ's zero)
+                 "real": z is any number in the scale's storage dtype (as HQQ's zero); "minimum": x = s * v - m with m
+                 in a storage of its own (llama.cpp's k-quants, MLX)
     restricted   symmetric integers only: leave out the most negative code, so that the grid is symmetric
                  (int8 is -127..127, and scale = absmax / 127); False uses the full range
     range        how a tile's limits are chosen
     scale        storage of the scales: a float format, or a QuantSpec (double quantization)
+    minimum      storage of the minima, likewise; None without minima
     dynamic      scales are computed from the data at run time (activations)
     outliers     share of the elements that are kept in float16 beside the codes (SpQR: about 0.01); how many they are
                  depends on the shape alone, so that every byte is known beforehand
@@ -54,6 +56,8 @@ class QuantSpec:
                  multiplied in full precision also where inputs are quantized; None for none
     clusters     inputs with static scales only: into how many runs of neighbouring channels, of any sizes, they are
                  divided, each with a scale (and zero point) of its own (RPTQ, arXiv 2304.01089); 0: one for all
+    ordered      weights only: tiles are of columns in an order of their own, which is stored (GPTQ's act-order with
+                 groups, there `g_idx`)
     """
 
     format: Format
@@ -67,6 +71,8 @@ class QuantSpec:
     threshold: float = 0.0
     columns: ColumnChoice | None = None
     clusters: int = 0
+    minimum: Format | QuantSpec | None = None
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         if self.restricted and not (self.symmetric and isinstance(self.format, IntFormat) and self.format.signed):
@@ -75,10 +81,15 @@ class QuantSpec:
             raise SchemeError("symmetric int1 has only the numbers -1 and 0; use binary, ternary or a zero point")
         if self.zero_point == "integer" and not isinstance(self.format, IntFormat):
             raise SchemeError(f"an integer zero point needs an integer format, {self.format} takes zero_point='real'")
-        if isinstance(self.scale, Format) and not (isinstance(self.scale, FloatFormat) and self.scale.torch_dtype):
-            raise SchemeError(
-                f"scales are stored as float32, float16, bfloat16, e8m0, fp8_e4m3 or fp8_e5m2, not {self.scale}"
-            )
+        if (self.zero_point == "minimum") != (self.minimum is not None):
+            raise SchemeError("zero_point 'minimum' and the storage of the minima go together: give both, or neither")
+        for storage in (self.scale, self.minimum):
+            if isinstance(storage, Format) and not (isinstance(storage, FloatFormat) and storage.torch_dtype):
+                raise SchemeError(
+                    f"scales are stored as float32, float16, bfloat16, e8m0, fp8_e4m3 or fp8_e5m2, not {storage}"
+                )
+        if self.minimum == E8M0:
+            raise SchemeError("minima cannot be stored in e8m0, which has no sign and no zero")
         if not self.symmetric and self.scale == E8M0 and self.zero_point == "real":
             raise SchemeError("a real zero point cannot be stored in e8m0, which has no sign and no zero")
         if not 0 <= self.outliers <= 0.5:
@@ -94,13 +105,16 @@ class QuantSpec:
                 f"clusters of channels are for static per_tensor inputs, which they divide: not {self.clusters} of "
                 f"{'dynamic ' if self.dynamic else ''}{self.granularity}"
             )
-        if isinstance(self.scale, QuantSpec) and self.scale.outliers:
-            raise SchemeError("scales of scales have no outliers of their own")
-        if self.columns and (self.dynamic or (isinstance(self.scale, QuantSpec) and self.scale.columns)):
-            raise SchemeError("columns are kept of weights, not of inputs or of scales")
+        for nested in (self.scale, self.minimum):
+            if isinstance(nested, QuantSpec) and (nested.outliers or nested.ordered or nested.minimum):
+                raise SchemeError("scales of scales have no outliers, minima or order of their own")
+            if self.columns and (self.dynamic or (isinstance(nested, QuantSpec) and nested.columns)):
+                raise SchemeError("columns are kept of weights, not of inputs or of scales")
+        if self.ordered and (self.dynamic or self.outliers or self.columns or self.granularity.cols is None):
+            raise SchemeError("an order of the columns is for weights in groups, without outliers or kept columns")
 
     def __repr__(self) -> str:
-        rare = ("outliers", "threshold", "columns", "clusters")
+        rare = ("outliers", "threshold", "columns", "clusters", "minimum", "ordered")
         shown = [f for f in fields(self) if f.name not in rare or getattr(self, f.name)]
         return f"QuantSpec({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
@@ -140,7 +154,8 @@ class QuantSpec:
     def describe(self) -> str:
         """For tables: `int4 per_group(128) asymmetric, scale bfloat16`."""
         parts = [str(self.format), str(self.granularity)]
-        parts += [] if self.symmetric else ["asymmetric" if self.zero_point == "integer" else "real zero point"]
+        parts += [] if self.symmetric else [_ZERO_POINTS[self.zero_point]]
+        parts += ["act-order"] if self.ordered else []
         parts += [f"{100 * self.outliers:g} % outliers"] if self.outliers else []
         parts += [self.columns.describe()] if self.columns else []
         parts += [] if isinstance(self.range, MinMax) else [f"range {self.range}"]
@@ -159,10 +174,12 @@ class QuantSpec:
         headers."""
         down, across = self.granularity.tiles(shape)
         bits = math.prod(shape) * self.format.bits
-        if isinstance(self.scale, QuantSpec):
-            bits += self.scale.count_bits((down, across))
-        else:
-            bits += down * across * self.scale.bits
+        for storage in (self.scale, self.minimum):
+            if isinstance(storage, QuantSpec):
+                bits += storage.count_bits((down, across))
+            elif storage is not None:
+                bits += down * across * storage.bits
+        bits += 32 * matrix_shape(shape)[1] if self.ordered else 0
         if self.zero_point == "integer":
             bits += down * across * self.format.bits
         elif self.zero_point == "real":
@@ -174,6 +191,9 @@ class QuantSpec:
         if self.columns:
             bits += self.columns.count_bits(*matrix_shape(shape))
         return bits
+
+
+_ZERO_POINTS = {"integer": "asymmetric", "real": "real zero point", "minimum": "with minima"}
 
 
 def mxfp4(dynamic: bool = False) -> QuantSpec:

@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bitgrain.checkpoints import bitgrain_layout, compressed_tensors_reader
-from bitgrain.checkpoints.kv_scales import SUFFIXES, read_scheme
-from bitgrain.checkpoints.layout import Layout, StoredLayer
-from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
+from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError, ModelError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
 from bitgrain.models.fused_blocks import fuse_blocks
@@ -25,12 +22,11 @@ from bitgrain.models.materialize import Weightless, load_dense_into
 from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
-from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
-from bitgrain.numerics.packed import PackedMatrix
-from bitgrain.pipeline.cache_plan import stored_cache
 from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
 from bitgrain.pipeline.places import Place, find_places
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
 from bitgrain.runtime.attention import AttentionScheme, set_attention
@@ -44,93 +40,6 @@ from bitgrain.runtime.low_bit_linear import hold_low_bit_
 from bitgrain.runtime.memory import no_holes
 from bitgrain.runtime.online import attach_rotations
 from bitgrain.runtime.saving import refuse_to_save_packed
-
-
-class QuantizedCheckpoint:
-    """A quantized checkpoint as its original names: which layers are quantized, and every tensor dequantized.
-
-    Raises CheckpointError for a folder that holds no quantized checkpoint that bitgrain can read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoint: Checkpoint = open_checkpoint(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.config: dict[str, Any] = config.get("quantization_config") or {}
-        method = self.config.get("quant_method")
-        self.layout: Layout
-        if method == "bitgrain":
-            self.layout, layers = bitgrain_layout.BitgrainLayout(), bitgrain_layout.read_layers(self.config)
-        elif method == "compressed-tensors":
-            self.layout = compressed_tensors_reader.CompressedTensors()
-            layers = compressed_tensors_reader.read_layers(self.config, self.checkpoint)
-        else:
-            what = f"is quantized with {method}" if method else "is not quantized"
-            raise CheckpointError(f"{folder} {what}; bitgrain.load reads what bitgrain quantize wrote")
-        self.layers: dict[str, StoredLayer] = {layer.tensor: layer for layer in layers}
-
-    def quantized(self, tensor: str) -> list[QTensor]:
-        """The QTensors of an original tensor, one for each stacked matrix."""
-        return self.layout.decode(self.layers[tensor], self.checkpoint.read)
-
-    def packed(self, tensor: str) -> list[PackedMatrix]:
-        """The QTensors of an original tensor, one for each stacked matrix, with their codes left packed."""
-        return self.layout.decode_packed(self.layers[tensor], self.checkpoint.read)
-
-    def static_inputs(self) -> dict[str, list[StaticInput]]:
-        """The static input scales of every layer that has them, by original tensor, one for each stacked matrix."""
-        static = {name: layer for name, layer in self.layers.items() if layer.static_input is not None}
-        return {name: self.layout.decode_inputs(layer, self.checkpoint.read) for name, layer in static.items()}
-
-    def columns(self) -> dict[str, list[Tensor]]:
-        """Which columns every layer keeps that does so beside quantized inputs, one index for each stacked matrix."""
-        kept = {
-            name: layer
-            for name, layer in self.layers.items()
-            if layer.scheme.weight.columns is not None and layer.scheme.input is not None
-        }
-        return {name: self.layout.decode_columns(layer, self.checkpoint.read) for name, layer in kept.items()}
-
-    def dense(self, tensor: str) -> Tensor:
-        """An original tensor dequantized, in its original shape and dtype."""
-        layer = self.layers[tensor]
-        parts = [q.dequantize(layer.dtype) for q in self.quantized(tensor)]
-        if layer.original:
-            return parts[0].view(layer.original)
-        parts = [part.T if layer.transposed else part for part in parts]
-        return torch.stack(parts) if layer.experts > 1 else parts[0].contiguous()
-
-    def cache(self, trust_remote_code: bool = False) -> CacheScheme | None:
-        """How keys and values are kept, with the scales of each layer; None: as they are."""
-        scheme = read_scheme(self.config)
-        if scheme is None:
-            return None
-        config = load_config(resolve_model(self.folder), trust_remote_code, drop_quantization=True)
-        skeleton = build_skeleton(config, trust_remote_code)
-        return stored_cache(scheme, skeleton, read_anatomy(skeleton, self.originals()), self.checkpoint)
-
-    def kept(self) -> list[str]:
-        """Names of the tensors that were not quantized."""
-        parts = {spec.name for layer in self.layers.values() for spec in self.layout.tensors(layer)}
-        if read_scheme(self.config) is not None:
-            parts |= {name for name in self.checkpoint.entries if name.rpartition(".")[2] in SUFFIXES}
-        return [name for name in self.checkpoint.entries if name not in parts]
-
-    def originals(self) -> dict[str, _Shape]:
-        """Shapes and dtypes under the original names, as `read_anatomy` wants them."""
-        found = {
-            name: _Shape(self.checkpoint.entries[name].shape, self.checkpoint.entries[name].dtype)
-            for name in self.kept()
-        }
-        for name, layer in self.layers.items():
-            shape = layer.original or (layer.shape[::-1] if layer.transposed else layer.shape)
-            found[name] = _Shape((layer.experts, *shape) if layer.experts > 1 else shape, layer.dtype)
-        return {name: found[name] for name in natural_order(found)}
-
-
-class _Shape:
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
 
 
 def load(

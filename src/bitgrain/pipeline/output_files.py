@@ -94,12 +94,13 @@ def _config(plan: Plan, told: Mapping[str, Any]) -> bytes:
     if plan.decodes_to_bfloat16:
         config.pop("torch_dtype", None)
         config["dtype"] = "bfloat16"
-    config["quantization_config"] = plan.layout.config(list(plan.quantized.values()), kept)
+    settings = plan.layout.config(list(plan.quantized.values()), kept)
     if plan.cache is not None:
-        config["quantization_config"]["kv_cache_scheme"] = config_of(plan.cache.scheme)
+        settings["kv_cache_scheme"] = config_of(plan.cache.scheme)
     for key in ("online_rotations", "reordered_norms"):  # what is computed at run time
         if told.get(key):
-            config["quantization_config"][key] = told[key]
+            settings[key] = told[key]
+    config |= dict.fromkeys(plan.layout.keys, settings)
     return _json(config)
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from bitgrain.calibration.statistics_file import open_statistics
-from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
-from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.content import content_sha256
 from bitgrain.checkpoints.layout import Layout, StoredLayer
+from bitgrain.checkpoints.layouts import get_layout
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
 from bitgrain.checkpoints.shards import TensorSpec, plan_shards
 from bitgrain.errors import PlanError, SchemeError
@@ -60,16 +59,20 @@ def make_plan(
     solved: bool = False,
     statistics: str | Path | None = None,
     notes: Sequence[str] = (),
+    layout: str | None = None,
 ) -> Plan:
     """Plan `recipe` on `model` (a folder or a hub name).
 
     calibrate  read calibration text even if nothing in the recipe needs it; notes: what else the plan should tell
     solved     read none: the caller brings what the recipe would lead to
     statistics a folder that `bitgrain calibrate` wrote, used in place of text
+    layout     how the files are laid out (`checkpoints.layouts`); None: compressed-tensors, or bitgrain's own where
+               that cannot hold everything
 
     Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
     that cannot be read, RecipeError for a rule that matches nothing, StatisticsError for statistics of another model.
     """
+    wanted = None if layout is None else get_layout(layout)
     if workers is not None and workers < 1:
         raise PlanError(f"{workers} workers cannot do anything; ask for at least 1")
     source = resolve_model(model, revision=revision)
@@ -93,14 +96,14 @@ def make_plan(
         for name in _integer_weights(skeleton, anatomy, checkpoint)
     )
     layers = [
-        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor], recipe, problems)
+        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor], recipe, wanted, problems)
         for weight, scheme in zip(anatomy.weights, schemes, strict=True)
     ]
     problems.extend(_different_columns(layers))
     if not any(planned.layer for planned in layers):
         problems.append("no layer would be quantized")
     problems.extend(cluster_problems([(planned.weight, planned.layer) for planned in layers], recipe))
-    layout, reasons = _choose_layout([p.layer for p in layers if p.layer], recipe, problems)
+    chosen, reasons = _choose_layout([p.layer for p in layers if p.layer], recipe, wanted, problems)
     quantized = {planned.weight.tensor: planned.layer for planned in layers if planned.layer}
     cache: CachePlan | None = None
     if recipe.kv_cache is not None:
@@ -110,7 +113,7 @@ def make_plan(
         except PlanError as error:
             problems.append(str(error))
     outputs = [
-        spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, layout, checkpoint)
+        spec for name in natural_order(checkpoint.entries) for spec in _outputs(name, quantized, chosen, checkpoint)
     ]
     if cache is not None:
         outputs += cache.tensors
@@ -121,10 +124,10 @@ def make_plan(
         anatomy=anatomy,
         recipe=recipe,
         layers=tuple(layers),
-        layout=layout,
+        layout=chosen,
         shards=plan_shards(outputs, max_shard_bytes),
         units=(*_split(anatomy, checkpoint), *([Unit(CACHE_UNIT, (), 0)] if cache is not None else [])),
-        engines=tuple(judge(list(quantized.values()), _fused(layers), layout.name)),
+        engines=tuple(judge(list(quantized.values()), _fused(layers), chosen.name)),
         workers=torch.get_num_threads() if workers is None else workers,
         problems=tuple(dict.fromkeys(problems)),
         notes=(*notes, *_notes(anatomy, layers, reasons), *(calibration.notes if calibration else ())),
@@ -162,7 +165,12 @@ def _integer_weights(skeleton: nn.Module, anatomy: Anatomy, checkpoint: Checkpoi
 
 
 def _plan_layer(
-    weight: Weight, scheme: Scheme | None, entry: StoredTensor, recipe: Recipe, problems: list[str]
+    weight: Weight,
+    scheme: Scheme | None,
+    entry: StoredTensor,
+    recipe: Recipe,
+    layout: Layout | None,
+    problems: list[str],
 ) -> PlannedLayer:
     if scheme is None:
         return PlannedLayer(weight, None)
@@ -177,6 +185,8 @@ def _plan_layer(
     if weight.role == "conv":
         problems.extend(_not_for_convolutions(weight, scheme, recipe))
     scheme, note = scheme.for_dtype(dtype), ""
+    if layout is not None and layout.storages and scheme.weight.scale not in layout.storages:
+        scheme = replace(scheme, weight=scheme.weight.with_scale_dtype(layout.storages[0]))
     reason = scheme.indivisible(weight.out_features, weight.in_features)
     if reason:
         note = f"{scheme.name}: {reason}"
@@ -239,14 +249,19 @@ def _not_for_convolutions(weight: Weight, scheme: Scheme, recipe: Recipe) -> Ite
             yield str(error)
 
 
-def _choose_layout(layers: Sequence[StoredLayer], recipe: Recipe, problems: list[str]) -> tuple[Layout, list[str]]:
-    """compressed-tensors if it can hold every layer, else bitgrain's own; the reasons why not."""
-    first, own = CompressedTensors(), BitgrainLayout()
+def _choose_layout(
+    layers: Sequence[StoredLayer], recipe: Recipe, wanted: Layout | None, problems: list[str]
+) -> tuple[Layout, list[str]]:
+    """The layout that is wanted; else compressed-tensors if it can hold every layer, else bitgrain's own, and why."""
+    first, own = get_layout("compressed-tensors") if wanted is None else wanted, get_layout("bitgrain")
     reasons = [reason for layer in layers if (reason := first.refusal(layer))]
-    steps = [read_step(step) for step in recipe.transforms]
+    steps = [read_step(step) for step in recipe.transforms if first.name != own.name]
     reasons += [f"{step.name} rotates inputs at run time, which others would not do" for step in steps if step.online]
     if not reasons:
         return first, []
+    if wanted is not None:
+        problems.extend(reasons)
+        return wanted, []
     problems.extend(reason for layer in layers if (reason := own.refusal(layer)))
     return own, reasons
 

@@ -27,8 +27,9 @@ from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
-from bitgrain.pipeline.load import QuantizedCheckpoint, load
+from bitgrain.pipeline.load import load
 from bitgrain.pipeline.output_files import MANIFEST
+from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.runtime.device import resolve_device
 
 LOGIT_TOLERANCE = 1e-4

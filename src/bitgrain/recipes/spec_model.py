@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from bitgrain.numerics import QuantSpec, get_format, parse_granularity
 from bitgrain.numerics.columns import By, ColumnChoice
 from bitgrain.numerics.ranges import get_range
+from bitgrain.numerics.spec import ZeroPoint
 from bitgrain.recipes.scheme import Scheme
 
 
@@ -42,7 +43,7 @@ class SpecModel(Strict):
 
     format: str
     granularity: str = "per_channel"
-    zero_point: Literal["none", "integer", "real"] = "none"
+    zero_point: ZeroPoint = "none"
     restricted: bool = False
     range: str | dict[str, Any] = "minmax"
     scale: str | SpecModel = "float32"
@@ -51,6 +52,8 @@ class SpecModel(Strict):
     threshold: float = 0.0
     columns: ColumnsModel | None = None
     clusters: int = 0
+    minimum: str | SpecModel | None = None
+    ordered: bool = False
 
     @classmethod
     def of(cls, spec: QuantSpec) -> SpecModel:
@@ -63,6 +66,8 @@ class SpecModel(Strict):
             restricted=spec.restricted,
             range={"name": spec.range.name, **settings} if settings else spec.range.name,
             scale=cls.of(spec.scale) if isinstance(spec.scale, QuantSpec) else spec.scale.name,
+            minimum=cls.of(m) if isinstance(m := spec.minimum, QuantSpec) else m and m.name,
+            ordered=spec.ordered,
             dynamic=spec.dynamic,
             outliers=spec.outliers,
             threshold=spec.threshold,
@@ -79,6 +84,10 @@ class SpecModel(Strict):
             restricted=self.restricted,
             range=get_range(self.range),
             scale=get_format(self.scale) if isinstance(self.scale, str) else self.scale.build(),
+            minimum=get_format(self.minimum)
+            if isinstance(self.minimum, str)
+            else self.minimum and self.minimum.build(),
+            ordered=self.ordered,
             dynamic=self.dynamic,
             outliers=self.outliers,
             threshold=self.threshold,

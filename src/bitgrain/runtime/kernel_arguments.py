@@ -26,12 +26,23 @@ _AS_INTEGERS = {"ternary": 1, "binary": 0.5}
 
 def refuse_codes(spec: QuantSpec) -> str | None:
     """Why no kernel looks up weights of such a spec, or None."""
+    if (reason := _refuse_parts(spec)) is not None:
+        return reason
     fits = (isinstance(spec.format, IntFormat) and spec.format.bits <= 8) or spec.format.bits <= 4
     return None if fits or _float8(spec.format) is not None else f"weights in {spec.format}"
 
 
+def _refuse_parts(spec: QuantSpec) -> str | None:
+    """Why no kernel reads the parts that such a weight consists of, or None."""
+    if spec.minimum is not None:
+        return "weights with minima"
+    return "weights with an order of their columns" if spec.ordered else None
+
+
 def refuse_integers(spec: QuantSpec) -> str | None:
     """Why no integer kernel multiplies by weights of such a spec, or None."""
+    if (reason := _refuse_parts(spec)) is not None:
+        return f"{reason} and quantized inputs"
     if spec.format.name not in _AS_INTEGERS and not (isinstance(spec.format, IntFormat) and spec.format.bits <= 8):
         return f"weights in {spec.format} and quantized inputs"
     return f"weights with {100 * spec.outliers:g} % outliers and quantized inputs" if spec.outliers else None
@@ -71,6 +82,8 @@ def refuse_rows(spec: QuantSpec) -> str | None:
     """Why no kernel looks up rows of an embedding of such a spec, or None."""
     if spec.format.bits > 8:
         return f"embeddings in {spec.format}"
+    if (reason := _refuse_parts(spec)) is not None:
+        return reason
     return "embeddings with outliers or columns apart" if spec.outliers or spec.columns else None
 
 

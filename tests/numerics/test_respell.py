@@ -1,0 +1,83 @@
+"""A QTensor said otherwise holds the same numbers, or is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bitgrain.errors import SchemeError
+from bitgrain.numerics import IntFormat, QTensor, QuantSpec, per_channel, per_group, per_tensor, quantize
+from bitgrain.numerics.formats import BF16, FP16, FP32
+from bitgrain.numerics.respell import respell
+from bitgrain.numerics.spec import int_weight, nvfp4
+
+WEIGHT = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+
+
+def same(q: QTensor, spec: QuantSpec) -> QTensor:
+    found = respell(q, spec)
+    assert found.spec == spec
+    assert torch.equal(found.dequantize(), q.dequantize())
+    return found
+
+
+def test_symmetric_codes_get_zero_points_and_lose_them_again():
+    q = quantize(WEIGHT, int_weight(4, 32, scale=FP16))
+    asymmetric = same(q, int_weight(4, 32, asymmetric=True, scale=FP16))
+    assert asymmetric.zero is not None
+    assert not asymmetric.zero.any()
+    assert torch.equal(same(asymmetric, q.spec).codes, q.codes)
+
+
+def test_unsigned_codes_are_signed_ones_with_another_zero_point():
+    q = quantize(WEIGHT, int_weight(4, 32, asymmetric=True, scale=FP16))
+    unsigned = same(q, replace(q.spec, format=IntFormat(4, is_signed=False)))
+    assert torch.equal(unsigned.codes.to(torch.int8) - 8, q.codes)
+    assert torch.equal(same(unsigned, q.spec).codes, q.codes)
+
+
+def test_fewer_bits_fit_into_more():
+    q = quantize(WEIGHT, int_weight(3, 32))
+    assert torch.equal(same(q, int_weight(8, 32)).codes, q.codes)
+    with pytest.raises(SchemeError, match="does not have all numbers"):
+        respell(quantize(WEIGHT, int_weight(8, 32)), int_weight(4, 32))
+
+
+def test_tiles_are_split_and_joined_where_their_scales_are_equal():
+    q = quantize(WEIGHT, QuantSpec(IntFormat(8), per_channel()))
+    groups = same(q, QuantSpec(IntFormat(8), per_group(16)))
+    assert torch.equal(same(groups, q.spec).scale, q.scale)  # type: ignore[arg-type]
+    with pytest.raises(SchemeError, match="differ inside the tiles"):
+        respell(q, QuantSpec(IntFormat(8), per_tensor()))
+    with pytest.raises(SchemeError, match="cross"):
+        respell(quantize(WEIGHT[:, :48], int_weight(4, 16)), int_weight(4, 24))
+
+
+def test_scales_that_the_storage_lacks_are_named():
+    with pytest.raises(SchemeError, match="scales are not all numbers of float16"):
+        respell(quantize(WEIGHT, int_weight(4, 32, scale=FP32)), int_weight(4, 32, scale=FP16))
+    same(quantize(WEIGHT, int_weight(4, 32, scale=BF16)), int_weight(4, 32, scale=FP32))
+
+
+def test_zero_points_become_minima_and_back():
+    q = quantize(WEIGHT, int_weight(4, 32, asymmetric=True, scale=FP16))
+    minima = replace(q.spec, zero_point="minimum", minimum=FP32)
+    found = same(q, minima)
+    assert found.minimum is not None
+    assert torch.equal(same(found, q.spec).codes, q.codes)
+
+
+def test_an_order_is_kept_or_refused():
+    q = quantize(WEIGHT, int_weight(4, 32, scale=FP16))
+    ordered = same(q, replace(q.spec, ordered=True))
+    same(ordered, q.spec)
+    shuffled = replace(ordered, order=torch.randperm(64, generator=torch.Generator().manual_seed(1)).to(torch.int32))
+    assert torch.equal(shuffled.dequantize()[:, shuffled.order.long()], q.dequantize())  # type: ignore[union-attr]
+    with pytest.raises(SchemeError, match="act-order"):
+        respell(shuffled, q.spec)
+
+
+def test_nested_scales_stay_or_become_plain():
+    q = quantize(WEIGHT, nvfp4())
+    same(q, q.spec)
+    same(q, replace(q.spec, scale=FP32))
