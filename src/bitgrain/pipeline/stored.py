@@ -50,8 +50,8 @@ class QuantizedCheckpoint:
             self._check(layer)
 
     def _check(self, layer: StoredLayer) -> None:
-        """CheckpointError unless the tensors of `layer` are there, as its layout has them; of single numbers and vectors
-        other programs write other shapes."""
+        """CheckpointError unless the tensors of `layer` are there, as its layout has them; single numbers and
+        vectors may have shapes of another program's."""
         refusal = self.layout.refusal(layer)
         if refusal is not None:
             raise CheckpointError(f"{self.folder}: {refusal}")
