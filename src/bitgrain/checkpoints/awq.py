@@ -33,10 +33,12 @@ from bitgrain.numerics import Format, IntFormat, QTensor, QuantSpec, per_channel
 from bitgrain.numerics.formats import BF16, FP16, FP32
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix, float_dtype
-from bitgrain.numerics.packing import pack, unpack
+from bitgrain.numerics.packing import pack
 
 INT4 = IntFormat(4)
 STORAGES = {torch.float16: FP16, torch.bfloat16: BF16, torch.float32: FP32}
+_FIELDS = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The output of eight in each field of a word, low bits first."""
 _MIDDLE = 8
 """The zero point of symmetric layers."""
 
@@ -123,25 +125,22 @@ class AWQ:
         (q,) = parts
         check_inputs(layer, inputs)
         assert isinstance(q.scale, Tensor)
-        if q.zero is None:
-            zero = torch.full((q.scale.shape[1], layer.out_features), _MIDDLE, dtype=torch.uint8)
-        else:
-            zero = (q.zero.view(torch.uint8) + _MIDDLE).T.contiguous()
+        zero = torch.full(q.scale.shape, _MIDDLE, dtype=torch.uint8)
+        if q.zero is not None:
+            zero = q.zero.view(torch.uint8) + _MIDDLE
         return {
-            f"{layer.module}.qweight": _interleave(pack(q.unsigned_codes().T.contiguous(), 4)),
-            f"{layer.module}.qzeros": _interleave(pack(zero, 4)),
+            f"{layer.module}.qweight": _pack_outputs(q.unsigned_codes()),
+            f"{layer.module}.qzeros": _pack_outputs(zero),
             f"{layer.module}.scales": q.scale.T.contiguous(),
         }
 
     def decode(self, layer: StoredLayer, read: Read) -> list[QTensor]:
         """The codes as they are. (`decode_packed` would pack them along the rows only for them to be unpacked.)"""
-        codes = unpack(_straighten(read(f"{layer.module}.qweight")), 4, layer.out_features)
-        codes = (codes.T.contiguous() - _MIDDLE).view(torch.int8)
-        return [QTensor(codes, *self._scales(layer, read), layer.scheme.weight)]
+        codes = _unpack_outputs(read(f"{layer.module}.qweight"))
+        return [QTensor(codes.sub_(_MIDDLE).view(torch.int8), *self._scales(layer, read), layer.scheme.weight)]
 
     def decode_packed(self, layer: StoredLayer, read: Read) -> list[PackedMatrix]:
-        codes = unpack(_straighten(read(f"{layer.module}.qweight")), 4, layer.out_features)
-        words = pack(codes.T.contiguous(), 4)
+        words = pack(_unpack_outputs(read(f"{layer.module}.qweight")), 4)
         return [PackedMatrix(words, *self._scales(layer, read), layer.scheme.weight, layer.shape)]
 
     def _scales(self, layer: StoredLayer, read: Read) -> tuple[Tensor, Tensor | None]:
@@ -149,8 +148,7 @@ class AWQ:
         scale = read(f"{layer.module}.scales").T.contiguous()
         if layer.scheme.weight.symmetric:
             return scale, None
-        zero = unpack(_straighten(read(f"{layer.module}.qzeros")), 4, layer.out_features)
-        return scale, (zero.T.contiguous() - _MIDDLE).view(torch.int8)
+        return scale, _unpack_outputs(read(f"{layer.module}.qzeros")).sub_(_MIDDLE).view(torch.int8)
 
     def decode_columns(self, layer: StoredLayer, read: Read) -> list[Tensor]:
         return []
@@ -175,18 +173,24 @@ class AWQ:
         }
 
 
-def _interleave(words: Tensor) -> Tensor:
-    """Fields 0 .. 7 of each word in the order 0, 2, 4, 6, 1, 3, 5, 7: two swaps of neighbours, first of fields in each
-    half, then of bytes."""
-    return _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
+def _pack_outputs(codes: Tensor) -> Tensor:
+    """Unsigned codes uint8 [out, n] -> int32 words [n, out / 8]."""
+    eights = codes.unflatten(0, (-1, 8))
+    words = torch.zeros(eights.shape[0], codes.shape[1], dtype=torch.int32)
+    for field in range(0, 8, 2):
+        low, high = _FIELDS[field : field + 2]
+        pair = (eights[:, high] << 4).bitwise_or_(eights[:, low]).to(torch.int32)
+        words.bitwise_or_(pair.bitwise_left_shift_(4 * field))
+    return words.T.contiguous()
 
 
-def _straighten(words: Tensor) -> Tensor:
+def _unpack_outputs(words: Tensor) -> Tensor:
     """The inverse."""
-    return _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
-
-
-def _swap(words: Tensor, shift: int, mask: int) -> Tensor:
-    """The bits under `mask` change places with those `shift` above."""
-    moved = (words >> shift).bitwise_xor_(words).bitwise_and_(mask)
-    return (moved << shift).bitwise_xor_(moved).bitwise_xor_(words)
+    words = words.T.contiguous()
+    codes = torch.empty(words.shape[0], 8, words.shape[1], dtype=torch.uint8)
+    for field in range(0, 8, 2):
+        low, high = _FIELDS[field : field + 2]
+        pair = (words >> 4 * field).to(torch.uint8)
+        torch.bitwise_and(pair, 15, out=codes[:, low])
+        torch.bitwise_right_shift(pair, 4, out=codes[:, high])
+    return codes.flatten(0, 1)

@@ -23,9 +23,10 @@ BITS = (2, 3, 4, 8)
 AUTO_ROUND = "auto-round"
 _PLAIN = re.compile(r"[\w.-]*")
 """A name that is no expression."""
-_JOINED: dict[str, str] = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
-    ("gate_proj", "up_proj"), "gate_up_proj"
-)
+_JOINED: dict[str, str] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
 """The names that vLLM looks up for layers which it joins."""
 
 
