@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from bitgrain.checkpoints.dense_dtype import dense_dtype
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.checkpoints.reader import Checkpoint, StoredTensor
+from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.errors import CheckpointError, SchemeError
 from bitgrain.numerics import IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
 from bitgrain.numerics.formats import BF16, FP8_E4M3, FP16, FP32, FloatFormat, Format
@@ -51,20 +52,16 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
                 in_features=cols,
                 experts=1,
                 transposed=False,
-                dtype=_dense_dtype(entry.dtype, entries),
+                dtype=_dense_dtype(entry.dtype, checkpoint),
                 scheme=schemes[kind],
             )
         )
     return layers
 
 
-def _dense_dtype(scale: torch.dtype, entries: Mapping[str, StoredTensor]) -> torch.dtype:
+def _dense_dtype(scale: torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
     """What the original was: the dtype of the scale, or (FP4) that of the tensors that were kept."""
-    if scale in _STORAGE:
-        return scale
-    kept = [entry.dtype for name, entry in entries.items() if name.endswith((".weight", ".bias"))]
-    floats = [dtype for dtype in kept if dtype in _STORAGE]
-    return max(set(floats), key=floats.count) if floats else torch.bfloat16
+    return scale if scale in _STORAGE else dense_dtype(checkpoint)
 
 
 def _shape(module: str, checkpoint: Checkpoint) -> tuple[int, int]:

@@ -7,11 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
+from bitgrain.checkpoints.bitsandbytes import Bitsandbytes4Bit, BitsandbytesInt8
+from bitgrain.checkpoints.bitsandbytes_reader import FP4, NF4
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.layout import Layout
 from bitgrain.errors import SchemeError
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensors(), BitgrainLayout())}
+_ALL: tuple[Layout, ...] = (
+    CompressedTensors(),
+    BitgrainLayout(),
+    Bitsandbytes4Bit("bnb-nf4", NF4, "transformers with bitsandbytes: NF4, double quantized or not"),
+    Bitsandbytes4Bit("bnb-fp4", FP4, "transformers with bitsandbytes: its FP4, double quantized or not"),
+    BitsandbytesInt8(),
+)
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
 
 
 def get_layout(name: str) -> Layout:
