@@ -26,17 +26,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitgrain.checkpoints.bitsandbytes_reader import BLOCKS, FP4, NAMES, NF4, read_4bit, read_int8, settings_of
+from bitgrain.checkpoints.bitsandbytes_reader import BLOCKS, FP4, NAMES, NF4, SCB, read_4bit, read_int8, settings_of
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import Format, IntFormat, QTensor, QuantSpec, per_channel, per_token
 from bitgrain.numerics.formats import BF16, FP16, FP32
 from bitgrain.numerics.observers import StaticInput
-from bitgrain.numerics.packed import PackedMatrix
+from bitgrain.numerics.packed import PackedMatrix, float_dtype
 from bitgrain.numerics.packing import pack
+from bitgrain.numerics.spec import bnb_4bit
 
 _OFFSET_CHARACTERS = 24  # of any float32 in JSON; what is left of them are spaces, so that sizes are known beforehand
 
@@ -81,7 +83,8 @@ class Bitsandbytes4Bit(_Bitsandbytes):
         return read_4bit(checkpoint)
 
     def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
-        return near_spellings(layer.scheme.weight, (self.format,), (FP32,), ("none",))
+        doubled = bnb_4bit(self.format.name).scale
+        return near_spellings(layer.scheme.weight, (self.format,), (doubled, FP32), ("none",))
 
     def refusal(self, layer: StoredLayer) -> str | None:
         spec, where = layer.scheme.weight, f"for {layer.module}"
@@ -112,8 +115,9 @@ class Bitsandbytes4Bit(_Bitsandbytes):
             runs = spec.scale.granularity.tiles((down, across))[1]
             found[1] = (".absmax", torch.uint8, (down * across,))
             found += [(".nested_absmax", torch.float32, (runs,)), (".nested_quant_map", torch.float32, (256,))]
-        found.append((_state_name(spec), torch.uint8, (len(_state(layer, 0.0)),)))
-        return [TensorSpec(f"{layer.module}.weight{suffix}", dtype, shape) for suffix, dtype, shape in found]
+        name = f"{layer.module}.weight"
+        state = TensorSpec(name + _state_name(spec), torch.uint8, (len(_state(layer, 0.0)),), any_size=True)
+        return [*(TensorSpec(name + suffix, dtype, shape) for suffix, dtype, shape in found), state]
 
     def encode(
         self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
@@ -160,7 +164,8 @@ class Bitsandbytes4Bit(_Bitsandbytes):
 
 
 class BitsandbytesInt8(_Bitsandbytes):
-    """See `Layout`. Scales of 16 bits only: of those, times 127 and divided by 127 again gives the same in float32."""
+    """See `Layout`. Scales of 16 bits are written: times 127 and divided by 127 again, they are the same in float32.
+    Other writers' are read as SCB times 1/127, which is what bitsandbytes makes of them."""
 
     name = "bnb-int8"
     summary = "transformers with bitsandbytes: LLM.int8()"
@@ -170,7 +175,7 @@ class BitsandbytesInt8(_Bitsandbytes):
         return settings_of(config) == "int8"
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
-        return read_int8(config["quantization_config"], checkpoint)
+        return read_int8(section(config), checkpoint)
 
     def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
         return near_spellings(layer.scheme.weight, (IntFormat(8),), self.storages, ("none",), (per_channel(),))
@@ -184,7 +189,7 @@ class BitsandbytesInt8(_Bitsandbytes):
         token = inputs is not None and inputs.dynamic and inputs.symmetric and inputs.restricted
         if inputs is None or not token or (inputs.format, inputs.granularity) != (IntFormat(8), per_token()):
             return f"bitsandbytes quantizes the inputs of int8 layers per token, {where}; choose LLM_INT8 or W8A8"
-        if spec.scale not in self.storages:
+        if spec.scale != SCB and spec.scale not in self.storages:
             return f"bnb-int8 keeps 127 times the scale, which is exact for scales of 16 bits only, {where}"
         return None
 
@@ -200,10 +205,11 @@ class BitsandbytesInt8(_Bitsandbytes):
     ) -> dict[str, Tensor]:
         check_inputs(layer, inputs)
         (q,) = parts
-        assert isinstance(q.scale, Tensor)
+        scale = q.scale.scale if isinstance(q.scale, QTensor) else q.scale.float() * 127
+        assert isinstance(scale, Tensor)
         return {
             f"{layer.module}.weight": q.codes.contiguous(),
-            f"{layer.module}.SCB": q.scale.reshape(-1).float() * 127,
+            f"{layer.module}.SCB": scale.reshape(-1).clone(),
             f"{layer.module}.weight_format": torch.zeros((), dtype=torch.uint8),
         }
 
@@ -212,8 +218,12 @@ class BitsandbytesInt8(_Bitsandbytes):
 
     def decode_packed(self, layer: StoredLayer, read: Read) -> list[PackedMatrix]:
         spec = layer.scheme.weight
-        assert not isinstance(spec.scale, QuantSpec)
-        scale = (read(f"{layer.module}.SCB") / 127).to(getattr(torch, spec.scale.name)).view(-1, 1)
+        stored = read(f"{layer.module}.SCB").view(-1, 1)
+        scale: Tensor | QTensor
+        if isinstance(spec.scale, QuantSpec):
+            scale = QTensor(torch.ones(stored.shape, dtype=torch.uint8), stored, None, spec.scale)
+        else:
+            scale = (stored / 127).to(float_dtype(spec.scale))
         words = read(f"{layer.module}.weight").view(torch.uint8) + spec.format.code_offset
         return [PackedMatrix(words, scale, None, spec, layer.shape)]
 

@@ -17,6 +17,7 @@ from bitgrain.checkpoints.dense_dtype import dense_dtype
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.safetensors_header import strict_json
+from bitgrain.checkpoints.settings import section
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import CodebookFormat, Format, IntFormat, QuantSpec, get_format, per_channel, per_group, per_run
 from bitgrain.numerics.formats import BF16, FP16, FP32
@@ -24,6 +25,8 @@ from bitgrain.recipes import Scheme
 
 NF4, FP4 = get_format("nf4"), get_format("bnb_fp4")
 NAMES: dict[Format, str] = {NF4: "nf4", FP4: "fp4"}
+SCB = QuantSpec(CodebookFormat("127ths", (0.0, float(torch.tensor(1 / 127)))), per_channel(), scale=FP32)
+"""The largest number of a row, of which the scale is one 127th."""
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _STATE = ".weight.quant_state.bitsandbytes__"
@@ -33,8 +36,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 def settings_of(config: Mapping[str, Any]) -> str | None:
     """ "nf4", "fp4" or "int8", out of config.json; None where bitsandbytes did not quantize."""
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
+    settings = section(config)
+    if settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
         return None
     if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
         return "int8"
@@ -81,13 +84,13 @@ def read_int8(settings: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
     return _some(layers, checkpoint, "int8")
 
 
-def _storage(scb: Tensor) -> Format:
-    """In which scales can be kept that this is 127 times of."""
+def _storage(scb: Tensor) -> Format | QuantSpec:
+    """In which scales can be kept that this is 127 times of; else as it is."""
     exact = scb / 127
     for storage, dtype in ((FP16, torch.float16), (BF16, torch.bfloat16)):
         if torch.equal(exact.to(dtype).float() * 127, scb):
             return storage
-    return FP32
+    return SCB
 
 
 def _layer_4bit(
@@ -101,9 +104,13 @@ def _layer_4bit(
             "the original with bitgrain instead"
         )
     stored = checkpoint.entries.get(name)
-    if stored is None or 2 * stored.nbytes != rows * cols:
-        raise CheckpointError(f"{name}: {rows} x {cols} weights of 4 bits are needed, as its quant state says")
-    count, scale = rows * cols // block, FP32
+    if stored is None or stored.dtype != torch.uint8 or 2 * stored.nbytes != rows * cols:
+        raise CheckpointError(
+            f"{name}: {rows} x {cols} weights of 4 bits, two in a uint8, are needed, as its quant state says; save it with "
+            "bnb_4bit_quant_storage uint8"
+        )
+    count = rows * cols // block
+    scale: Format | QuantSpec = FP32
     nested = f"{name}.nested_absmax" in checkpoint.entries
     _needed(checkpoint, f"{name}.absmax", (torch.uint8 if nested else torch.float32,), count)
     _needed(checkpoint, f"{name}.quant_map", (torch.float32,), 16)

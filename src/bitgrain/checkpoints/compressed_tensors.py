@@ -28,6 +28,7 @@ from torch import Tensor
 from bitgrain.checkpoints.compressed_tensors_reader import read_layers
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
@@ -53,7 +54,7 @@ class CompressedTensors:
     storages: tuple[Format, ...] = ()
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        return (config.get("quantization_config") or {}).get("quant_method") == self.name
+        return section(config).get("quant_method") == self.name
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
         return read_layers(config["quantization_config"], checkpoint)

@@ -216,7 +216,20 @@ def _plan_layer(
         scheme=scheme,
         original=tuple(entry.shape) if weight.role == "conv" else (),
     )
+    near = None if layout is None or layout.refusal(layer) is None else _near(layer, layout)
+    if near is not None:
+        layer = replace(layer, scheme=replace(layer.scheme, weight=near))
+        note = "; ".join([*([note] if note else []), f"{near.describe()}, which {layout.name} holds"])
     return PlannedLayer(weight, layer, note)
+
+
+def _near(layer: StoredLayer, layout: Layout) -> QuantSpec | None:
+    """The nearest spec of as many bits that the layout holds in the place of one that it refuses, or None."""
+    for spec in layout.spellings(layer):
+        same = spec.format.bits == layer.scheme.weight.format.bits
+        if same and layout.refusal(replace(layer, scheme=replace(layer.scheme, weight=spec))) is None:
+            return spec
+    return None
 
 
 def _different_columns(layers: Sequence[PlannedLayer]) -> list[str]:
