@@ -106,8 +106,8 @@ def _layer_4bit(
     stored = checkpoint.entries.get(name)
     if stored is None or stored.dtype != torch.uint8 or 2 * stored.nbytes != rows * cols:
         raise CheckpointError(
-            f"{name}: {rows} x {cols} weights of 4 bits, two in a uint8, are needed, as its quant state says; save it with "
-            "bnb_4bit_quant_storage uint8"
+            f"{name}: {rows} x {cols} weights of 4 bits, two in a uint8, are needed, as its quant state says; save it "
+            "with bnb_4bit_quant_storage uint8"
         )
     count = rows * cols // block
     scale: Format | QuantSpec = FP32

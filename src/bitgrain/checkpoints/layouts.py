@@ -11,6 +11,7 @@ from bitgrain.checkpoints.bitsandbytes import Bitsandbytes4Bit, BitsandbytesInt8
 from bitgrain.checkpoints.bitsandbytes_reader import FP4, NF4
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.layout import Layout
+from bitgrain.checkpoints.mlx import MLX
 from bitgrain.errors import SchemeError
 
 _ALL: tuple[Layout, ...] = (
@@ -19,6 +20,7 @@ _ALL: tuple[Layout, ...] = (
     Bitsandbytes4Bit("bnb-nf4", NF4, "transformers with bitsandbytes: NF4, double quantized or not"),
     Bitsandbytes4Bit("bnb-fp4", FP4, "transformers with bitsandbytes: its FP4, double quantized or not"),
     BitsandbytesInt8(),
+    MLX(),
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
 

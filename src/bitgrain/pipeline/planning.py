@@ -21,6 +21,7 @@ from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
 from bitgrain.models.naming import StoredTensor, natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
+from bitgrain.numerics import QuantSpec
 from bitgrain.pipeline.cache_plan import CachePlan, plan_cache
 from bitgrain.pipeline.clusters import cluster_problems
 from bitgrain.pipeline.cost import cost_notes

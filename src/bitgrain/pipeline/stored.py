@@ -50,8 +50,8 @@ class QuantizedCheckpoint:
             self._check(layer)
 
     def _check(self, layer: StoredLayer) -> None:
-        """CheckpointError unless the tensors of `layer` are there, as its layout has them; of single numbers and vectors
-        other programs write other shapes."""
+        """CheckpointError unless the tensors of `layer` are there, as its layout has them; of single numbers and
+        vectors other programs write other shapes."""
         refusal = self.layout.refusal(layer)
         if refusal is not None:
             raise CheckpointError(f"{self.folder}: {refusal}")
@@ -60,9 +60,8 @@ class QuantizedCheckpoint:
             if entry is None:
                 raise CheckpointError(f"{self.folder}: {spec.name} is missing. Download the checkpoint again.")
             shape, wanted = tuple(entry.shape), tuple(spec.shape)
-            fits = (
-                spec.any_size or shape == wanted or (*shape, 1) == wanted or math.prod(shape) == math.prod(wanted) == 1
-            )
+            one = math.prod(shape) == math.prod(wanted) == 1
+            fits = spec.any_size or one or wanted in (shape, (*shape, 1))
             if entry.dtype != spec.dtype or not fits:
                 raise CheckpointError(
                     f"{self.folder}: {spec.name} is {entry.dtype} {list(entry.shape)}, but config.json says "
