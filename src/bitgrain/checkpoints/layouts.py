@@ -12,6 +12,7 @@ from bitgrain.checkpoints.bitsandbytes_reader import FP4, NF4
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.layout import Layout
 from bitgrain.checkpoints.mlx import MLX
+from bitgrain.checkpoints.torchao import READ_ONLY, TorchAO
 from bitgrain.errors import SchemeError
 
 _ALL: tuple[Layout, ...] = (
@@ -21,17 +22,20 @@ _ALL: tuple[Layout, ...] = (
     Bitsandbytes4Bit("bnb-fp4", FP4, "transformers with bitsandbytes: its FP4, double quantized or not"),
     BitsandbytesInt8(),
     MLX(),
+    TorchAO(),
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
 
 
 def get_layout(name: str) -> Layout:
-    """The layout called `name`. Raises SchemeError that lists all."""
+    """The layout called `name`, to be written. Raises SchemeError that lists all, or for one that is only read."""
     found = LAYOUTS.get(name.lower())
     if found is None:
         near = difflib.get_close_matches(name, LAYOUTS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise SchemeError(f"unknown layout {name!r}: {hint}known layouts: {', '.join(LAYOUTS)}")
+    if isinstance(found, TorchAO):
+        raise SchemeError(READ_ONLY)
     return found
 
 

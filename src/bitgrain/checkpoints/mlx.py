@@ -37,7 +37,6 @@ from bitgrain.numerics.packing import pack
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _FLOATS = (FP16, BF16, FP32)
-_UNSIGNED = tuple(IntFormat(bits, False) for bits in BITS)
 
 
 class MLX:
@@ -58,7 +57,8 @@ class MLX:
         spec = layer.scheme.weight
         if not isinstance(spec.format, IntFormat):
             return (spec, *(mode for mode in MODES.values() if mode.format == spec.format))
-        return near_spellings(spec, _UNSIGNED, _FLOATS, ("minimum",))
+        wide = next((bits for bits in BITS if bits >= spec.format.bits), 8)
+        return near_spellings(spec, (IntFormat(wide, False),), _FLOATS, ("minimum",))
 
     def refusal(self, layer: StoredLayer) -> str | None:
         spec, where = layer.scheme.weight, f"for {layer.module}"

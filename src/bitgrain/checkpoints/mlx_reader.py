@@ -69,8 +69,8 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
         rows, cols = words.shape[0], words.shape[1] * 32 // settings.bits
         if words.shape[1] * 32 % settings.bits or tuple(scales.shape) != (rows, -(-cols // settings.group_size)):
             raise CheckpointError(
-                f"{module}: words {list(words.shape)} and scales {list(scales.shape)} are not of {settings.bits} bits in "
-                f"groups of {settings.group_size}; the name of this layer, or its settings, are missing in config.json"
+                f"{module}: words {list(words.shape)} and scales {list(scales.shape)} are not of {settings.bits} bits "
+                f"in groups of {settings.group_size}; config.json lacks the settings of this layer"
             )
         spec = _spec(module, settings, scales, checkpoint)
         embedding = "embed" in module
