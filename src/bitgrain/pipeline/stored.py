@@ -60,7 +60,8 @@ class QuantizedCheckpoint:
             if entry is None:
                 raise CheckpointError(f"{self.folder}: {spec.name} is missing. Download the checkpoint again.")
             shape, wanted = tuple(entry.shape), tuple(spec.shape)
-            fits = shape == wanted or (*shape, 1) == wanted or math.prod(shape) == math.prod(wanted) == 1
+            one = math.prod(shape) == math.prod(wanted) == 1
+            fits = spec.any_size or one or wanted in (shape, (*shape, 1))
             if entry.dtype != spec.dtype or not fits:
                 raise CheckpointError(
                     f"{self.folder}: {spec.name} is {entry.dtype} {list(entry.shape)}, but config.json says "
