@@ -26,6 +26,7 @@ from torch import Tensor
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.linear_layers import check_tensors, kept_dtype, linear_layer, refuse_all_but_weights
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError, SchemeError
@@ -52,7 +53,7 @@ class AWQ:
     storages: tuple[Format, ...] = (FP16, BF16)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        own = config.get("quantization_config") or {}
+        own = section(config)
         auto_round = own.get("quant_method") == "auto-round" and own.get("packing_format") == "auto_round:auto_awq"
         return own.get("quant_method") == "awq" or auto_round
 

@@ -32,6 +32,7 @@ from bitgrain.checkpoints.gptq_config import AUTO_ROUND, BITS, Settings, gptq_co
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.linear_layers import check_tensors, kept_dtype, linear_layer, refuse_all_but_weights
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
@@ -64,7 +65,7 @@ class GPTQ:
         )
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        own = config.get("quantization_config") or {}
+        own = section(config)
         if own.get("quant_method") == AUTO_ROUND:
             return _PACKING.get(str(own.get("packing_format"))) == _FORMATS[self.name]
         second = own.get("checkpoint_format") == "gptq_v2"
