@@ -9,7 +9,7 @@ from bitgrain.errors import KernelError
 from bitgrain.kernels.code_linear import FLOAT8, SCALE_DTYPES, CodeLinear, rounds_inputs
 from bitgrain.kernels.float_inputs import FORMATS, KINDS, FloatInputs
 from bitgrain.kernels.int_linear import BITS
-from bitgrain.kernels.native import native
+from bitgrain.kernels.native import DTYPES, native
 from bitgrain.kernels.reference.code_linear import code_linear, dequantize
 from bitgrain.kernels.reference.embedding import look_up
 from bitgrain.kernels.reference.float_inputs import round_inputs
@@ -37,13 +37,19 @@ def weights(draw):
     elif table is not None:
         codes = torch.randint(0, len(table), (n, k), generator=made).to(torch.uint8)
     shape = (n, -(-k // (group or k)))
-    dtype = draw(st.sampled_from(list(SCALE_DTYPES)))
+    kind = draw(st.sampled_from(["none", "codes", "real", "minima"]))
+    dtype = draw(st.sampled_from(list(DTYPES if kind == "minima" else SCALE_DTYPES)))
     scale = (torch.randn(shape, generator=made) if dtype.is_signed else torch.rand(shape, generator=made)).to(dtype)
-    kind = draw(st.sampled_from(["none", "codes", "real"]))
+    minimum = torch.randn(shape, generator=made).to(dtype) if kind == "minima" else None
+    if minimum is not None and draw(st.booleans()):
+        scale[::2] = 0  # whole tiles are minus their minimum
     zero = torch.randint(0, 16, shape, generator=made).to(torch.uint8) if kind == "codes" else None
     zero = torch.randn(shape, generator=made) if kind == "real" else zero
     bias = torch.randn(n, generator=made) if draw(st.booleans()) else None
-    return (codes, scale, bits, table), {"group": group, "zero": zero, "outer": draw(st.sampled_from([1.0, 0.3]))}, bias
+    if minimum is not None:
+        zero = draw(st.sampled_from([None, -16.0, -128.0]))
+    how = {"group": group, "zero": zero, "minimum": minimum, "outer": draw(st.sampled_from([1.0, 0.3]))}
+    return (codes, scale, bits, table), how, bias
 
 
 ROUNDED = st.builds(
@@ -77,6 +83,8 @@ def test_equals_its_twin(isa, weight, m, dtype, seed, inputs):
     magnitude = dequantize(codes, scale, table, **same).abs()
     if how["zero"] is not None:
         magnitude += dequantize(nothing, scale, [0.0], **same, zero=how["zero"]).abs()
+    if how["minimum"] is not None:
+        magnitude += dequantize(nothing, scale, [0.0], **same, minimum=how["minimum"]).abs()
     if rounded and m <= 2 and bits == 8 and table is None:  # in two parts
         magnitude += dequantize(nothing, scale, [512.0], **same).abs()
     if inputs is not None:
@@ -100,7 +108,8 @@ def test_unpacks_to_what_was_packed(weight):
     found = CodeLinear.pack(codes, scale, bits, table, **how).unpack()
     assert found[0].equal(codes)
     assert found[1].view(torch.uint8).equal(scale.view(torch.uint8))
-    assert how["zero"] is None or (found[2] is not None and found[2].equal(how["zero"]))
+    zeros = how["zero"] if how["minimum"] is None else how["minimum"].float()
+    assert (found[2] is None) if zeros is None else (found[2] is not None and found[2].equal(zeros))
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,6 +153,10 @@ def test_wrong_inputs_are_told():
         CodeLinear.pack(codes, scale, 8, torch.float16)
     with pytest.raises(KernelError, match=r"a table of torch\.float8_e5m2"):
         CodeLinear.pack(codes, scale, 4, torch.float8_e5m2)
+    with pytest.raises(KernelError, match=r"minima \(3, 2\) take scales of that shape"):
+        CodeLinear.pack(codes, scale, 4, NF4, minimum=torch.ones(3, 2))
+    with pytest.raises(KernelError, match=r"minima \(3, 1\)"):
+        CodeLinear.pack(codes, scale, 4, NF4, zero=scale, minimum=scale)
     with pytest.raises(KernelError, match="not to fp8_e3m4"):
         FloatInputs("fp8_e3m4")
     with pytest.raises(KernelError, match="has to be positive"):
