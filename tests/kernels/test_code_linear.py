@@ -10,6 +10,7 @@ from bitgrain.kernels.code_linear import FLOAT8, SCALE_DTYPES, CodeLinear, round
 from bitgrain.kernels.float_inputs import FORMATS, KINDS, FloatInputs
 from bitgrain.kernels.int_linear import BITS
 from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.packed_linear import panel_bits
 from bitgrain.kernels.reference.code_linear import code_linear, dequantize
 from bitgrain.kernels.reference.embedding import look_up
 from bitgrain.kernels.reference.float_inputs import round_inputs
@@ -118,7 +119,9 @@ def test_words_are_packed_as_their_codes_are(weight, bits, word):
     (codes, scale, _, _), how, _ = weight
     codes = codes.view(torch.uint8) & (2**bits - 1)
     table = NF4[: 2**bits] if bits <= 4 else None
-    wide = min(b for b in BITS if b >= bits)
+    k = codes.shape[1]
+    group = how["group"] or k
+    wide = panel_bits(bits, [min(group, k - i) for i in range(0, k, group)])
     plain = codes if bits <= 4 else (codes.int() - 2 ** (bits - 1)).to(torch.int8)
     found = CodeLinear.pack_words(pack(codes, bits, word), scale, bits, table, k=codes.shape[1], **how)
     assert found.panels.equal(CodeLinear.pack(plain, scale, wide, table, **how).panels)
@@ -138,6 +141,19 @@ def test_rows_are_those_of_the_twin(weight, dtype, ids):
     expected = look_up(plain, scale, list(range(-128, 128)) if table is None else table, rows, dtype, **how)
     assert found.dtype == dtype
     assert found.equal(expected)
+
+
+def test_panels_take_the_least():
+    made = torch.Generator().manual_seed(0)
+    for bits, group, wide in ((3, 16, 4), (3, 32, 3), (2, 16, 2), (1, 8, 2), (5, 16, 8), (4, 4, 4)):
+        assert panel_bits(bits, [group] * 4) == wide
+        codes = torch.randint(0, 2**bits, (32, 4 * group), generator=made).to(torch.uint8)
+        table = list(range(2**bits)) if bits <= 4 else None
+        scale = torch.ones(32, 4)
+        found = CodeLinear.pack_words(pack(codes, bits, torch.uint8), scale, bits, table, k=4 * group, group=group)
+        others = [CodeLinear.pack(codes, scale, b, table, group=group) for b in (2, 3, 4) if bits <= b and table]
+        assert found.bits == wide
+        assert all(found.panels.nbytes <= one.panels.nbytes for one in others)
 
 
 def test_wrong_inputs_are_told():

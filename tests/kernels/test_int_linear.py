@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from bitgrain.errors import KernelError
 from bitgrain.kernels.int_linear import BITS, IntInputs, IntLinear
 from bitgrain.kernels.native import native
+from bitgrain.kernels.packed_linear import panel_bits
 from bitgrain.kernels.reference.int_linear import IntLinearTwin, int_linear, quantize_inputs
 from bitgrain.numerics.packing import pack
 
@@ -104,7 +105,7 @@ def test_words_are_packed_as_their_codes_are(case, bits, word, seed):
     made = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, codes.shape, generator=made).to(torch.uint8)
     words = pack(codes, bits, word)
-    wide = min(b for b in BITS if b >= bits)
+    wide = panel_bits(bits, lengths)
     offset = 2 ** (bits - 1) if wide == 8 else 0
     plain = (codes.int() - offset).to(torch.int8) if wide == 8 else codes
     zeros = torch.randint(0, 2**bits, scale.shape, generator=made).to(torch.uint8)

@@ -23,7 +23,7 @@ from torch import Tensor
 from bitgrain.errors import KernelError
 from bitgrain.kernels.float_inputs import FloatInputs
 from bitgrain.kernels.native import DTYPES, native
-from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros, kind_of_zeros
+from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros, kind_of_zeros, panel_bits
 from bitgrain.kernels.words import check_words
 
 CodeTable = Sequence[float] | torch.dtype | None
@@ -134,7 +134,8 @@ class CodeLinear(PackedLinear):
         Raises KernelError for shapes that do not fit.
         """
         stride = check_words(words, bits, k)
-        wide = min(b for b in BITS if b >= bits)
+        run = group or k
+        wide = panel_bits(bits, [run] * (k // run) + [k % run])
         made = cls._for(words.shape[0], k, scale, wide, table, group, zero, minimum, outer, bias, inputs)
         made._fill_from_words(words, stride, bits, scale, zero if isinstance(zero, Tensor) else minimum)
         return made

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.native import DTYPES, native
-from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros, kind_of_zeros
+from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros, kind_of_zeros, panel_bits
 from bitgrain.kernels.words import check_words
 
 
@@ -125,13 +125,14 @@ class IntLinear(PackedLinear):
 
         words    [n, ...], uint8 or int32: rows of unsigned codes as `numerics.packing.pack` has them (and the formats
                  pack-quantized of compressed-tensors)
-        bits     of one code in `words`, 1 to 8; the panels have 2, 3, 4 or 8
+        bits     of one code in `words`, 1 to 8; the panels have 2, 3, 4 or 8 (`panel_bits`)
         k        codes of a row
         zero     what the unsigned code of a 0 is: None for signed codes stored as code + 2**(bits - 1); or as of `pack`
         The others as of `pack`. Raises KernelError for shapes that do not fit.
         """
         stride = check_words(words, bits, k)
-        wide = min(b for b in BITS if b >= bits)
+        runs = [k // scale.shape[1]] * scale.shape[1] if lengths is None else lengths
+        wide = panel_bits(bits, runs)
         point: int | Tensor = 1 << (bits - 1) if zero is None else zero
         if wide == 8:  # these panels are signed
             half = 1 << (bits - 1)

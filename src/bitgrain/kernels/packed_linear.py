@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2, "minima": 3}
 """Kinds of zero points, as native/linear/int_weights.h numbers them."""
 BITS = (2, 3, 4, 8)
 """Of codes in panels."""
+_CHUNKS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
+"""Features of a chunk and its vectors, see native/linear/int_weights.h."""
 
 
 class PackedLinear:
@@ -98,6 +100,17 @@ def gather_rows(run: Callable[..., int], ids: Tensor, n: int, k: int, dtype: tor
     if bad >= 0:
         raise KernelError(f"{int(wanted.view(-1)[bad])} is no row of an embedding of {n}")
     return y
+
+
+def panel_bits(bits: int, lengths: Iterable[int]) -> int:
+    """Of the panels that take the least for codes of `bits` bits in runs of these lengths, which are padded to whole
+    chunks: 3 bits in groups of 16 lie closer in 4."""
+
+    def size(wide: int) -> int:
+        return sum(-(-length // _CHUNKS[wide][0]) * _CHUNKS[wide][1] for length in lengths)
+
+    lengths = list(lengths)
+    return min((wide for wide in BITS if wide >= bits and (wide < 8 or bits > 4)), key=lambda wide: (size(wide), wide))
 
 
 def kind_of_zeros(scale: Tensor, zero: Tensor | float | None, minimum: Tensor | None) -> Zeros:
