@@ -17,6 +17,11 @@ from bitgrain.kernels.native import is_available
 from bitgrain.runtime.quant_linear import quant_layers
 from zoo import ids_for, save
 
+SPQR = """
+scheme:
+  name: SPQR
+  weight: {format: int3, granularity: per_group(16), outliers: 0.01}
+"""
 needs_kernels = pytest.mark.skipif(not is_available(), reason="the native module was not built")
 
 
@@ -29,7 +34,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory):
 
     def folder(scheme: str) -> Path:
         if scheme not in made:
-            bitgrain.quantize(source, place / scheme, scheme, layout="bitgrain")
+            recipe = None
+            if scheme == "SpQR":
+                recipe = place / "recipe.yaml"
+                recipe.write_text(SPQR)
+            bitgrain.quantize(source, place / scheme, None if recipe else scheme, recipe=recipe)
             made[scheme] = place / scheme
         return made[scheme]
 
@@ -42,7 +51,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @needs_kernels
-@pytest.mark.parametrize("scheme", ["W8A16INT16", "SPQR_W3", "NF4", "LLM_INT8", "W4A16"])
+@pytest.mark.parametrize("scheme", ["W8A16INT16", "SpQR", "NF4", "LLM_INT8"])
 def test_the_logits_are_those_of_load(folders: Any, scheme: str):
     folder = folders(scheme)
     model = AutoModelForCausalLM.from_pretrained(folder)

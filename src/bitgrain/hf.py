@@ -1,10 +1,10 @@
-"""transformers' `from_pretrained` of folders with `quant_method: bitgrain`: importing this module registers a quantizer.
+"""transformers' `from_pretrained` of folders with `quant_method: bitgrain`: importing this registers a quantizer.
 
     import bitgrain.hf
     model = AutoModelForCausalLM.from_pretrained("OUT")
 
-On the CPU packed weights run through the native kernels, as of `bitgrain.load`; where those do not serve every layer, and
-on other devices, weights are dequantized and quantized activations simulated. A config's
+On the CPU packed weights run through the native kernels, as of `bitgrain.load`; where those do not serve every layer
+(which is logged), and on other devices, weights are dequantized and quantized activations simulated. A config's
 `quantization_config["execution"]` may say "kernels" or "dequantize". Models are for inference.
 """
 
