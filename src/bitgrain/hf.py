@@ -98,7 +98,7 @@ class BitgrainQuantizer(HfQuantizer):
             loaded = inner
         for name in ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "config"):
             model.__dict__[name] = loaded.__dict__[name]
-        for name in ("all_tied_weights_keys", "_tied_weights_keys"):
+        for name in ("all_tied_weights_keys", "_tied_weights_keys", "_keys_to_ignore_on_load_unexpected"):
             setattr(model, name, getattr(loaded, name))
         equip(model, folder, trusted, execution=execution)
         if execution == "dequantize":
