@@ -33,7 +33,6 @@ from bitgrain.runtime.device import resolve_device
 _METHOD = "bitgrain"
 
 
-@register_quantization_config(_METHOD)
 class BitgrainConfig(QuantizationConfigMixin):
     """A `quantization_config` that bitgrain wrote, as it stands in config.json; `execution` may be added to it."""
 
@@ -43,7 +42,6 @@ class BitgrainConfig(QuantizationConfigMixin):
         vars(self).update(stored)
 
 
-@register_quantizer(_METHOD)
 class BitgrainQuantizer(HfQuantizer):
     """Lets transformers make the model and bitgrain its layers.
 
@@ -130,3 +128,7 @@ class BitgrainQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+register_quantization_config(_METHOD)(BitgrainConfig)
+register_quantizer(_METHOD)(BitgrainQuantizer)
