@@ -61,7 +61,8 @@ class CompressedTensors:
         return read_layers(config["quantization_config"], checkpoint)
 
     def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
-        return near_spellings(layer.scheme.weight, INTEGERS, (FP32, FP16, BF16), ("none", "integer"))
+        own = {torch.float16: FP16, torch.bfloat16: BF16}.get(layer.dtype, FP32)  # readers decode to the scale's dtype
+        return near_spellings(layer.scheme.weight.with_scale_dtype(own), INTEGERS, (own,), ("none", "integer"))
 
     def refusal(self, layer: StoredLayer) -> str | None:
         spec, strategy, where = layer.scheme.weight, _strategy(layer.scheme.weight.granularity), f"for {layer.module}"
