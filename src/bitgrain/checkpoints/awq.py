@@ -26,6 +26,7 @@ from torch import Tensor
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.linear_layers import check_tensors, kept_dtype, linear_layer, refuse_all_but_weights
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError, SchemeError
@@ -52,12 +53,12 @@ class AWQ:
     storages: tuple[Format, ...] = (FP16, BF16)
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        own = config.get("quantization_config") or {}
+        own = section(config)
         auto_round = own.get("quant_method") == "auto-round" and own.get("packing_format") == "auto_round:auto_awq"
         return own.get("quant_method") == "awq" or auto_round
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
-        own: Mapping[str, Any] = config["quantization_config"]
+        own = section(config)
         bits, group = own.get("bits", own.get("w_bit")), own.get("group_size", own.get("q_group_size"))
         kind = (
             str(own.get("version") or own.get("format") or "gemm").lower() if own["quant_method"] == "awq" else "gemm"

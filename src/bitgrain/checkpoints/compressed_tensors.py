@@ -30,6 +30,7 @@ from bitgrain.checkpoints.compressed_tensors_reader import read_layers
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.linear_layers import in_order, order_of
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
@@ -55,7 +56,7 @@ class CompressedTensors:
     storages: tuple[Format, ...] = ()
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        return (config.get("quantization_config") or {}).get("quant_method") == self.name
+        return section(config).get("quant_method") == self.name
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
         return read_layers(config["quantization_config"], checkpoint)
@@ -265,7 +266,7 @@ def _format(scheme: Scheme) -> str | None:
             if plain == (known.format, known.granularity, known.scale):
                 return name
         return None
-    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point == "real":  # the scale's dtype is the decoded dtype
+    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point in ("real", "minimum"):  # scales tell the decoded dtype
         return None
     if spec.format == FP8_E4M3:
         return FLOAT

@@ -39,6 +39,7 @@ from bitgrain.checkpoints.linear_layers import (
     refuse_all_but_weights,
 )
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
@@ -71,14 +72,14 @@ class GPTQ:
         )
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        own = config.get("quantization_config") or {}
+        own = section(config)
         if own.get("quant_method") == AUTO_ROUND:
             return _PACKING.get(str(own.get("packing_format"))) == _FORMATS[self.name]
         second = own.get("checkpoint_format") == "gptq_v2"
         return own.get("quant_method") == "gptq" and second == (self.version == 2)
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
-        own: Mapping[str, Any] = config["quantization_config"]
+        own = section(config)
         known = own.get("checkpoint_format") or "gptq"
         if own["quant_method"] == "gptq" and known not in _FORMATS.values():
             raise CheckpointError(

@@ -91,13 +91,25 @@ def _offsets(
     zero: Tensor | None, lows: Tensor | None, steps: Tensor, q: QTensor, spec: QuantSpec
 ) -> tuple[Tensor | None, Tensor | QTensor | None, int]:
     """Zero points and minima as `spec` stores them, and by how much every code's number grows."""
+    integers = isinstance(spec.format, IntFormat) and isinstance(q.spec.format, IntFormat)
+    shift = int(spec.format.minimum - q.spec.format.minimum) if integers else 0
     if spec.zero_point == "minimum":
         assert spec.minimum is not None
-        if q.minimum is not None and q.spec.minimum == spec.minimum and q.spec.granularity == spec.granularity:
+        if (
+            q.minimum is not None
+            and not shift
+            and (q.spec.minimum, q.spec.granularity)
+            == (
+                spec.minimum,
+                spec.granularity,
+            )
+        ):
             return None, q.minimum, 0
         if lows is None:
-            lows = torch.zeros_like(steps) if zero is None else steps * zero
-        return None, _store(lows, spec.minimum, spec, "minima"), 0
+            lows = steps * (torch.zeros_like(steps) if zero is None else zero).add(shift)
+        else:
+            lows = lows + steps * shift
+        return None, _store(lows, spec.minimum, spec, "minima"), shift
     if lows is not None:
         zero = torch.where(lows == 0, torch.zeros_like(lows), lows / steps)
         if not torch.equal(zero * steps, lows):
@@ -112,7 +124,6 @@ def _offsets(
         if bool((zero != first).any().item()) or first != int(first):
             raise SchemeError("there are zero points, which a symmetric layer has none of")
         return None, None, -int(first)
-    shift = int(spec.format.minimum - q.spec.format.minimum) if isinstance(q.spec.format, IntFormat) else 0
     zero = (torch.zeros_like(steps) if zero is None else zero) + shift
     if not torch.equal(zero.round().clamp(spec.format.minimum, spec.format.maximum), zero):
         raise SchemeError(f"zero points are not all numbers of {spec.format}")

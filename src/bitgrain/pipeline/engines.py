@@ -23,6 +23,12 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
+_READERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bnb-nf4", "bnb-fp4", "bnb-int8"), ("transformers", "vLLM")),
+    "mlx": ("mlx-lm",),
+}
+"""Who reads the layouts that have no rules of their own."""
+
 FusedGroup = tuple[str, Sequence[StoredLayer | None]]
 """A set of layers that engines join into one (q/k/v, gate/up) by its name; None for a member that is kept."""
 
@@ -32,6 +38,10 @@ def judge(layers: Sequence[StoredLayer], fused: Sequence[FusedGroup], layout: st
     own = Verdict("bitgrain", True)
     if layout in ("gptq", "gptq-v2", "awq"):
         return [*_packed_along_inputs(layers, fused, layout), own]
+    if layout in _READERS:
+        reason, readers = (f"it does not read {layout}",), _READERS[layout]
+        engines = dict.fromkeys([*readers, "vLLM", "SGLang", "transformers"])
+        return [*(Verdict(e, e in readers, () if e in readers else reason) for e in engines), own]
     if layout != "compressed-tensors":
         reason = ("quant_method bitgrain is read by bitgrain.load only",)
         return [*(Verdict(engine, False, reason) for engine in ("vLLM", "SGLang", "transformers")), own]
