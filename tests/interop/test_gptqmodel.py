@@ -36,7 +36,7 @@ def test_gptqmodel_decodes_the_same_numbers(layout: str, scheme: str, tmp_path: 
     bitgrain.quantize(demo_model_path(), out, scheme, layout=layout)
     stored = QuantizedCheckpoint(out)
     backend = BACKEND.AWQ_TORCH if layout == "awq" else BACKEND.GPTQ_TORCH
-    model: Any = GPTQModel.load(str(out), device="cpu", dtype=torch.float16, backend=backend)
+    model: Any = GPTQModel.load(str(out), device="cpu", dtype=torch.bfloat16, backend=backend)
     modules = {name: module for name, module in model.model.named_modules() if hasattr(module, "qweight")}
     assert set(modules) == {layer.module for layer in stored.layers.values()}
     for name, module in modules.items():
