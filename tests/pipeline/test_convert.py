@@ -58,10 +58,10 @@ def test_layouts_of_other_engines_are_chosen_converted_and_run(scheme: str, tmp_
         assert all(torch.equal(first.dense(name), after.dense(name)) for name in first.layers)
     ids = torch.arange(40).view(2, 20)
     with torch.inference_mode():
-        expected = bitgrain.load(tmp_path / "first", execution="reference", dtype=torch.float32)(input_ids=ids).logits
+        expected = bitgrain.load(tmp_path / "first", execution="dequantize")(input_ids=ids).logits.float()
         for name in ("first", "gptq-v2", "awq"):
-            found = bitgrain.load(tmp_path / name, dtype=torch.float32)(input_ids=ids).logits
-            torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+            found = bitgrain.load(tmp_path / name)(input_ids=ids).logits.float()
+            assert (found - expected).norm() <= 0.02 * expected.norm()  # the model computes in bfloat16
 
 
 def test_groups_of_two_sizes_cannot_stand_in_awq(tmp_path: Path):
