@@ -30,17 +30,18 @@ _ALL: tuple[Layout, ...] = (
     TorchAO(),
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
+WRITABLE: dict[str, Layout] = {name: layout for name, layout in LAYOUTS.items() if not isinstance(layout, TorchAO)}
 
 
 def get_layout(name: str) -> Layout:
     """The layout called `name`, to be written. Raises SchemeError that lists all, or for one that is only read."""
-    found = LAYOUTS.get(name.lower())
+    found = WRITABLE.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name, LAYOUTS, n=1)
+        if name.lower() in LAYOUTS:
+            raise SchemeError(READ_ONLY)
+        near = difflib.get_close_matches(name, WRITABLE, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise SchemeError(f"unknown layout {name!r}: {hint}known layouts: {', '.join(LAYOUTS)}")
-    if isinstance(found, TorchAO):
-        raise SchemeError(READ_ONLY)
+        raise SchemeError(f"unknown layout {name!r}: {hint}known layouts: {', '.join(WRITABLE)}")
     return found
 
 
