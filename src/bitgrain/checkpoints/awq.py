@@ -58,7 +58,7 @@ class AWQ:
         return own.get("quant_method") == "awq" or auto_round
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
-        own: Mapping[str, Any] = config["quantization_config"]
+        own = section(config)
         bits, group = own.get("bits", own.get("w_bit")), own.get("group_size", own.get("q_group_size"))
         kind = (
             str(own.get("version") or own.get("format") or "gemm").lower() if own["quant_method"] == "awq" else "gemm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -71,6 +72,11 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
         if inputs is not None and not inputs.dynamic and static is None:
             raise CheckpointError(f"{module}.input_scale is missing: its inputs have a static scale")
         rows, cols = _shape(module, checkpoint)
+        scheme = schemes[kind]
+        if (order := entries.get(f"{module}.weight_g_idx")) is not None:
+            if tuple(order.shape) != (cols,) or order.dtype != torch.int32 or scheme.weight.granularity.cols is None:
+                raise CheckpointError(f"{module}.weight_g_idx is {order.dtype} {list(order.shape)}, for {cols} inputs")
+            scheme = replace(scheme, weight=replace(scheme.weight, ordered=True))
         layers.append(
             StoredLayer(
                 tensor=f"{module}.weight",
@@ -83,7 +89,7 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
                 experts=1,
                 transposed=False,
                 dtype=entry.dtype if entry.dtype in _STORAGE else kept_dtype(entries) or torch.bfloat16,
-                scheme=schemes[kind],
+                scheme=scheme,
             )
         )
     return layers

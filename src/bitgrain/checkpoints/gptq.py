@@ -30,7 +30,14 @@ from torch import Tensor
 
 from bitgrain.checkpoints.gptq_config import AUTO_ROUND, BITS, Settings, gptq_config, settings_of
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
-from bitgrain.checkpoints.linear_layers import check_tensors, kept_dtype, linear_layer, refuse_all_but_weights
+from bitgrain.checkpoints.linear_layers import (
+    check_tensors,
+    in_order,
+    kept_dtype,
+    linear_layer,
+    order_of,
+    refuse_all_but_weights,
+)
 from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
@@ -72,7 +79,7 @@ class GPTQ:
         return own.get("quant_method") == "gptq" and second == (self.version == 2)
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
-        own: Mapping[str, Any] = config["quantization_config"]
+        own = section(config)
         known = own.get("checkpoint_format") or "gptq"
         if own["quant_method"] == "gptq" and known not in _FORMATS.values():
             raise CheckpointError(
@@ -186,10 +193,10 @@ class GPTQ:
                 f"{layer.module}.qzeros: config.json says sym, but there are zero points other than {2 ** (bits - 1)}; "
                 "if they are meant, say sym: false there"
             )
-        order = self._order(layer, read)
-        if order is not None:
-            codes = unpack(words, bits, layer.in_features)
-            words = pack(codes.index_select(1, order.to(torch.int64)), bits)
+        order = None
+        if spec.ordered:
+            order = order_of(read(f"{layer.module}.g_idx"), _group(layer), f"{layer.module}.g_idx")
+            words = in_order(words, order, bits)
         scale = read(f"{layer.module}.scales").T.contiguous()
         return [PackedMatrix(words, scale, zero, spec, layer.shape, order=order)]
 
@@ -219,17 +226,6 @@ class GPTQ:
             count = stored.shape[1] * 32 // 3
             return pack((unpack(stored, bits, count) + 1) & 7, bits)
         return stored + _ones(bits)
-
-    def _order(self, layer: StoredLayer, read: Read) -> Tensor | None:
-        """int32 [in], the inputs group by group, out of g_idx. Raises CheckpointError."""
-        if not layer.scheme.weight.ordered:
-            return None
-        g_idx = read(f"{layer.module}.g_idx")
-        order = torch.argsort(g_idx, stable=True)
-        if not _is_plain(g_idx.index_select(0, order), layer):
-            group = layer.scheme.weight.granularity.cols
-            raise CheckpointError(f"{layer.module}.g_idx does not put {group} inputs into each group")
-        return order.to(torch.int32)
 
 
 def _is_plain(g_idx: Tensor, layer: StoredLayer) -> bool:

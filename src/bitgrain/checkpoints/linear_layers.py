@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.reader import Checkpoint, StoredTensor
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import QuantSpec
+from bitgrain.numerics.packing import pack, unpack
 from bitgrain.recipes import Scheme
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,3 +65,18 @@ def check_tensors(checkpoint: Checkpoint, wanted: list[TensorSpec]) -> None:
         if found is None or found.dtype != spec.dtype or tuple(found.shape) != spec.shape:
             have = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
             raise CheckpointError(f"{spec.name} is {have}; config.json means {spec.dtype} {list(spec.shape)}")
+
+
+def order_of(g_idx: Tensor, group: int, name: str) -> Tensor:
+    """int32 [in]: the inputs group by group, where `g_idx` [in] names the group of each. Raises CheckpointError unless
+    each has `group` inputs."""
+    order = torch.argsort(g_idx, stable=True)
+    if not torch.equal(g_idx.index_select(0, order), torch.arange(len(g_idx), dtype=g_idx.dtype) // group):
+        raise CheckpointError(f"{name} does not put {group} inputs into each group")
+    return order.to(torch.int32)
+
+
+def in_order(words: Tensor, order: Tensor, bits: int) -> Tensor:
+    """Codes packed along the rows of int32 `words`, with their columns in `order`."""
+    codes = unpack(words, bits, len(order))
+    return pack(codes.index_select(1, order.to(torch.int64)), bits)

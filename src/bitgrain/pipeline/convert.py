@@ -63,12 +63,13 @@ def convert(
     """Write the quantized checkpoint `model` to the new folder `out` in the layout called `to`.
 
     Raises PlanError with every layer that the target cannot hold exactly, and why; CheckpointError, SchemeError (no
-    such layout), OutputError.
+    such layout, or layers that cannot stand in one checkpoint), OutputError.
     """
     target, out = get_layout(to), Path(out)
     stored = QuantizedCheckpoint(resolve_model(model).path)
     progress = progress or make_progress("quiet")
     layers = _spell_all(stored, target, progress)
+    target.config(list(layers.values()), _kept(stored))  # what cannot stand in one checkpoint is said now
     outputs: list[TensorSpec] = []
     for name in stored.originals():
         if name in layers:

@@ -271,6 +271,11 @@ def _choose_layout(
     reasons = [reason for layer in layers if (reason := first.refusal(layer))]
     steps = [read_step(step) for step in recipe.transforms if first.name != own.name]
     reasons += [f"{step.name} rotates inputs at run time, which others would not do" for step in steps if step.online]
+    if not reasons and wanted is not None and layers:
+        try:
+            wanted.config(layers, [])
+        except SchemeError as error:
+            reasons.append(str(error))
     if not reasons:
         return first, []
     if wanted is not None:
