@@ -172,7 +172,7 @@ def spread(data: Tensor, count: int, bits: int) -> Tensor:
 
 def words(data: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """uint8 [.., k] as integers of more bytes, [.., k / bytes]; copied where it does not lie as they must."""
-    data = data.contiguous()
+    data = data.contiguous().view(-1).view(data.shape)  # strides of axes of size 1 may be anything
     if data.data_ptr() % 8 or data.storage_offset() % 8:
         data = data.clone()
     return data.view(dtype)
