@@ -55,6 +55,7 @@ class Cursor:
 
     def value(self, key: str) -> tuple[str, Value]:
         """One value of the metadata, after its key: its kind and itself."""
+        key = key[:80]  # as errors name it
         return self._value(self.number("I", f"the kind of {key!r}"), key)
 
     def _value(self, kind: int, key: str) -> tuple[str, Value]:
