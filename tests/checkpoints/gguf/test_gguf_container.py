@@ -1,6 +1,7 @@
 """GGUF files: ours are read by the gguf package, its are read by us, and nothing unsound gets through."""
 
 import struct
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -273,6 +274,40 @@ def test_reading_says_what_is_wrong(tmp_path: Path):
     for wrong in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(CheckpointError):
             open_gguf(wrong)
+
+
+ARRAYS = {
+    "empty strings": (8, struct.pack("<Q", 0)),
+    "short strings": (8, text(b"x")),
+    "bytes": (0, b"x"),
+    "bools": (7, b"\1"),
+    "long": (11, struct.pack("<q", -1)),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_arrays_take_about_what_they_take_in_the_file(case: str, tmp_path: Path):
+    """Twice: the header, and the arrays in it."""
+    kind, item = ARRAYS[case]
+    count = 4_000_000 // len(item) if kind != 8 else 80_000
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(key(b"k", 9, struct.pack("<IQ", kind, count) + item * count), keys=1))
+    tracemalloc.start()
+    try:
+        mine = open_gguf(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(mine.metadata["k"]) == count
+    assert peak < 2.5 * path.stat().st_size + (1 << 20)
+
+
+def test_a_long_string_is_refused_before_it_is_read(tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(key(b"k" * 60000, 8, text(bytes((1 << 24) + 1))), keys=1))
+    with pytest.raises(CheckpointError, match="claims a string of 16777217 bytes") as caught:
+        open_gguf(path)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.fixture(scope="module")
