@@ -193,6 +193,9 @@ def test_wrong_input_is_one_clear_error():
     q = quantize(torch.ones(1, 32), spec_of("Q4_0"))
     with pytest.raises(NumericsError, match="beyond the 16 of int4"):
         BLOCK_TYPES["Q4_0"].pack(QTensor(q.codes + 9, q.scale, None, q.spec))
+    three = quantize(torch.ones(1, 256), spec_of("TQ2_0"))
+    with pytest.raises(NumericsError, match="beyond the 3 of ternary"):
+        BLOCK_TYPES["TQ1_0"].pack(replace(three, codes=three.codes + 1))
 
 
 @pytest.mark.parametrize(("name", "place", "byte"), [("MXFP4", 17, 255), ("NVFP4", 39, 127), ("NVFP4", 36, 128)])

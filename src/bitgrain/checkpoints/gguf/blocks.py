@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitgrain.checkpoints.gguf.storage import Storage
 from bitgrain.errors import NumericsError, SchemeError
-from bitgrain.numerics.formats import Format
+from bitgrain.numerics.formats import CodebookFormat, Format
 from bitgrain.numerics.granularity import matrix_shape
 from bitgrain.numerics.packed import float_dtype
 from bitgrain.numerics.qtensor import QTensor, unsigned
@@ -121,7 +121,7 @@ class BlockType:
         if self.dtype is None:
             return self.unpack(data, shape).dequantize()
         self._check_rows(data, shape)
-        return data.contiguous().view(self.dtype).view(shape)
+        return words(data, self.dtype).view(shape)
 
     def store(self, values: Tensor) -> Tensor:
         """uint8 [rows, bytes of a row] of plain numbers, rounded to the type's dtype. Raises SchemeError for others."""
@@ -197,8 +197,9 @@ def _bytes(stored: Tensor, count: int) -> Tensor:
 def _checked(codes: Tensor, format: Format) -> Tensor:
     """Unsigned codes, all of which the format has."""
     found = unsigned(codes, format)
-    if format.bits < 8 and found.numel() and int(found.amax().item()) >= 2**format.bits:
-        raise NumericsError(f"there are codes beyond the {2**format.bits} of {format}")
+    known = len(format.values) if isinstance(format, CodebookFormat) else 2**format.bits
+    if known < 256 and found.numel() and int(found.amax().item()) >= known:
+        raise NumericsError(f"there are codes beyond the {known} of {format}")
     return found
 
 
