@@ -9,13 +9,32 @@ from bitgrain.models.skeleton import build_skeleton
 from bitgrain.pipeline.execution import why_no_kernels
 from bitgrain.pipeline.plan import Plan
 
+_BITSANDBYTES = """```python
+from transformers import AutoModelForCausalLM   # needs the packages bitsandbytes and accelerate
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```"""
 _ELSEWHERE = {
+    "bnb-nf4": _BITSANDBYTES,
+    "bnb-fp4": _BITSANDBYTES,
+    "bnb-int8": _BITSANDBYTES,
+    "mlx": """```sh
+mlx_lm.generate --model {folder} --prompt "Once"
+```""",
     "compressed-tensors": """```python
 from transformers import AutoModelForCausalLM   # needs the package compressed-tensors
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```
 
 vLLM: `vllm serve {folder}`""",
+    **dict.fromkeys(
+        ("gptq", "gptq-v2", "awq"),
+        """```python
+from gptqmodel import GPTQModel
+model = GPTQModel.load("{folder}")
+```
+
+vLLM: `vllm serve {folder}`""",
+    ),
     "bitgrain": "This checkpoint uses `quant_method: bitgrain`, which other engines refuse.",
 }
 

@@ -130,6 +130,7 @@ def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout) -> St
     """`layer` under the first spec of the target that says the same numbers, or why there is none."""
     parts: list[QTensor] | None = None
     reasons: list[str] = []
+    inexact: list[str] = []
     for spec in dict.fromkeys(target.spellings(layer)):
         candidate = replace(layer, scheme=replace(layer.scheme, weight=spec))
         refusal = target.refusal(candidate)
@@ -142,9 +143,10 @@ def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout) -> St
                     respell(part, spec, layer.dtype)
                 return candidate
             except SchemeError as error:
-                refusal = f"{layer.module}: as {spec.describe()}: {error}"
+                inexact.append(f"{layer.module}: as {spec.describe()}: {error}")
+                continue
         reasons.append(refusal)
-    return reasons[-1] if parts is not None else reasons[0]
+    return (inexact or reasons)[0]
 
 
 def _written(stored: QuantizedCheckpoint, target: Layout, layer: StoredLayer | None, name: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from bitgrain.checkpoints.layouts import layout_of
 from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError, ModelError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
@@ -127,7 +128,7 @@ def _load(
     skeleton = build_skeleton(config, trust_remote_code)
     where = resolve_device(device)
     raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    if not raw.get("quantization_config"):
+    if not raw.get("quantization_config") and layout_of(raw) is None:
         plain = open_checkpoint(source.path)
         known = read_anatomy(skeleton, plain.entries)
         tensors = ((name, plain.read(name)) for name in natural_order(plain.entries) if name not in known.unexpected)
