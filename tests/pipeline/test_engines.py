@@ -120,6 +120,10 @@ def test_formats_of_each_layout(layout: str, spec: QuantSpec, engines: list[str]
             "no kernel for act-order, columns in an order of their own",
         ),
         ("gptq", "SGLang", layer(int_weight(4, 64, asymmetric=True)), "no kernel for asymmetric 4-bit weights"),
+        (
+            *("gptq", "GPTQModel", layer(int_weight(4, 64, asymmetric=True))),
+            "it takes v1 with zero points from no other program: write gptq-v2",
+        ),
         ("compressed-tensors", "vLLM", layer(int_weight(4, 16)), "no kernel for groups of 16, only 32, 64 and 128"),
         (
             "compressed-tensors",

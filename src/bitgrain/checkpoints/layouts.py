@@ -6,12 +6,16 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from bitgrain.checkpoints.awq import AWQ
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
+from bitgrain.checkpoints.gptq import GPTQ
 from bitgrain.checkpoints.layout import Layout
 from bitgrain.errors import SchemeError
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensors(), BitgrainLayout())}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (CompressedTensors(), BitgrainLayout(), GPTQ(1), GPTQ(2), AWQ())
+}
 
 
 def get_layout(name: str) -> Layout:

@@ -199,6 +199,7 @@ _ANY = Kernel(
 )
 _BESIDE = "it cannot load packed zero points beside another scheme or quantized activations"
 _NVFP4_EXPERTS = "it reads NVFP4 experts without their global scale, silently wrong"
+_FOREIGN_V1 = "it takes v1 with zero points from no other program: write gptq-v2"
 _OWN = "quant_method bitgrain is read by bitgrain.load only"
 
 RULES: tuple[Rules, ...] = (
@@ -274,7 +275,8 @@ RULES: tuple[Rules, ...] = (
         ("onnx-nbits",),
         (Kernel(("int2", "int4", "int8"), ("group",), (16, 32, 64, 128, 256), _AFFINE, roles=_MATRICES),),
     ),
-    Rules(GPTQMODEL, ("gptq", "gptq-v2"), (replace(_GPTQ, roles=_MATRICES),)),
+    Rules(GPTQMODEL, ("gptq-v2",), (replace(_GPTQ, roles=_MATRICES),)),
+    Rules(GPTQMODEL, ("gptq",), (replace(_GPTQ, roles=_MATRICES),), refused=(Case(_FOREIGN_V1, asymmetric=True),)),
     Rules(GPTQMODEL, ("awq",), (replace(_AWQ, roles=_MATRICES),)),
     Rules(
         MLX,

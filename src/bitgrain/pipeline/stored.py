@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from bitgrain.checkpoints.kv_scales import SUFFIXES, read_scheme
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.layouts import LAYOUTS, layout_of
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
+from bitgrain.checkpoints.settings import read_settings, section
 from bitgrain.errors import CheckpointError
 from bitgrain.models.anatomy import read_anatomy
 from bitgrain.models.naming import natural_order
@@ -34,17 +35,37 @@ class QuantizedCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoint: Checkpoint = open_checkpoint(folder)
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_settings(folder)
         layout = layout_of(config)
         if layout is None:
-            method = (config.get("quantization_config") or {}).get("quant_method")
+            method = section(config).get("quant_method")
             what = f"is quantized with {method}" if method else "is not quantized"
             raise CheckpointError(f"{folder} {what}; bitgrain reads the layouts {', '.join(LAYOUTS)}")
         self.layout: Layout = layout
-        self.config: dict[str, Any] = config[layout.keys[0]]
+        self.config: dict[str, Any] = dict(section(config, layout.keys[0]))
         self.layers: dict[str, StoredLayer] = {
             layer.tensor: layer for layer in layout.read_layers(config, self.checkpoint)
         }
+        for layer in self.layers.values():
+            self._check(layer)
+
+    def _check(self, layer: StoredLayer) -> None:
+        """CheckpointError unless the tensors of `layer` are there, as its layout has them; single numbers and
+        vectors may have shapes of another program's."""
+        refusal = self.layout.refusal(layer)
+        if refusal is not None:
+            raise CheckpointError(f"{self.folder}: {refusal}")
+        for spec in self.layout.tensors(layer):
+            entry = self.checkpoint.entries.get(spec.name)
+            if entry is None:
+                raise CheckpointError(f"{self.folder}: {spec.name} is missing. Download the checkpoint again.")
+            shape, wanted = tuple(entry.shape), tuple(spec.shape)
+            fits = shape == wanted or (*shape, 1) == wanted or math.prod(shape) == math.prod(wanted) == 1
+            if entry.dtype != spec.dtype or not fits:
+                raise CheckpointError(
+                    f"{self.folder}: {spec.name} is {entry.dtype} {list(entry.shape)}, but config.json says "
+                    f"{spec.dtype} {list(spec.shape)}. Download both again."
+                )
 
     def quantized(self, tensor: str) -> list[QTensor]:
         """The QTensors of an original tensor, one for each stacked matrix."""
