@@ -45,7 +45,8 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
     worst = sorted((layer for layer in done if layer["sqnr_db"] is not None), key=lambda layer: layer["sqnr_db"])
     schemes = {layer["scheme"]: layer for layer in done}
     engines = [
-        f"| {v['engine']} | {'yes' if v['loads'] else 'no'} | {'; '.join(v['reasons'])} |" for v in manifest["engines"]
+        f"| {v['engine']} {v['version']} | {'yes' if v['loads'] else 'no'} | {'; '.join(v['reasons'])} |"
+        for v in manifest["engines"]
     ]
     lines = [
         "---",
@@ -82,7 +83,7 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
         "|---|---|---|",
         *engines,
         "",
-        "By the engines' documented rules; `bitgrain verify` checks this folder with transformers.",
+        "By the rules that these versions were read for; `bitgrain verify` checks this folder with transformers.",
         "",
         "## What it cost",
         "",
