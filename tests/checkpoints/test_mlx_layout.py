@@ -196,7 +196,7 @@ def test_refusals():
     assert "groups that divide" in refusal(QuantSpec(IntFormat(4), per_channel()))
     assert "biases like scales" in refusal(int_weight(4, 32, asymmetric=True))
     assert "biases like scales" in refusal(replace(affine(4, 32, FP32), minimum=FP16))
-    assert "no format of MLX" in refusal(QuantSpec(IntFormat(4, False), per_group(32)))
+    assert "integers that are signed" in refusal(QuantSpec(IntFormat(4, False), per_group(32)))
     assert "integers of" in refusal(QuantSpec(get_format("nf4"), per_group(32)))
     assert "plainly" in refusal(replace(int_weight(4, 32), scale=QuantSpec(IntFormat(8), per_channel())))
     assert "stacks 2 experts" in refusal(int_weight(4, 32), experts=2)

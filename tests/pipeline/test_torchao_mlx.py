@@ -1,5 +1,6 @@
 """Whole models: torchao's files are read, MLX's are written and read, and both are converted."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def test_weights_of_torchao_are_read(name: str, saved: Callable[..., Path], tmp_
     support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
     stored = QuantizedCheckpoint(folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        found = support.unflatten_tensor_state_dict({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        found = support.unflatten_tensor_state_dict(tensors, file.metadata())
     theirs = found[0] if isinstance(found, tuple) else found
     assert len(stored.layers) == 14
     assert all(torch.equal(stored.dense(key), theirs[key].dequantize()) for key in stored.layers)
@@ -109,13 +111,11 @@ def test_quantize_writes_mlx_and_what_it_cannot_say_is_refused(tiny: Callable[[s
     with pytest.raises(PlanError, match="weight-only"):
         bitgrain.quantize(tiny("llama"), tmp_path / "w8", "W8A8", layout="mlx", solver="rtn")
     bitgrain.quantize(tiny("llama"), tmp_path / "asym", "W4A16_ASYM", solver="rtn")
-    with pytest.raises(PlanError, match="as uint4 .* with minima"):
+    with pytest.raises(PlanError, match=r"as uint4 .* with minima"):
         convert(tmp_path / "asym", "mlx", tmp_path / "out")
 
 
 def test_an_older_file_of_mlx_without_quantization_config_loads(tiny: Callable[[str], Path], tmp_path: Path):
-    import json
-
     bitgrain.quantize(tiny("llama"), tmp_path / "mlx", "W4A16", layout="mlx", solver="rtn")
     path = tmp_path / "mlx" / "config.json"
     config = json.loads(path.read_text())
