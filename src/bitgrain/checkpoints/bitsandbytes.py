@@ -299,7 +299,7 @@ def _table(format: Format) -> Tensor:
 def _bytes(image: Sequence[int]) -> NDArray[np.uint8]:
     """uint8 [256]: for each byte of two codes the byte of their images, first and second code in each other's place."""
     byte, images = np.arange(256), np.array(image, dtype=np.uint8)
-    return images[byte & 15] << 4 | images[byte >> 4]
+    return (images[byte & 15] << 4 | images[byte >> 4]).astype(np.uint8)
 
 
 def _from_codes(format: Format) -> list[int]:
