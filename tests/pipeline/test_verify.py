@@ -110,5 +110,5 @@ def test_what_transformers_cannot_load_is_a_failed_check(tiny: Tiny, tmp_path: P
 
 
 def test_an_unquantized_folder_is_an_error(tiny: Tiny):
-    with pytest.raises(CheckpointError, match=r"is not quantized; bitgrain\.load reads what bitgrain quantize wrote"):
+    with pytest.raises(CheckpointError, match="is not quantized; bitgrain reads the layouts compressed-tensors"):
         bitgrain.verify(tiny("llama"))
