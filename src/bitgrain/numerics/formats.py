@@ -351,7 +351,7 @@ class CodebookFormat(Format):
     def decode(self, codes: Tensor) -> Tensor:
         index, count = codes.to(torch.int32).reshape(-1), len(self.values)
         if count < 2**self.bits and index.numel() and int(index.amax()) >= count:
-            raise NumericsError(f"{self.name} has the codes 0 to {count - 1}, not {int(index.amax())}: the file is damaged")
+            raise NumericsError(f"{self.name} has the codes 0 to {count - 1}, not {int(index.amax())}: a damaged file")
         return self.grid().to(codes.device).index_select(0, index).view(codes.shape)
 
 
