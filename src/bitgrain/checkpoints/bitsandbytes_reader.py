@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgrain.checkpoints.dense_dtype import dense_dtype
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.linear_layers import kept_dtype
 from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.safetensors_header import strict_json
 from bitgrain.checkpoints.settings import section
@@ -67,7 +67,7 @@ def read_int8(settings: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
         raise CheckpointError(f"quantization_config: llm_int8_threshold {threshold!r} is no threshold")
     inputs = QuantSpec(IntFormat(8), per_channel(), restricted=True, dynamic=True, threshold=float(threshold))
-    dtype, layers = dense_dtype(checkpoint), []
+    dtype, layers = kept_dtype(checkpoint.entries) or torch.bfloat16, []
     for name in checkpoint.entries:
         module, found, rest = name.rpartition(".SCB")
         if not found or rest:

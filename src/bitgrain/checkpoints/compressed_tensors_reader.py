@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Len
 
-from bitgrain.checkpoints.dense_dtype import dense_dtype
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.linear_layers import kept_dtype
+from bitgrain.checkpoints.patterns import name_matches
 from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.settings import Lenient, parse
 from bitgrain.errors import CheckpointError, SchemeError
@@ -82,16 +82,11 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
                 in_features=cols,
                 experts=1,
                 transposed=False,
-                dtype=_dense_dtype(entry.dtype, checkpoint),
+                dtype=entry.dtype if entry.dtype in _STORAGE else kept_dtype(entries) or torch.bfloat16,
                 scheme=schemes[kind],
             )
         )
     return layers
-
-
-def _dense_dtype(scale: torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
-    """What the original was: the dtype of the scale, or (FP4) that of the tensors that were kept."""
-    return scale if scale in _STORAGE else dense_dtype(checkpoint)
 
 
 def _shape(module: str, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -118,20 +113,13 @@ def _group_of(module: str, settings: _Settings) -> str:
     by_class: str | None = None
     for key, group in settings.config_groups.items():
         for target in group.targets:
-            if target == module or (target.startswith("re:") and _matches(target[3:], module)):
+            if target == module or (target.startswith("re:") and name_matches(target[3:], module)):
                 return key
             if target == "Linear":
                 by_class = key
     if by_class is None:
         raise CheckpointError(f"{module} is quantized, but no group of quantization_config targets it")
     return by_class
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, RecursionError) as error:
-        raise CheckpointError(f"quantization_config: {pattern!r} is no regular expression: {error}") from error
 
 
 def _scheme(name: str, group: _Group, storage: FloatFormat, input_storage: FloatFormat) -> Scheme:

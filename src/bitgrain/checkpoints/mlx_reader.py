@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from bitgrain.checkpoints.dense_dtype import dense_dtype
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.linear_layers import kept_dtype
 from bitgrain.checkpoints.reader import Checkpoint, StoredTensor
 from bitgrain.checkpoints.settings import Lenient, parse, section
 from bitgrain.errors import CheckpointError
@@ -53,7 +53,7 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
     """Every module with `scales` on disk. Raises CheckpointError for what is damaged, missing or unknown."""
     given = section(config, "quantization")
     common = parse(Settings, given, "quantization")
-    dtype = dense_dtype(checkpoint)
+    dtype = kept_dtype(checkpoint.entries) or torch.bfloat16
     layers: list[StoredLayer] = []
     for name, scales in checkpoint.entries.items():
         module, found, rest = name.rpartition(".scales")

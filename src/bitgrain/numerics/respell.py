@@ -25,7 +25,9 @@ def respell(q: QTensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> 
     """
     if spec.outliers != q.spec.outliers or spec.columns != q.spec.columns:
         raise SchemeError("outliers and columns in 16 bits stay what they are")
-    order = q.order
+    order, codes = q.order, q.codes
+    if order is not None and spec.granularity.cols is None:  # rows that share one scale may lie in any order
+        codes, order = torch.empty_like(codes).index_copy_(1, order.to(torch.int64), codes), None
     if spec.ordered and order is None:
         order = torch.arange(q.shape[1], dtype=torch.int32, device=q.codes.device)
     elif not spec.ordered and order is not None:
@@ -43,7 +45,7 @@ def respell(q: QTensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> 
     zero = None if q.zero is None else retiled(q.zero.to(torch.float32), "zero points")
     lows = None if q.minimum is None else retiled(scale_values(q.minimum), "minima")
     stored_zero, minimum, shift = _offsets(zero, lows, steps, q, spec)
-    codes = _recode(q.codes, q.spec.format, spec.format, shift)
+    codes = _recode(codes, q.spec.format, spec.format, shift)
     found = QTensor(codes, scale, stored_zero, spec, q.outliers, q.columns, minimum, order)
     if not torch.equal(found.dequantize(dtype), q.dequantize(dtype)):
         raise SchemeError(f"{spec.describe()} rounds these numbers differently in {dtype}")

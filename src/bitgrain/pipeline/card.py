@@ -26,6 +26,15 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```
 
 vLLM: `vllm serve {folder}`""",
+    **dict.fromkeys(
+        ("gptq", "gptq-v2", "awq"),
+        """```python
+from gptqmodel import GPTQModel
+model = GPTQModel.load("{folder}")
+```
+
+vLLM: `vllm serve {folder}`""",
+    ),
     "bitgrain": "This checkpoint uses `quant_method: bitgrain`, which other engines refuse.",
 }
 

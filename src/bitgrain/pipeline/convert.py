@@ -156,8 +156,7 @@ def _written(stored: QuantizedCheckpoint, target: Layout, layer: StoredLayer | N
     with torch.inference_mode():
         spec = layer.scheme.weight
         parts = [q if q.spec == spec else respell(q, spec, layer.dtype) for q in stored.quantized(name)]
-        inputs = stored.layout.decode_inputs(stored.layers[name], stored.checkpoint.read)
-        return target.encode(layer, parts, inputs)
+        return target.encode(layer, parts, stored.inputs(name))
 
 
 def _fingerprint(stored: QuantizedCheckpoint, target: Layout) -> dict[str, Any]:

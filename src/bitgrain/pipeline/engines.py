@@ -36,6 +36,8 @@ FusedGroup = tuple[str, Sequence[StoredLayer | None]]
 def judge(layers: Sequence[StoredLayer], fused: Sequence[FusedGroup], layout: str) -> list[Verdict]:
     """The verdict of each engine on a checkpoint with these quantized `layers` in `layout`."""
     own = Verdict("bitgrain", True)
+    if layout in ("gptq", "gptq-v2", "awq"):
+        return [*_packed_along_inputs(layers, fused, layout), own]
     if layout in _READERS:
         reason, readers = (f"it does not read {layout}",), _READERS[layout]
         engines = dict.fromkeys([*readers, "vLLM", "SGLang", "transformers"])
@@ -51,6 +53,26 @@ def judge(layers: Sequence[StoredLayer], fused: Sequence[FusedGroup], layout: st
         Verdict("transformers", not refused, refused or tuple(_transformers_remarks(layers))),
         own,
     ]
+
+
+def _packed_along_inputs(layers: Sequence[StoredLayer], fused: Sequence[FusedGroup], layout: str) -> Iterator[Verdict]:
+    """Of GPTQ and AWQ checkpoints: vLLM's and SGLang's kernels (Marlin), and GPTQModel, through which transformers
+    loads them."""
+    specs = {spec.describe(): spec for spec in (layer.scheme.weight for layer in layers)}.values()
+    serving, loading = [*_mixed(fused)], list[str]()
+    if layout != "awq":
+        serving += [f"no kernel for {spec.format.bits}-bit weights" for spec in specs if spec.format.bits not in (4, 8)]
+        serving += ["no kernel for zero points in GPTQ's layout, awq has one" for spec in specs if not spec.symmetric]
+    if layout == "gptq" and any(not spec.symmetric for spec in specs):
+        loading.append("it takes v1 with zero points from no other program: write gptq-v2")
+    known = [spec for spec in specs if spec.granularity.cols not in (None, 32, 64, 128)]
+    serving += [f"no kernel for groups of {spec.granularity.cols}" for spec in known]
+    small = [layer for layer in layers if layer.out_features % 64 or layer.in_features % 128]
+    serving += [f"kernels need outputs % 64 = 0 and inputs % 128 = 0, {x.module} is {x.shape}" for x in small[:1]]
+    reasons = tuple(dict.fromkeys(serving))
+    yield from (Verdict(engine, not reasons, reasons) for engine in ("vLLM", "SGLang"))
+    yield Verdict("GPTQModel", not loading, tuple(loading))
+    yield Verdict("transformers", True, ("through GPTQModel",))
 
 
 def _mixed(fused: Sequence[FusedGroup]) -> Iterator[str]:

@@ -283,7 +283,8 @@ def _choose_layout(
 def _outputs(name: str, quantized: dict[str, StoredLayer], layout: Layout, checkpoint: Checkpoint) -> list[TensorSpec]:
     """The tensors on disk that the source's tensor `name` becomes."""
     if name in quantized:
-        return layout.tensors(quantized[name])
+        layer = quantized[name]  # a layer that was refused is a problem of the plan, whose size is shown all the same
+        return (layout if layout.refusal(layer) is None else get_layout("bitgrain")).tensors(layer)
     entry = checkpoint.entries[name]
     return [TensorSpec(name, entry.dtype, entry.shape)]
 

@@ -46,12 +46,13 @@ class QuantizedCheckpoint:
         self.layers: dict[str, StoredLayer] = {
             layer.tensor: layer for layer in layout.read_layers(config, self.checkpoint)
         }
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for layer in self.layers.values():
             self._check(layer)
 
     def _check(self, layer: StoredLayer) -> None:
-        """CheckpointError unless the tensors of `layer` are there, as its layout has them; of single numbers and
-        vectors other programs write other shapes."""
+        """CheckpointError unless the tensors of `layer` are there, as its layout has them; single numbers and
+        vectors may have shapes of another program's."""
         refusal = self.layout.refusal(layer)
         if refusal is not None:
             raise CheckpointError(f"{self.folder}: {refusal}")
@@ -67,19 +68,28 @@ class QuantizedCheckpoint:
                     f"{self.folder}: {spec.name} is {entry.dtype} {list(entry.shape)}, but config.json says "
                     f"{spec.dtype} {list(spec.shape)}. Download both again."
                 )
+            self._shapes[spec.name] = shape if spec.any_size else wanted
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor in the shape that the layout gives it."""
+        found = self.checkpoint.read(name)
+        return found.view(self._shapes.get(name, found.shape))
 
     def quantized(self, tensor: str) -> list[QTensor]:
         """The QTensors of an original tensor, one for each stacked matrix."""
-        return self.layout.decode(self.layers[tensor], self.checkpoint.read)
+        return self.layout.decode(self.layers[tensor], self._read)
 
     def packed(self, tensor: str) -> list[PackedMatrix]:
         """The QTensors of an original tensor, one for each stacked matrix, with their codes left packed."""
-        return self.layout.decode_packed(self.layers[tensor], self.checkpoint.read)
+        return self.layout.decode_packed(self.layers[tensor], self._read)
 
     def static_inputs(self) -> dict[str, list[StaticInput]]:
         """The static input scales of every layer that has them, by original tensor, one for each stacked matrix."""
-        static = {name: layer for name, layer in self.layers.items() if layer.static_input is not None}
-        return {name: self.layout.decode_inputs(layer, self.checkpoint.read) for name, layer in static.items()}
+        return {name: self.inputs(name) for name, layer in self.layers.items() if layer.static_input is not None}
+
+    def inputs(self, tensor: str) -> list[StaticInput]:
+        """The static input scales of one layer; empty where it has none."""
+        return self.layout.decode_inputs(self.layers[tensor], self._read)
 
     def columns(self) -> dict[str, list[Tensor]]:
         """Which columns every layer keeps that does so beside quantized inputs, one index for each stacked matrix."""
@@ -88,7 +98,7 @@ class QuantizedCheckpoint:
             for name, layer in self.layers.items()
             if layer.scheme.weight.columns is not None and layer.scheme.input is not None
         }
-        return {name: self.layout.decode_columns(layer, self.checkpoint.read) for name, layer in kept.items()}
+        return {name: self.layout.decode_columns(layer, self._read) for name, layer in kept.items()}
 
     def dense(self, tensor: str) -> Tensor:
         """An original tensor dequantized, in its original shape and dtype."""
