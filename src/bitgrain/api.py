@@ -404,7 +404,7 @@ def evaluate_variants(
         return load(one, execution=execution, kv_cache="none", **settings)
 
     content = read_text(text)
-    words = load_tokenizer(resolve_model(folder).path, trust_remote_code)
+    words = load_tokenizer(resolve_model(folder, gguf=True).path, trust_remote_code)
     module = get(model)
     vocab = getattr(getattr(module, "config", None), "vocab_size", None)
     ids = token_windows(words, content, seqlen, windows, vocab_size=vocab, special_tokens=special_tokens)
