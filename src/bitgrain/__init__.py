@@ -6,6 +6,7 @@ bitgrain.load("OUT")                            a transformers model
 bitgrain.evaluate("OUT", against="MODEL", text="FILE")
 bitgrain.inspect("MODEL")                       ranges, outliers, what each granularity would lose
 bitgrain.convert("OUT", "gptq", "OUT-gptq")     the same numbers in another engine's layout
+bitgrain.show("FILE")                           what is in a checkpoint: layout, bits, every layer
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
 bitgrain.calibrate(module, batches)             for quantize_(..., calibration=): static scales, solvers
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         quantize,
         quantize_,
         quantize_tensor,
+        show,
         train,
         verify,
     )
@@ -60,6 +62,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "show",
     "train",
     "verify",
 ]

@@ -16,6 +16,8 @@ from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.contents import Contents
+from bitgrain.pipeline.contents import read_contents as show
 from bitgrain.pipeline.convert import Converted, convert
 from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune
@@ -40,6 +42,7 @@ from bitgrain.runtime.kv_cache import CacheScheme, KVCache
 __all__ = [
     "Calibrated",
     "Check",
+    "Contents",
     "Converted",
     "Finetuned",
     "KVCache",
@@ -56,6 +59,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "show",
     "train",
     "verify",
 ]

@@ -246,7 +246,7 @@ def test_reader_refuses_what_it_cannot_place():
         read_layers(config, OnDisk(tensors))  # type: ignore[arg-type]
     whole = LAYOUT.config([layer], [])
     gone = {name: tensor for name, tensor in tensors.items() if not name.endswith("packed")}
-    with pytest.raises(CheckpointError, match="neither weight nor weight_packed"):
+    with pytest.raises(CheckpointError, match="neither weight nor weight_packed as a matrix"):
         read_layers(whole, OnDisk(gone))  # type: ignore[arg-type]
     wrong = tensors | {"m.up.weight_shape": torch.tensor([1, 256])}
     with pytest.raises(CheckpointError, match="weight_packed has 128 rows"):

@@ -28,6 +28,7 @@ from torch import Tensor
 from bitgrain.checkpoints.compressed_tensors_reader import read_layers
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
@@ -53,7 +54,7 @@ class CompressedTensors:
     storages: tuple[Format, ...] = ()
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        return (config.get("quantization_config") or {}).get("quant_method") == self.name
+        return section(config).get("quant_method") == self.name
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
         return read_layers(config["quantization_config"], checkpoint)
@@ -73,6 +74,8 @@ class CompressedTensors:
             return f"compressed-tensors has no place for the outliers of {spec.describe()}, {where}"
         if spec.columns:
             return f"compressed-tensors has no place for columns in 16 bits of {spec.describe()}, {where}"
+        if spec.ordered:
+            return f"compressed-tensors is not written with an order of the columns, {where}"
         if _format(layer.scheme) is None:
             return f"compressed-tensors has no format for weights {spec.describe()}, {where}"
         if strategy is None:
@@ -255,7 +258,7 @@ def _format(scheme: Scheme) -> str | None:
             if plain == (known.format, known.granularity, known.scale):
                 return name
         return None
-    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point == "real":  # the scale's dtype is the decoded dtype
+    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point in ("real", "minimum"):  # scales tell the decoded dtype
         return None
     if spec.format == FP8_E4M3:
         return FLOAT

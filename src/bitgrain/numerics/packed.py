@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitgrain.errors import NumericsError
 from bitgrain.numerics.columns import INDEX_DTYPE, Columns
 from bitgrain.numerics.formats import FloatFormat, Format
 from bitgrain.numerics.outliers import VALUE_DTYPE, Outliers, column_dtype
@@ -165,14 +166,32 @@ def packed_matrix(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[in
     outliers = None
     if spec.outliers:
         outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
+        steps = outliers.starts.diff()
+        whole = int(outliers.starts[0]) == 0 and int(outliers.starts[-1]) == len(outliers.columns)
+        if not whole or bool((steps < 0).any().item()) or not _within(outliers.columns, shape[1]):
+            raise NumericsError(f"outliers lie outside of the {shape[0]} x {shape[1]} matrix: the file is damaged")
     columns = Columns(stored["column_index"], stored["column_values"]) if spec.columns else None
+    if columns is not None and not _within(columns.index, shape[1]):
+        raise NumericsError(f"kept columns lie outside of the {shape[0]} x {shape[1]} matrix: the file is damaged")
     zero = _unpack_zero(stored.get("zero"), spec, across)
     minimum: Tensor | QTensor | None = stored["minimum"] if spec.minimum is not None else None
     if isinstance(spec.minimum, QuantSpec):
         codes = _unpack(stored["minimum"], spec.minimum.format, across)
         minimum = QTensor(codes, stored["minimum_scale"], None, spec.minimum)
     order = stored["order"] if spec.ordered else None
+    if order is not None:
+        check_order(order, shape[1], "a matrix")
     return PackedMatrix(stored["codes"], scale, zero, spec, shape, outliers, columns, minimum, order)
+
+
+def check_order(order: Tensor, cols: int, name: str) -> None:
+    """NumericsError unless `order` names each of `cols` columns once."""
+    if not torch.equal(order.to(torch.int64).sort().values, torch.arange(cols, device=order.device)):
+        raise NumericsError(f"{name}: the order of its {cols} columns does not name each once: the file is damaged")
+
+
+def _within(index: Tensor, cols: int) -> bool:
+    return not index.numel() or 0 <= int(index.amin()) <= int(index.amax()) < cols
 
 
 def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:

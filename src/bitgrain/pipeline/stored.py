@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bitgrain.checkpoints.gguf.model import SUFFIX
 from bitgrain.checkpoints.kv_scales import SUFFIXES, read_scheme
-from bitgrain.checkpoints.layout import Layout
+from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.layouts import LAYOUTS, layout_of
 from bitgrain.checkpoints.reader import Checkpoint, open_checkpoint
+from bitgrain.checkpoints.settings import read_settings, section
 from bitgrain.errors import CheckpointError
 from bitgrain.models.anatomy import read_anatomy
 from bitgrain.models.naming import StoredTensor, natural_order
@@ -35,8 +36,8 @@ def open_stored(path: Path) -> StoredModel:
     """The checkpoint in a folder, quantized or not, or in a GGUF file. Raises CheckpointError for layouts not known."""
     if path.suffix == SUFFIX:
         return GgufCheckpoint(path)
-    config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return QuantizedCheckpoint(path) if config.get("quantization_config") else PlainCheckpoint(path)
+    plain = layout_of(config := read_settings(path)) is None and not config.get("quantization_config")
+    return PlainCheckpoint(path) if plain else QuantizedCheckpoint(path)
 
 
 class QuantizedCheckpoint(StoredModel):
@@ -48,17 +49,39 @@ class QuantizedCheckpoint(StoredModel):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.checkpoint: Checkpoint = open_checkpoint(folder)
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_settings(folder)
         layout = layout_of(config)
         if layout is None:
-            method = (config.get("quantization_config") or {}).get("quant_method")
+            method = section(config).get("quant_method")
             what = f"is quantized with {method}" if method else "is not quantized"
             raise CheckpointError(f"{folder} {what}; bitgrain reads the layouts {', '.join(LAYOUTS)}")
         self.layout: Layout = layout
         self.kind = layout.name
         self.model_config = {key: value for key, value in config.items() if key not in layout.keys}
-        self.config: Mapping[str, Any] = config[layout.keys[0]]
-        self.layers = {layer.tensor: layer for layer in layout.read_layers(config, self.checkpoint)}
+        self.config: Mapping[str, Any] = dict(section(config, layout.keys[0]))
+        self.layers: Mapping[str, StoredLayer] = {
+            layer.tensor: layer for layer in layout.read_layers(config, self.checkpoint)
+        }
+        for layer in self.layers.values():
+            self._check(layer)
+
+    def _check(self, layer: StoredLayer) -> None:
+        """CheckpointError unless the tensors of `layer` are there, as its layout has them; single numbers and
+        vectors may have shapes of another program's."""
+        refusal = self.layout.refusal(layer)
+        if refusal is not None:
+            raise CheckpointError(f"{self.path}: {refusal}")
+        for spec in self.layout.tensors(layer):
+            entry = self.checkpoint.entries.get(spec.name)
+            if entry is None:
+                raise CheckpointError(f"{self.path}: {spec.name} is missing. Download the checkpoint again.")
+            shape, wanted = tuple(entry.shape), tuple(spec.shape)
+            fits = shape == wanted or (*shape, 1) == wanted or math.prod(shape) == math.prod(wanted) == 1
+            if entry.dtype != spec.dtype or not fits:
+                raise CheckpointError(
+                    f"{self.path}: {spec.name} is {entry.dtype} {list(entry.shape)}, but config.json says "
+                    f"{spec.dtype} {list(spec.shape)}. Download both again."
+                )
 
     def quantized(self, tensor: str) -> list[QTensor]:
         return self.layout.decode(self.layers[tensor], self.checkpoint.read)
@@ -104,6 +127,11 @@ class QuantizedCheckpoint(StoredModel):
             found[name] = _Shape((layer.experts, *shape) if layer.experts > 1 else shape, layer.dtype)
         return {name: found[name] for name in natural_order(found)}
 
+    def nbytes(self, tensor: str) -> int:
+        layer, entries = self.layers.get(tensor), self.checkpoint.entries
+        parts = [tensor] if layer is None else [part.name for part in self.layout.tensors(layer)]
+        return sum(entries[part].nbytes for part in parts)
+
     def side_files(self, with_code: bool) -> dict[str, bytes]:
         return _side_files(self.path, with_code)
 
@@ -117,7 +145,7 @@ class PlainCheckpoint(StoredModel):
     def __init__(self, folder: Path) -> None:
         self.path, self.kind = folder, "safetensors"
         self.checkpoint = open_checkpoint(folder)
-        self.model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.model_config = read_settings(folder)
         self.config, self.layers = {}, {}
 
     def quantized(self, tensor: str) -> list[QTensor]:
@@ -139,6 +167,9 @@ class PlainCheckpoint(StoredModel):
 
     def originals(self) -> dict[str, StoredTensor]:
         return {name: self.checkpoint.entries[name] for name in natural_order(self.checkpoint.entries)}
+
+    def nbytes(self, tensor: str) -> int:
+        return self.checkpoint.entries[tensor].nbytes
 
     def side_files(self, with_code: bool) -> dict[str, bytes]:
         return _side_files(self.path, with_code)

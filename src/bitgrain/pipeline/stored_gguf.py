@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ class GgufCheckpoint(StoredModel):
             dtype = self._model.type(name).dtype or torch.float32
             found[name] = _Shape(shape[::-1] if flipped else shape, dtype)
         return found
+
+    def nbytes(self, tensor: str) -> int:
+        shape, block_type = self._model.shape(tensor), self._model.type(tensor)
+        return math.prod(shape) // block_type.block_size * block_type.block_bytes
 
     def side_files(self, with_code: bool) -> dict[str, bytes]:
         """The tokenizer as transformers saves it; nothing where the file has none."""

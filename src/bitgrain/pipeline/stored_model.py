@@ -67,6 +67,10 @@ class StoredModel(ABC):
         """Shapes and dtypes under the original names, as `read_anatomy` wants them, in natural order."""
 
     @abstractmethod
+    def nbytes(self, tensor: str) -> int:
+        """Bytes that an original tensor takes on disk, scales and all."""
+
+    @abstractmethod
     def side_files(self, with_code: bool) -> dict[str, bytes]:
         """What stands beside weights and config.json: tokenizer, chat template, licences, ..."""
 
