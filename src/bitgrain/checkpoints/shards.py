@@ -56,15 +56,17 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One file to come: `header` are its first bytes as they are; `nbytes` is its whole length."""
+    """One file to come: `header` are its first bytes as they are; `nbytes` is its whole length; `padding` bytes of it,
+    zeros, belong to no tensor."""
 
     file: str
     header: bytes
     tensors: tuple[PlacedTensor, ...]
+    padding: int = 0
 
     @cached_property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.spec.nbytes for tensor in self.tensors)
+        return len(self.header) + sum(tensor.spec.nbytes for tensor in self.tensors) + self.padding
 
 
 def plan_shards(
