@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitgrain.checkpoints.gguf.blocks import BlockType
-from bitgrain.checkpoints.gguf.container import GgufFile, open_gguf
-from bitgrain.checkpoints.gguf.types import BLOCK_TYPES
 from torch import Tensor
 
 from bitgrain.checkpoints.gguf.architectures import Architecture, architecture_of_file
+from bitgrain.checkpoints.gguf.blocks import BlockType
 from bitgrain.checkpoints.gguf.config import EXTRA_TENSORS, config_of
+from bitgrain.checkpoints.gguf.container import GgufFile, open_gguf
 from bitgrain.checkpoints.gguf.names import Place, originals_of
 from bitgrain.checkpoints.gguf.rotary import halved_rows, interleaved_rows
+from bitgrain.checkpoints.gguf.types import BLOCK_TYPES
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import QTensor
 
