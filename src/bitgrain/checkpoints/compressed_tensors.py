@@ -60,7 +60,12 @@ class CompressedTensors:
         return read_layers(config["quantization_config"], checkpoint)
 
     def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
-        return near_spellings(layer.scheme.weight, INTEGERS, (FP32, FP16, BF16), ("none", "integer"))
+        stores, zeros = (FP32, FP16, BF16), ("none", "integer")
+        own = layer.scheme.for_dtype(layer.dtype).weight  # readers decode to the dtype of the scale
+        return (
+            *near_spellings(own, INTEGERS, stores, zeros),
+            *near_spellings(layer.scheme.weight, INTEGERS, stores, zeros),
+        )
 
     def refusal(self, layer: StoredLayer) -> str | None:
         spec, strategy, where = layer.scheme.weight, _strategy(layer.scheme.weight.granularity), f"for {layer.module}"

@@ -129,7 +129,7 @@ def write_gguf(
             writer.finish()
     finally:
         progress.finish()
-    return WrittenGguf(layers, plan.nbytes, (*tokenizer.notes, *_notes(stored)))
+    return WrittenGguf(layers, plan.nbytes, (*tokenizer.notes, *_notes(job)))
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,8 @@ def _candidates(layer: StoredLayer, wanted: BlockType | None) -> Iterable[BlockT
     if wanted is not None:
         return [wanted]
     spec = layer.scheme.weight
-    own = type_for(spec)
+    own = BLOCK_TYPES.get(layer.scheme.name)
+    own = type_for(spec) if own is None or own.spec != spec else own
     found = [one for one in BLOCK_TYPES.values() if one.spec is not None and _may_hold(one.spec, spec)]
     found.sort(key=lambda one: one.block_bytes / one.block_size)
     return dict.fromkeys([own, *found]) if own is not None else found
@@ -364,7 +365,14 @@ def _first(*found: Any) -> int | None:
     return None
 
 
-def _notes(stored: StoredModel) -> list[str]:
-    if any(layer.scheme.input is not None for layer in stored.layers.values()):
-        return ["llama.cpp rounds the inputs of quantized layers in its own way, not as this checkpoint says"]
-    return []
+def _notes(job: _Job) -> list[str]:
+    found: list[str] = []
+    if any(layer.scheme.input is not None for layer in job.stored.layers.values()):
+        found.append("llama.cpp rounds the inputs of quantized layers in its own way, not as this checkpoint says")
+    window = job.config.get("sliding_window")
+    if job.architecture.name in ("llama", "phi3") and window and window < job.config["max_position_embeddings"]:
+        kind = job.architecture.model_type
+        found.append(
+            f"llama.cpp has no sliding window for {kind}: it attends to all of a text of more than {window} tokens"
+        )
+    return found
