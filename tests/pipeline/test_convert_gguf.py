@@ -266,3 +266,20 @@ def test_the_command(tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest
     assert len(told["notes"]) == 1
     assert main(["show", str(tmp_path / "out.gguf")]) == 0
     assert "gguf" in capsys.readouterr().out
+
+
+def test_quantize_into_a_file(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path / "model", torch.float16)
+    bitgrain.quantize(tmp_path / "model", tmp_path / "out.gguf", "W4A16", layout="gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf"]
+    file = open_gguf(tmp_path / "out.gguf")
+    assert file.metadata["general.name"] == "model"
+    assert file.tensors["blk.0.ffn_up.weight"].type == "Q4_0"
+    bitgrain.quantize(tmp_path / "model", tmp_path / "folder", "W4A16")
+    a, b = open_stored(tmp_path / "out.gguf"), open_stored(tmp_path / "folder")
+    assert all(a.dense(name).equal(b.quantized(name)[0].dequantize()) for name in b.layers)
+    for out, layout in (("other", "gguf"), ("other.gguf", None), ("out.gguf", "gguf")):
+        with pytest.raises(OutputError, match="GGUF file|exists already"):
+            bitgrain.quantize(tmp_path / "model", tmp_path / out, "W4A16", layout=layout)
+    with pytest.raises(PlanError, match="as Q8_0|as Q4_1|as Q4_K"):
+        bitgrain.quantize(tmp_path / "model", tmp_path / "k.gguf", "W4A16", layout="gguf:q4_k")

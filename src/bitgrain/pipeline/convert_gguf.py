@@ -35,6 +35,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource
 from bitgrain.numerics import IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.respell import respell
+from bitgrain.pipeline.stored_gguf import GgufCheckpoint
 from bitgrain.pipeline.stored_model import StoredModel
 from bitgrain.progress import Progress
 
@@ -326,7 +327,8 @@ def _general(outputs: Sequence[_Output], metadata: Mapping[str, Any], name: str)
 
 
 def _tokenizer(stored: StoredModel, config: Mapping[str, Any], trust_remote_code: bool) -> TokenizerMetadata:
-    if stored.path.is_dir() and not any((stored.path / name).is_file() for name in TOKENIZER_FILES):
+    here = any((stored.path / name).is_file() for name in TOKENIZER_FILES)
+    if not (stored.has_tokenizer if isinstance(stored, GgufCheckpoint) else here):
         note = "there is no tokenizer beside the model: llama.cpp can only be given token ids"
         return TokenizerMetadata({"tokenizer.ggml.model": "none"}, (note,))
     tokenizer = load_tokenizer(stored.path, trust_remote_code)

@@ -16,7 +16,6 @@ from torch import Tensor
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.checkpoints.gguf.model import GgufModel
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.errors import TextError
 from bitgrain.models.naming import StoredTensor, natural_order
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.observers import StaticInput
@@ -46,6 +45,10 @@ class GgufCheckpoint(StoredModel):
         self.layers = {
             name: self._layer(name) for name in self._model.places if self._model.type(name).spec is not None
         }
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._model.file.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
 
     def quantized(self, tensor: str) -> list[QTensor]:
         return [self._model.quantized(tensor)]
@@ -83,10 +86,9 @@ class GgufCheckpoint(StoredModel):
 
     def side_files(self, with_code: bool) -> dict[str, bytes]:
         """The tokenizer as transformers saves it; nothing where the file has none."""
-        try:
-            tokenizer = load_tokenizer(self.path)
-        except TextError:
+        if not self.has_tokenizer:
             return {}
+        tokenizer = load_tokenizer(self.path)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
