@@ -279,7 +279,7 @@ def test_quantize_into_a_file(tmp_path: Path) -> None:
     a, b = open_stored(tmp_path / "out.gguf"), open_stored(tmp_path / "folder")
     assert all(a.dense(name).equal(b.quantized(name)[0].dequantize()) for name in b.layers)
     for out, layout in (("other", "gguf"), ("other.gguf", None), ("out.gguf", "gguf")):
-        with pytest.raises(OutputError, match="GGUF file|exists already"):
+        with pytest.raises(OutputError, match=r"GGUF file|exists already"):
             bitgrain.quantize(tmp_path / "model", tmp_path / out, "W4A16", layout=layout)
-    with pytest.raises(PlanError, match="as Q8_0|as Q4_1|as Q4_K"):
+    with pytest.raises(PlanError, match=r"as Q8_0|as Q4_1|as Q4_K"):
         bitgrain.quantize(tmp_path / "model", tmp_path / "k.gguf", "W4A16", layout="gguf:q4_k")
