@@ -7,7 +7,6 @@ tensor's type, so that a refusal comes before the first byte.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,25 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgrain.calibration.text import TOKENIZER_FILES, load_tokenizer
 from bitgrain.checkpoints.disk_space import check_disk_space
 from bitgrain.checkpoints.gguf.architectures import Architecture, architecture_of_model
 from bitgrain.checkpoints.gguf.blocks import BlockType
 from bitgrain.checkpoints.gguf.config import extra_tensors, metadata_of
 from bitgrain.checkpoints.gguf.model import SUFFIX, is_offset, row_order
 from bitgrain.checkpoints.gguf.names import Place, place_of
-from bitgrain.checkpoints.gguf.tokenizer import SpecialTokens, TokenizerMetadata, tokenizer_metadata
-from bitgrain.checkpoints.gguf.types import BLOCK_TYPES, get_type, type_for
+from bitgrain.checkpoints.gguf.types import BLOCK_TYPES, get_type
 from bitgrain.checkpoints.gguf.writer import GgufWriter, plan_gguf
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.errors import OutputError, PlanError, SchemeError
+from bitgrain.errors import OutputError, PlanError
 from bitgrain.models.anatomy import read_anatomy
 from bitgrain.models.naming import StoredTensor
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource
-from bitgrain.numerics import IntFormat, QTensor, QuantSpec
-from bitgrain.numerics.respell import respell
-from bitgrain.pipeline.stored_gguf import GgufCheckpoint
+from bitgrain.pipeline.gguf_tokenizer import tokenizer_of
+from bitgrain.pipeline.gguf_types import candidates, refusal, said
 from bitgrain.pipeline.stored_model import StoredModel
 from bitgrain.progress import Progress
 
@@ -108,7 +104,7 @@ def write_gguf(
     raw: dict[str, Any] = config.to_dict()
     architecture = architecture_of_model(raw)
     metadata = metadata_of(raw, architecture)
-    tokenizer = _tokenizer(stored, raw, trust_remote_code)
+    tokenizer = tokenizer_of(stored, raw, trust_remote_code)
     originals = stored.originals()
     unexpected = read_anatomy(build_skeleton(config, trust_remote_code), originals).unexpected
     job = _Job(stored, originals, architecture, raw, _places(originals, architecture, raw, unexpected))
@@ -230,53 +226,14 @@ def _type_of(job: _Job, name: str, originals: Mapping[int, str], wanted: BlockTy
     first = layers[0]
     assert first is not None
     reasons: list[str] = []
-    for candidate in _candidates(first, wanted):
-        reason = _refusal(stored, originals.values(), candidate)
+    for candidate in candidates(first, wanted):
+        reason = refusal(stored, originals.values(), candidate)
         if reason is None:
             return candidate
         reasons.append(reason)
     if not reasons:
         reasons = [f"{first.module}: no type of GGUF has the numbers of {first.scheme.weight.describe()}"]
     return reasons[0]
-
-
-def _candidates(layer: StoredLayer, wanted: BlockType | None) -> Iterable[BlockType]:
-    """Types that may hold the layer's numbers, the smallest first."""
-    if wanted is not None:
-        return [wanted]
-    spec = layer.scheme.weight
-    own = BLOCK_TYPES.get(layer.scheme.name)
-    own = type_for(spec) if own is None or own.spec != spec else own
-    found = [one for one in BLOCK_TYPES.values() if one.spec is not None and _may_hold(one.spec, spec)]
-    found.sort(key=lambda one: one.block_bytes / one.block_size)
-    return dict.fromkeys([own, *found]) if own is not None else found
-
-
-def _may_hold(mine: QuantSpec, theirs: QuantSpec) -> bool:
-    if isinstance(mine.scale, QuantSpec) and not isinstance(theirs.scale, QuantSpec):
-        return False
-    wide, narrow = mine.format, theirs.format
-    return wide == narrow or (
-        isinstance(wide, IntFormat) and isinstance(narrow, IntFormat) and wide.bits >= narrow.bits
-    )
-
-
-def _refusal(stored: StoredModel, originals: Iterable[str], candidate: BlockType) -> str | None:
-    for original in originals:
-        layer = stored.layers[original]
-        try:
-            candidate.row_bytes(layer.in_features)
-            for q in stored.quantized(original):
-                _said(q, candidate)
-        except SchemeError as error:
-            return f"{layer.module}: as {candidate.name}: {error}"
-    return None
-
-
-def _said(q: QTensor, candidate: BlockType) -> QTensor:
-    """The QTensor under the type's spec. Raises SchemeError."""
-    assert candidate.spec is not None
-    return q if q.spec == candidate.spec else respell(q, candidate.spec, torch.float32)
 
 
 def _shape(job: _Job, originals: Mapping[int, str]) -> tuple[int, ...]:
@@ -294,7 +251,7 @@ def _rows(job: _Job, original: str, block_type: BlockType) -> Tensor:
     assert place is not None
     if block_type.spec is not None:
         (q,) = job.stored.quantized(original)
-        data = block_type.pack(_said(q, block_type))
+        data = block_type.pack(said(q, block_type))
         order = row_order(job.architecture, job.config, place, len(data), inverse=False)
         return data if order is None else data[order]
     return block_type.store(_values(job.stored.dense(original), place, job.architecture, job.config))
@@ -324,47 +281,6 @@ def _general(outputs: Sequence[_Output], metadata: Mapping[str, Any], name: str)
     if quantized:
         general["general.quantization_version"] = 2
     return {**general, **metadata}
-
-
-def _tokenizer(stored: StoredModel, config: Mapping[str, Any], trust_remote_code: bool) -> TokenizerMetadata:
-    here = any((stored.path / name).is_file() for name in TOKENIZER_FILES)
-    if not (stored.has_tokenizer if isinstance(stored, GgufCheckpoint) else here):
-        note = "there is no tokenizer beside the model: llama.cpp can only be given token ids"
-        return TokenizerMetadata({"tokenizer.ggml.model": "none"}, (note,))
-    tokenizer = load_tokenizer(stored.path, trust_remote_code)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise PlanError(f"{stored.path}: its tokenizer is Python code without a tokenizer.json, which GGUF cannot hold")
-    content = json.loads(backend.to_str())
-    vocab: Mapping[str, int] = tokenizer.get_vocab()
-    unknown = (
-        tokenizer.unk_token_id if tokenizer.unk_token_id is not None else vocab.get(content["model"].get("unk_token"))
-    )
-    ids = {
-        "bos": _first(tokenizer.bos_token_id, config.get("bos_token_id")),
-        "eos": _first(tokenizer.eos_token_id, config.get("eos_token_id")),
-        "padding": _first(tokenizer.pad_token_id, config.get("pad_token_id")),
-        "unknown": unknown,
-    }
-    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    template = tokenizer.chat_template
-    special = SpecialTokens(
-        **ids,
-        adds_bos=len(whole) > len(bare) and whole[0] == ids["bos"],
-        adds_eos=len(whole) > len(bare) and whole[-1] == ids["eos"],
-        chat_template=template if isinstance(template, str) else (template or {}).get("default"),
-    )
-    return tokenizer_metadata(content, special, config["vocab_size"])
-
-
-def _first(*found: Any) -> int | None:
-    """The first id that there is; of several end tokens, the first."""
-    for one in found:
-        if isinstance(one, (list, tuple)) and one:
-            return int(one[0])
-        if one is not None:
-            return int(one)
-    return None
 
 
 def _notes(job: _Job) -> list[str]:
