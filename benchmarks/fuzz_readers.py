@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import bitgrain
-from bitgrain.checkpoints.layouts import LAYOUTS
+from bitgrain.checkpoints.layouts import WRITABLE
 from bitgrain.errors import BitgrainError
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 
@@ -72,7 +72,7 @@ def make_seeds(where: Path) -> dict[str, Path]:
     for scheme in SOURCES:
         source = where / f"source-{scheme}"
         bitgrain.quantize(model, source, scheme)
-        for name in LAYOUTS:
+        for name in WRITABLE:
             if name in made:
                 continue
             try:

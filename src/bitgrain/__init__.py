@@ -15,8 +15,10 @@ bitgrain.low_bit_(module, "NF4")                in memory, weights stay packed
 bitgrain.finetune("OUT", "ADAPTER", text="FILE")    LoRA on packed weights; bitgrain.merge adds it to them
 bitgrain.train("MODEL", "OUT", "W4A8", text="FILE")   quantization-aware training; in memory: bitgrain.qat
 bitgrain.KVCache("kivi-int4", config)           keys and values in few bits, for generate
+import bitgrain.hf                              transformers' from_pretrained reads folders of bitgrain's own layout
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -73,3 +75,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("bitgrain.api"), name)
     raise AttributeError(f"module 'bitgrain' has no attribute {name!r}")
+
+
+if "transformers" in sys.modules:  # who has it loaded can pay for the quantizer; see docs/decisions/0025
+    import_module("bitgrain.hf")

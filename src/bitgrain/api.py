@@ -20,9 +20,10 @@ from bitgrain.pipeline.contents import Contents
 from bitgrain.pipeline.contents import read_contents as show
 from bitgrain.pipeline.convert import Converted, convert
 from bitgrain.pipeline.convert_gguf import is_gguf
+from bitgrain.pipeline.equip import cache_for
 from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune
-from bitgrain.pipeline.load import cache_for, load
+from bitgrain.pipeline.load import load
 from bitgrain.pipeline.merge import merge
 from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.modules.calibrate import ModuleCalibration, calibrate_module

@@ -13,7 +13,7 @@ from bitgrain.numerics.formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP8_E5M2, 
 
 FP8 = [(FP8_E4M3, torch.float8_e4m3fn), (FP8_E5M2, torch.float8_e5m2)]
 SMALL = ["int1", "int2", "int3", "int4", "int8", "uint1", "uint4", "uint8", "fp4_e2m1", "fp8_e4m3", "fp8_e5m2"]
-SMALL += ["nf4", "ternary", "binary", "dynamic8", "udynamic8"]
+SMALL += ["nf4", "iq4_nl", "ternary", "binary", "dynamic8", "udynamic8"]
 
 
 def interesting_floats() -> torch.Tensor:

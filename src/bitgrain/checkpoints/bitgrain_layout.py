@@ -11,6 +11,7 @@ convolution is one matrix [out, in/groups * kernel]):
 | T.scale       | storage dtype [E, tiles down, tiles across]; nested scales: their codes, packed like T.codes |
 | T.outer_scale | only for nested scales: the scale of the scales |
 | T.outer_zero  | only for asymmetric nested scales: codes packed like T.codes, or numbers in the storage dtype |
+| T.outer_minimum | only for nested scales with minima: in their storage dtype |
 | T.zero        | only with zero points: likewise |
 | T.minimum     | only with minima: like T.scale; nested ones: T.minimum_scale, their scale |
 | T.order       | only with an order of the columns: int32 [E, in], the input channel of each column of the codes |
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
@@ -42,6 +44,7 @@ from bitgrain.checkpoints.settings import Lenient, parse, section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.errors import CheckpointError, SchemeError
 from bitgrain.numerics import Format, QTensor, QuantSpec, per_tensor
+from bitgrain.numerics.formats import FP32, is_named
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.outliers import column_dtype
 from bitgrain.numerics.packed import (
@@ -71,12 +74,15 @@ class BitgrainLayout:
         return read_layers(config["quantization_config"])
 
     def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
-        return (layer.scheme.weight,)
+        spec = layer.scheme.weight
+        return (spec, replace(spec, scale=FP32)) if isinstance(spec.scale, QuantSpec) else (spec,)
 
     def refusal(self, layer: StoredLayer) -> str | None:
         if layer.role == "conv" and layer.transposed:
             return f"{layer.module} is a transposed convolution, whose outputs are not the rows of its tensor"
         nested = layer.scheme.weight.scale
+        if isinstance(nested, QuantSpec) and not is_named(nested.format):
+            return f"{layer.module}: scales in a code of another writer, {nested.format}"
         if isinstance(nested, QuantSpec) and isinstance(nested.scale, QuantSpec):
             return f"{layer.module}: scales of scales of scales"
         if layer.scheme.weight.scale_format.bits > 8 and isinstance(nested, QuantSpec):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Len
 
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.checkpoints.reader import Checkpoint, StoredTensor
+from bitgrain.checkpoints.linear_layers import kept_dtype
+from bitgrain.checkpoints.patterns import name_matches
+from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.settings import Lenient, parse
 from bitgrain.errors import CheckpointError, SchemeError
 from bitgrain.numerics import IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
@@ -70,6 +72,11 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
         if inputs is not None and not inputs.dynamic and static is None:
             raise CheckpointError(f"{module}.input_scale is missing: its inputs have a static scale")
         rows, cols = _shape(module, checkpoint)
+        scheme = schemes[kind]
+        if (order := entries.get(f"{module}.weight_g_idx")) is not None:
+            if tuple(order.shape) != (cols,) or order.dtype != torch.int32 or scheme.weight.granularity.cols is None:
+                raise CheckpointError(f"{module}.weight_g_idx is {order.dtype} {list(order.shape)}, for {cols} inputs")
+            scheme = replace(scheme, weight=replace(scheme.weight, ordered=True))
         layers.append(
             StoredLayer(
                 tensor=f"{module}.weight",
@@ -81,20 +88,11 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
                 in_features=cols,
                 experts=1,
                 transposed=False,
-                dtype=_dense_dtype(entry.dtype, entries),
-                scheme=schemes[kind],
+                dtype=entry.dtype if entry.dtype in _STORAGE else kept_dtype(entries) or torch.bfloat16,
+                scheme=scheme,
             )
         )
     return layers
-
-
-def _dense_dtype(scale: torch.dtype, entries: Mapping[str, StoredTensor]) -> torch.dtype:
-    """What the original was: the dtype of the scale, or (FP4) that of the tensors that were kept."""
-    if scale in _STORAGE:
-        return scale
-    kept = [entry.dtype for name, entry in entries.items() if name.endswith((".weight", ".bias"))]
-    floats = [dtype for dtype in kept if dtype in _STORAGE]
-    return max(set(floats), key=floats.count) if floats else torch.bfloat16
 
 
 def _shape(module: str, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -121,20 +119,13 @@ def _group_of(module: str, settings: _Settings) -> str:
     by_class: str | None = None
     for key, group in settings.config_groups.items():
         for target in group.targets:
-            if target == module or (target.startswith("re:") and _matches(target[3:], module)):
+            if target == module or (target.startswith("re:") and name_matches(target[3:], module)):
                 return key
             if target == "Linear":
                 by_class = key
     if by_class is None:
         raise CheckpointError(f"{module} is quantized, but no group of quantization_config targets it")
     return by_class
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, RecursionError) as error:
-        raise CheckpointError(f"quantization_config: {pattern!r} is no regular expression: {error}") from error
 
 
 def _scheme(name: str, group: _Group, storage: FloatFormat, input_storage: FloatFormat) -> Scheme:

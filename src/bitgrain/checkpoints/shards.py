@@ -35,11 +35,12 @@ _PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to come: its name, dtype and shape."""
+    """A tensor to come: its name, dtype and shape. any_size: that of another writer may be longer or shorter (text)."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    any_size: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,8 @@
 
 codes           uint8 [out, ceil(in * bits / 8)], low bits first, as code + offset; int32 [out, in] above 8 bits
 scale           storage dtype [tiles down, tiles across]; nested scales: their codes, packed like `codes`
-outer_scale     only for nested scales: the scale of the scales; outer_zero: only for asymmetric ones
+outer_scale     only for nested scales: the scale of the scales; outer_zero: only for asymmetric ones, outer_minimum:
+                only for ones with minima
 zero            only with zero points: codes packed like `codes`, or numbers in the storage dtype
 minimum         only with minima: as scale; nested ones: minimum_scale, their scale
 order           only with an order of the columns: int32 [in]
@@ -35,7 +36,9 @@ def packed_specs(spec: QuantSpec, shape: tuple[int, int]) -> list[tuple[str, tor
     if isinstance(spec.scale, QuantSpec):
         inner = spec.scale.granularity.tiles(tiles)
         found += [("scale", *_packed(spec.scale.format, tiles)), ("outer_scale", scale_dtype(spec.scale), inner)]
-        if not spec.scale.symmetric:
+        if isinstance(spec.scale.minimum, Format):
+            found.append(("outer_minimum", float_dtype(spec.scale.minimum), inner))
+        elif not spec.scale.symmetric:
             found.append(("outer_zero", *_zeros(spec.scale, inner)))
     else:
         found.append(("scale", scale_dtype(spec), tiles))
@@ -94,6 +97,8 @@ def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
         found["outer_scale"] = q.scale.scale
         if q.scale.zero is not None:
             found["outer_zero"] = _pack_zero(q.scale.zero, q.scale.spec)
+        if isinstance(q.scale.minimum, Tensor):
+            found["outer_minimum"] = q.scale.minimum
     else:
         found["scale"] = q.scale
     if q.zero is not None:
@@ -162,7 +167,7 @@ def packed_matrix(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[in
         values = _unpack(stored["scale"], inner.format, across)
         outer_across = inner.granularity.tiles(tuple(values.shape))[1]
         outer_zero = _unpack_zero(stored.get("outer_zero"), inner, outer_across)
-        scale = QTensor(values, stored["outer_scale"], outer_zero, inner)
+        scale = QTensor(values, stored["outer_scale"], outer_zero, inner, minimum=stored.get("outer_minimum"))
     outliers = None
     if spec.outliers:
         outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])

@@ -67,7 +67,7 @@ def convert(
 
     to  a layout's name; "gguf" or "gguf:TYPE": a GGUF file (`convert_gguf`), also of a model that is not quantized
     Raises PlanError with every layer that the target cannot hold exactly, and why; CheckpointError, SchemeError (no
-    such layout), OutputError.
+    such layout, or layers that cannot stand in one checkpoint), OutputError.
     """
     progress = progress or make_progress("quiet")
     source = resolve_model(model, gguf=True)
@@ -78,6 +78,7 @@ def convert(
     if not stored.layers:
         raise CheckpointError(f"{stored.path} is not quantized: there is nothing to convert to {target.name}")
     layers = _spell_all(stored, target, progress)
+    target.config(list(layers.values()), _kept(stored))  # what cannot stand in one checkpoint is said now
     outputs: list[TensorSpec] = []
     originals = stored.originals()
     for name in originals:
@@ -148,6 +149,7 @@ def spell(stored: StoredModel, layer: StoredLayer, target: Layout) -> StoredLaye
     """`layer` under the first spec of the target that says the same numbers, or why there is none."""
     parts: list[QTensor] | None = None
     reasons: list[str] = []
+    inexact: list[str] = []
     for spec in dict.fromkeys(target.spellings(layer)):
         candidate = replace(layer, scheme=replace(layer.scheme, weight=spec))
         refusal = target.refusal(candidate)
@@ -160,9 +162,10 @@ def spell(stored: StoredModel, layer: StoredLayer, target: Layout) -> StoredLaye
                     respell(part, spec, layer.dtype)
                 return candidate
             except SchemeError as error:
-                refusal = f"{layer.module}: as {spec.describe()}: {error}"
+                inexact.append(f"{layer.module}: as {spec.describe()}: {error}")
+                continue
         reasons.append(refusal)
-    return reasons[-1] if parts is not None else reasons[0]
+    return (inexact or reasons)[0]
 
 
 def _written(stored: StoredModel, target: Layout, layer: StoredLayer | None, name: str) -> dict[str, Tensor]:

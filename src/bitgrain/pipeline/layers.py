@@ -70,7 +70,10 @@ def to_cpu(q: QTensor) -> QTensor:
     scale = to_cpu(q.scale) if isinstance(q.scale, QTensor) else q.scale.cpu()
     outliers = None if q.outliers is None else q.outliers.to("cpu")
     columns = None if q.columns is None else q.columns.to("cpu")
-    return QTensor(q.codes.cpu(), scale, None if q.zero is None else q.zero.cpu(), q.spec, outliers, columns)
+    minimum = to_cpu(q.minimum) if isinstance(q.minimum, QTensor) else None if q.minimum is None else q.minimum.cpu()
+    order = None if q.order is None else q.order.cpu()
+    zero = None if q.zero is None else q.zero.cpu()
+    return QTensor(q.codes.cpu(), scale, zero, q.spec, outliers, columns, minimum, order)
 
 
 def report(matrix: Tensor, q: QTensor) -> dict[str, Any]:

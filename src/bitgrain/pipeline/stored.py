@@ -62,6 +62,7 @@ class QuantizedCheckpoint(StoredModel):
         self.layers: Mapping[str, StoredLayer] = {
             layer.tensor: layer for layer in layout.read_layers(config, self.checkpoint)
         }
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for layer in self.layers.values():
             self._check(layer)
 
@@ -76,21 +77,28 @@ class QuantizedCheckpoint(StoredModel):
             if entry is None:
                 raise CheckpointError(f"{self.path}: {spec.name} is missing. Download the checkpoint again.")
             shape, wanted = tuple(entry.shape), tuple(spec.shape)
-            fits = shape == wanted or (*shape, 1) == wanted or math.prod(shape) == math.prod(wanted) == 1
+            one = math.prod(shape) == math.prod(wanted) == 1
+            fits = spec.any_size or one or wanted in (shape, (*shape, 1))
             if entry.dtype != spec.dtype or not fits:
                 raise CheckpointError(
                     f"{self.path}: {spec.name} is {entry.dtype} {list(entry.shape)}, but config.json says "
                     f"{spec.dtype} {list(spec.shape)}. Download both again."
                 )
+            self._shapes[spec.name] = shape if spec.any_size else wanted
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor in the shape that the layout gives it."""
+        found = self.checkpoint.read(name)
+        return found.view(self._shapes.get(name, found.shape))
 
     def quantized(self, tensor: str) -> list[QTensor]:
-        return self.layout.decode(self.layers[tensor], self.checkpoint.read)
+        return self.layout.decode(self.layers[tensor], self._read)
 
     def packed(self, tensor: str) -> list[PackedMatrix]:
-        return self.layout.decode_packed(self.layers[tensor], self.checkpoint.read)
+        return self.layout.decode_packed(self.layers[tensor], self._read)
 
     def inputs(self, tensor: str) -> list[StaticInput]:
-        return self.layout.decode_inputs(self.layers[tensor], self.checkpoint.read)
+        return self.layout.decode_inputs(self.layers[tensor], self._read)
 
     def columns(self) -> dict[str, list[Tensor]]:
         kept = {
@@ -98,7 +106,7 @@ class QuantizedCheckpoint(StoredModel):
             for name, layer in self.layers.items()
             if layer.scheme.weight.columns is not None and layer.scheme.input is not None
         }
-        return {name: self.layout.decode_columns(layer, self.checkpoint.read) for name, layer in kept.items()}
+        return {name: self.layout.decode_columns(layer, self._read) for name, layer in kept.items()}
 
     def read(self, tensor: str) -> Tensor:
         return self.checkpoint.read(tensor)

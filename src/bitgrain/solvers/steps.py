@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.numerics import Granularity, QTensor, QuantSpec
+from bitgrain.numerics.about_mean import about
 from bitgrain.numerics.affine import from_grid, store_zero, to_grid
 from bitgrain.numerics.formats import E8M0, FloatFormat, Format
 from bitgrain.numerics.granularity import to_tiles
@@ -44,8 +45,11 @@ class Storage:
         self.spec, self.name, self._nested = spec, name, nested
         self._outer: Tensor | None = None
         self._outer_zero: Tensor | None = None
+        self._outer_minimum: Tensor | None = None
         if nested is not None:
             self._outer = per_element(scale_values(nested.scale), nested.spec.granularity, shape)
+            if nested.minimum is not None:
+                self._outer_minimum = per_element(scale_values(nested.minimum), nested.spec.granularity, shape)
             if nested.zero is not None:
                 self._outer_zero = per_element(nested.zero.to(torch.float32), nested.spec.granularity, shape)
 
@@ -77,8 +81,9 @@ class Storage:
             assert isinstance(spec.scale, QuantSpec)
             outer = self._outer[rows, columns]
             outer_zero = None if self._outer_zero is None else self._outer_zero[rows, columns]
-            numbers = to_grid(ideal.unsqueeze(-1), outer, outer_zero, spec.scale)
-            steps = from_grid(numbers, outer, outer_zero).squeeze(-1)
+            minimum = 0.0 if self._outer_minimum is None else self._outer_minimum[rows, columns]
+            numbers = to_grid((ideal + minimum).unsqueeze(-1), outer, outer_zero, spec.scale)
+            steps = from_grid(numbers, outer, outer_zero).squeeze(-1) - minimum
             if isinstance(spec.scale.format, FloatFormat):  # a scale is divided by: none may be 0
                 inner = spec.scale.format
                 filler = torch.where(ideal > 0, torch.full_like(ideal, inner.smallest_positive), fallback)
@@ -103,6 +108,8 @@ class Storage:
             zero = steps.zero.to(self.spec.format.code_dtype if integer else dtype or torch.float32)
         if self._nested is not None:
             nested = self._nested
+            if isinstance(nested.minimum, Tensor) and isinstance(nested.scale, Tensor):
+                return about(steps.scale, nested.spec, nested.scale, nested.minimum), zero
             return quantize(steps.scale, nested.spec, scale=nested.scale, zero=nested.zero, name=self.name), zero
         assert isinstance(self.spec.scale, FloatFormat)
         dtype = self.spec.scale.torch_dtype
@@ -128,6 +135,8 @@ def fit(
 def per_element(tiles: Tensor, granularity: Granularity, shape: tuple[int, int]) -> Tensor:
     """One number for each tile [down, across] -> one for each element of a matrix of `shape`."""
     tile_rows, tile_cols = granularity.tile(shape)
+    if granularity.run is not None:
+        return tiles.reshape(-1).repeat_interleave(granularity.run)[: shape[0] * shape[1]].view(shape)
     return per_row(tiles, tile_rows, shape[0]).repeat_interleave(tile_cols, dim=1)[:, : shape[1]]
 
 

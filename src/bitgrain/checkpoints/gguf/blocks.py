@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitgrain.checkpoints.gguf.storage import Storage
 from bitgrain.errors import NumericsError, SchemeError
-from bitgrain.numerics.formats import Format
+from bitgrain.numerics.formats import CodebookFormat, Format
 from bitgrain.numerics.granularity import matrix_shape
 from bitgrain.numerics.packed import float_dtype
 from bitgrain.numerics.qtensor import QTensor, unsigned
@@ -82,9 +82,11 @@ class BlockType:
         rows, cols = matrix_shape(q.shape)
         width = self.row_bytes(cols)
         count = rows * (cols // self.block_size)
+        packed = torch.empty(count, self.block_bytes, dtype=torch.uint8)
+        if count == 0:
+            return packed.view(rows, width)
         sources = [q.codes.reshape(count, self.block_size), *_sources(q.scale, count)]
         sources += [] if q.minimum is None else _sources(q.minimum, count)
-        packed = torch.empty(count, self.block_bytes, dtype=torch.uint8)
         step = max(1, _PIECE // self.block_size)
         for i in range(0, count, step):
             codes, *others = [source[i : i + step] for source in sources]
@@ -102,27 +104,24 @@ class BlockType:
         count = self._check_rows(data, shape)
         blocks = data.reshape(count, self.block_bytes)
         codes = torch.empty(count, self.block_size, dtype=torch.uint8)
-        kept: list[Tensor] | None = None
+        kept = [torch.empty(count, width, dtype=torch.uint8) for width in _widths(spec, self.block_size)]
         step = max(1, _PIECE // self.block_size)
-        for i in range(0, max(count, 1), step):  # once at least: it is the parts that say how wide they are
-            parts = self.split(blocks[i : i + step])
-            torch.sub(parts[0], spec.format.code_offset, out=codes[i : i + step])
-            kept = kept or [torch.empty(count, part.shape[1], dtype=torch.uint8) for part in parts[1:]]
-            for whole, part in zip(kept, parts[1:], strict=True):
+        for i in range(0, count, step):
+            first, *others = self.split(blocks[i : i + step])
+            torch.sub(first, spec.format.code_offset, out=codes[i : i + step])
+            for whole, part in zip(kept, others, strict=True):
                 whole[i : i + step] = part
-        assert kept is not None
-        rows = matrix_shape(shape)[0]
-        scale = _stored(kept, spec.scale, rows)
-        minimum = None if spec.minimum is None else _stored(kept, spec.minimum, rows)
-        signed = codes.view(spec.format.code_dtype).view(shape)
-        return QTensor(signed, scale, None, spec, minimum=minimum)
+        tiles = spec.granularity.tiles(shape)
+        scale = _stored(kept, spec.scale, tiles)
+        minimum = None if spec.minimum is None else _stored(kept, spec.minimum, tiles)
+        return QTensor(codes.view(spec.format.code_dtype).view(shape), scale, None, spec, minimum=minimum)
 
     def values(self, data: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The numbers: float32 for quantized types, else in the type's own dtype, without a copy where possible."""
         if self.dtype is None:
             return self.unpack(data, shape).dequantize()
         self._check_rows(data, shape)
-        return data.contiguous().view(self.dtype).view(shape)
+        return words(data, self.dtype).view(shape)
 
     def store(self, values: Tensor) -> Tensor:
         """uint8 [rows, bytes of a row] of plain numbers, rounded to the type's dtype. Raises SchemeError for others."""
@@ -198,16 +197,31 @@ def _bytes(stored: Tensor, count: int) -> Tensor:
 def _checked(codes: Tensor, format: Format) -> Tensor:
     """Unsigned codes, all of which the format has."""
     found = unsigned(codes, format)
-    if format.bits < 8 and found.numel() and int(found.amax().item()) >= 2**format.bits:
-        raise NumericsError(f"there are codes beyond the {2**format.bits} of {format}")
+    known = len(format.values) if isinstance(format, CodebookFormat) else 2**format.bits
+    if known < 256 and found.numel() and int(found.amax().item()) >= known:
+        raise NumericsError(f"there are codes beyond the {known} of {format}")
     return found
 
 
-def _stored(kept: list[Tensor], storage: Format | QuantSpec, rows: int) -> Tensor | QTensor:
-    """Scales or minima [rows, tiles across], taken from the front of `kept`."""
+def _widths(spec: QuantSpec, size: int) -> list[int]:
+    """Bytes that each of a block's parts takes, its codes apart."""
+    tiles = spec.granularity.tiles((1, size))
+    found: list[int] = []
+    for storage in (spec.scale, spec.minimum):
+        if isinstance(storage, QuantSpec):
+            assert isinstance(storage.scale, Format)
+            found += [tiles[1], storage.granularity.tiles(tiles)[1] * float_dtype(storage.scale).itemsize]
+        elif storage is not None:
+            found.append(tiles[1] * float_dtype(storage).itemsize)
+    return found
+
+
+def _stored(kept: list[Tensor], storage: Format | QuantSpec, tiles: tuple[int, int]) -> Tensor | QTensor:
+    """Scales or minima [tiles down, tiles across], taken from the front of `kept`."""
     first = kept.pop(0)
     if not isinstance(storage, QuantSpec):
-        return first.view(-1).view(float_dtype(storage)).view(rows, -1)
+        return first.view(-1).view(float_dtype(storage)).view(tiles)
     assert isinstance(storage.scale, Format)
-    codes = (first - storage.format.code_offset).view(storage.format.code_dtype).view(rows, -1)
-    return QTensor(codes, kept.pop(0).view(-1).view(float_dtype(storage.scale)).view(rows, -1), None, storage)
+    codes = (first - storage.format.code_offset).view(storage.format.code_dtype).view(tiles)
+    outer = kept.pop(0).view(-1).view(float_dtype(storage.scale)).view(storage.granularity.tiles(tiles))
+    return QTensor(codes, outer, None, storage)

@@ -125,7 +125,7 @@ def open_gguf(path: Path) -> GgufFile:
         for _ in range(counts[1]):
             key = cursor.text("a key")
             if not key or key in values:
-                raise unsound(cursor.label, f"the key {key!r} is there twice" if key else "a key is empty")
+                raise unsound(cursor.label, f"the key {key[:80]!r} is there twice" if key else "a key is empty")
             values[key] = cursor.value(key)
         alignment = _alignment(values, cursor.label)
         tensors = _tensors(cursor, counts[0], alignment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 from bitgrain.checkpoints.durable import pread_into
@@ -16,6 +17,9 @@ MAX_DEPTH = 4
 MOST_ARRAYS = 1 << 16
 MAX_NAME_BYTES = (1 << 16) - 1
 """The longest key or name (specification, "File structure")."""
+
+MAX_STRING_BYTES = 1 << 24
+"""The longest string: decoded, one takes up to four times as much."""
 
 _PIECE = 1 << 20
 
@@ -55,6 +59,7 @@ class Cursor:
 
     def value(self, key: str) -> tuple[str, Value]:
         """One value of the metadata, after its key: its kind and itself."""
+        key = key[:80]  # as errors name it
         return self._value(self.number("I", f"the kind of {key!r}"), key)
 
     def _value(self, kind: int, key: str) -> tuple[str, Value]:
@@ -84,7 +89,7 @@ class Cursor:
         nbytes = count * struct.calcsize(letter)
         self._need(nbytes, repr(key))
         with memoryview(self._bytes) as whole, whole[self.position : self.position + nbytes] as data:
-            if kind == BOOL and bytes(data).translate(None, b"\0\1"):
+            if kind == BOOL and any(bytes(piece).translate(None, b"\0\1") for piece in _pieces(data)):
                 raise unsound(self.label, f"{key!r} holds bools that are neither 0 nor 1")
             numbers = Numbers(data, letter)
         self.position += nbytes
@@ -96,31 +101,27 @@ class Cursor:
         return SCALARS[kind]
 
     def _string(self, length: int, what: str) -> str:
+        if length > MAX_STRING_BYTES:
+            raise unsound(self.label, f"{what} claims a string of {length} bytes")
         self._need(length, what)
-        data = self._bytes[self.position : self.position + length]
         self.position += length
-        return self._decoded(data, what)
+        try:
+            with memoryview(self._bytes) as whole, whole[self.position - length : self.position] as data:
+                return str(data, "utf-8")
+        except UnicodeDecodeError:
+            raise unsound(self.label, f"{what} is not UTF-8") from None  # the cause would hold the header
 
     def _strings(self, count: int, key: str) -> Strings:
         self._within(8 * count, repr(key))
-        text, ends = bytearray(), array("Q")
+        text, ends, what = bytearray(), array("Q"), repr(key)
         for _ in range(count):
-            self._need(8, repr(key))
+            self._need(8, what)
             length = int.from_bytes(self._bytes[self.position : self.position + 8], "little")
             self.position += 8
-            self._need(length, repr(key))
-            data = self._bytes[self.position : self.position + length]
-            self.position += length
-            self._decoded(data, repr(key))
-            text += data
+            self._string(length, what)
+            text += self._bytes[self.position - length : self.position]
             ends.append(len(text))
-        return Strings(bytes(text), ends)
-
-    def _decoded(self, data: bytearray, what: str) -> str:
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise unsound(self.label, f"{what} is not UTF-8") from error
+        return Strings(text, ends)
 
     def _within(self, nbytes: int, what: str) -> None:
         end = self.position + nbytes
@@ -141,6 +142,11 @@ class Cursor:
                     f"{self.label}: changed while it was being read. Start again when it is complete."
                 )
             self._bytes += piece
+
+
+def _pieces(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), _PIECE):
+        yield data[start : start + _PIECE]
 
 
 def unsound(label: str, why: str) -> CheckpointError:

@@ -7,6 +7,7 @@ Q3_K, and the upper two bits of Q6_K, those of four groups in 32 bytes; fifth an
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitgrain.checkpoints.gguf.blocks import BlockType, Parts, merge, repeated, spread, words
@@ -20,12 +21,12 @@ SIZE = 256
 
 def _field(data: Tensor, shift: int, bits: int) -> Tensor:
     """uint8 of the same shape: `bits` bits from bit `shift` on of every byte. Rows are multiples of 8 bytes."""
-    return ((words(data) >> shift) & repeated(2**bits - 1)).view(torch.uint8)
+    return (words(data) >> shift).bitwise_and_(repeated(2**bits - 1)).view(torch.uint8)
 
 
 def _either(low: Tensor, high: Tensor, shift: int) -> Tensor:
     """low | high << shift, byte by byte, [n, 256]."""
-    return (words(low) | (words(high) << shift)).view(torch.uint8)
+    return (words(high) << shift).bitwise_or_(words(low)).view(torch.uint8)
 
 
 def _planes(codes: Tensor, halves: int, bits: int) -> Tensor:
@@ -52,27 +53,29 @@ def _split_q2(blocks: Tensor) -> Parts:
     return [codes, scales[:, 0], blocks[:, 80:82], scales[:, 1], blocks[:, 82:84]]
 
 
-# Q3_K: third bits [32], low bits [64], scales [12] of six bits, d
+# Q3_K: third bits [32], low bits [64], scales [12] of six bits, d. The low nibbles of scales 0 to 7 and 8 to 15 share
+# eight bytes; the upper two bits of scales i, i + 4, i + 8, i + 12 share a byte.
 
 
 def _join_q3(codes: Tensor, scale: Tensor, outer: Tensor) -> Tensor:
     high, low = _field(codes, 2, 1), _field(codes, 0, 2)
-    a, b, c, d = words(scale, torch.int32).unbind(1)
-    four, two = 0x0F0F0F0F, 0x03030303
-    first = (a & four) | ((c & four) << 4)
-    second = (b & four) | ((d & four) << 4)
-    uppers = [((word >> 4) & two) << (2 * i) for i, word in enumerate((a, b, c, d))]
-    scales = torch.stack([first, second, uppers[0] | uppers[1] | uppers[2] | uppers[3]], dim=1).view(torch.uint8)
-    return torch.cat([_planes(high, 1, 1), _planes(low, 2, 2), scales, outer], dim=1)
+    first, second = words(scale).split(1, dim=1)
+    four, two = repeated(0x0F), repeated(0x03)
+    lows = (first & four) | ((second & four) << 4)
+    uppers = ((first >> 4) & two) | (((second >> 4) & two) << 4)  # below 2**62
+    uppers |= uppers >> 30
+    scales = [lows.view(torch.uint8), uppers.view(torch.uint8)[:, :4]]
+    return torch.cat([_planes(high, 1, 1), _planes(low, 2, 2), *scales, outer], dim=1)
 
 
 def _split_q3(blocks: Tensor) -> Parts:
     high, low = _unplane(blocks[:, :32], 1, 1), _unplane(blocks[:, 32:96], 2, 2)
-    first, second, uppers = words(blocks[:, 96:108], torch.int32).unbind(1)
-    four, two = 0x0F0F0F0F, 0x03030303
-    lows = (first & four, second & four, (first >> 4) & four, (second >> 4) & four)
-    joined = [low_bits | (((uppers >> (2 * i)) & two) << 4) for i, low_bits in enumerate(lows)]
-    scales = torch.stack(joined, dim=1).view(torch.uint8)
+    lows, uppers = words(F.pad(blocks[:, 96:108], (0, 4))).split(1, dim=1)
+    uppers = uppers | ((uppers & -4) << 30)
+    four, two = repeated(0x0F), repeated(0x03)
+    first = (lows & four) | ((uppers & two) << 4)
+    second = ((lows >> 4) & four) | (((uppers >> 4) & two) << 4)
+    scales = torch.cat([first, second], dim=1).view(torch.uint8)
     return [_either(low, high, 2), scales, blocks[:, 108:110]]
 
 

@@ -8,9 +8,10 @@ is what goes over 256. 32 bytes hold five groups of 32, 16 bytes five of 16, and
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bitgrain.checkpoints.gguf.blocks import BlockType, Parts, merge, spread
+from bitgrain.checkpoints.gguf.blocks import BlockType, Parts, merge, spread, words
 from bitgrain.checkpoints.gguf.storage import STORAGES
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics.formats import FP16, get_format
@@ -19,6 +20,9 @@ from bitgrain.numerics.spec import QuantSpec
 
 _RUNS = ((0, 32, 5), (32, 16, 5), (48, 4, 4))
 """First byte, bytes, and digits a byte of TQ1_0's three runs."""
+_BYTES = 52
+_LOW, _HIGH = 0x00FF00FF00FF00FF, 0x0300030003000300
+"""Of 64-bit integers: the lower byte of every 16 bits, and the digit in the upper one."""
 
 
 def _join_two(codes: Tensor, scale: Tensor) -> Tensor:
@@ -33,32 +37,41 @@ def _split_two(blocks: Tensor) -> Parts:
 
 
 def _join_one(codes: Tensor, scale: Tensor) -> Tensor:
+    number = _digits(codes, 0)
+    for i in range(1, 5):
+        number *= 3
+        number += _digits(codes, i)
+    # no product is near a whole number but 0: float32 rounds up rightly
+    return torch.cat([(number.to(torch.float32) * (256 / 243)).ceil_().to(torch.uint8), scale], dim=1)
+
+
+def _digits(codes: Tensor, i: int) -> Tensor:
+    """uint8 [n, 52]: the `i`-th digit of each byte, 0 where a byte has fewer."""
     found: list[Tensor] = []
     position = 0
     for _, width, digits in _RUNS:
-        fields = codes[:, position : position + width * digits].reshape(-1, digits, width)
-        number = fields[:, 0].clone()
-        for i in range(1, 5):
-            number *= 3
-            if i < digits:
-                number += fields[:, i]
-        # no product is near a whole number but 0: float32 rounds up rightly
-        found.append((number.to(torch.float32) * (256 / 243)).ceil_().to(torch.uint8))
-        position += width * digits
-    return torch.cat([*found, scale], dim=1)
+        first = position + i * width
+        found.append(codes[:, first : first + width] if i < digits else codes.new_zeros(len(codes), width))
+        position += digits * width
+    return torch.cat(found, dim=1)
 
 
 def _split_one(blocks: Tensor) -> Parts:
     codes = torch.empty(len(blocks), 256, dtype=torch.uint8)
-    position = 0
-    for first, width, digits in _RUNS:
-        number = blocks[:, first : first + width].contiguous()
-        for _ in range(digits):
-            digit = (number > 85).view(torch.uint8)
-            torch.add(digit, (number > 170).view(torch.uint8), out=codes[:, position : position + width])
-            number = number * 3
-            position += width
-    return [codes, blocks[:, 52:]]
+    pairs = words(F.pad(blocks[:, :_BYTES], (0, -_BYTES % 8)))
+    even, odd = pairs & _LOW, (pairs >> 8) & _LOW
+    for i in range(5):
+        even, odd = even * 3, odd * 3
+        digit = (((even >> 8) & _LOW) | (odd & _HIGH)).view(torch.uint8)
+        even &= _LOW
+        odd &= _LOW
+        position = 0
+        for first, width, digits in _RUNS:
+            if i < digits:
+                start = position + i * width
+                codes[:, start : start + width] = digit[:, first : first + width]
+            position += digits * width
+    return [codes, blocks[:, _BYTES:]]
 
 
 _SPEC = QuantSpec(get_format("ternary"), per_group(256), scale=FP16)

@@ -66,7 +66,7 @@ class Numbers(Sequence[Any]):
 class Strings(Sequence[str]):
     """An array of strings as it was read: UTF-8 in one piece, and where each ends. Compares equal to a list."""
 
-    def __init__(self, text: bytes, ends: array[int]) -> None:
+    def __init__(self, text: bytearray, ends: array[int]) -> None:
         self._text, self._ends = text, ends
 
     def __len__(self) -> int:
@@ -143,6 +143,8 @@ def _kind_of(value: Value) -> str:
     if isinstance(value, str):
         return "string"
     if isinstance(value, Sequence):
+        if value and all(isinstance(item, str) for item in value):  # the long ones
+            return "array[string]"
         kinds = {_kind_of(item) for item in value}
         if kinds <= {"uint32", "int32"} and kinds:
             return "array[int32]" if max(value) < 1 << 31 else "array[int64]"
