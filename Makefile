@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 BENCHMARKS := accuracy attention digits experts fine-tuning generate kernels kv-cache memory numerics outlier-channels \
   solver-kernels streaming training
 
-.PHONY: setup native demo test test-native lint fuzz clean $(addprefix bench-,$(BENCHMARKS))
+.PHONY: setup native demo test test-interop test-native lint fuzz clean $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/.ready native
 
@@ -33,6 +33,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
+
+# Engines that take minutes to build, where they are installed: pip install llama-cpp-python
+test-interop: setup
+	$(BIN)/pytest -m interop tests/interop $(PYTEST_ARGS)
 
 # Every kernel and level in guarded memory, without Python: as shipped, under the sanitizers, and for Arm where there are
 # a cross compiler and qemu. Threads are checked at the plain level alone. ARGS goes to the program:

@@ -19,6 +19,7 @@ from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.contents import Contents
 from bitgrain.pipeline.contents import read_contents as show
 from bitgrain.pipeline.convert import Converted, convert
+from bitgrain.pipeline.convert_gguf import is_gguf
 from bitgrain.pipeline.equip import cache_for
 from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune
@@ -30,7 +31,8 @@ from bitgrain.pipeline.modules.low_bit import low_bit_
 from bitgrain.pipeline.modules.quantize import quantize_, quantize_tensor
 from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.planning import DEFAULT_SHARD_BYTES, make_plan
-from bitgrain.pipeline.quantize import QuantizeResult, run_plan
+from bitgrain.pipeline.quantize import QuantizeResult
+from bitgrain.pipeline.quantize_gguf import run_plan_into
 from bitgrain.pipeline.sensitive import spare_layers
 from bitgrain.pipeline.statistics import Calibrated, run_calibration
 from bitgrain.pipeline.verify import Check, verify
@@ -143,7 +145,7 @@ def plan(
                  `scheme` then only says how activations are quantized; engine: whose formats may be chosen
     kv_cache     "fp8": keys and values get static scales from calibration, which vLLM reads
     layout       how the files are laid out (`checkpoints.layouts`); None: compressed-tensors, or bitgrain's own where
-                 that cannot hold everything
+                 that cannot hold everything; "gguf" or "gguf:TYPE": one file for llama.cpp
     """
     if statistics is not None and (calibration is not None or bits is not None):
         what = "bits, which needs gradients" if calibration is None else "calibration text"
@@ -179,7 +181,8 @@ def plan(
     elif kept or fallen:
         spared = spare_layers(model, chosen, keep=kept, fallback=fallen, **measuring, **settings)
         chosen, notes = spared.recipe, spared.notes
-    return make_plan(model, chosen, notes=notes, statistics=statistics, layout=layout, **settings)
+    folder = "bitgrain" if layout is not None and is_gguf(layout) else layout  # which becomes the file
+    return make_plan(model, chosen, notes=notes, statistics=statistics, layout=folder, **settings)
 
 
 def quantize(
@@ -192,7 +195,7 @@ def quantize(
     progress: Progress | None = None,
     **settings: Any,
 ) -> QuantizeResult:
-    """Quantize MODEL (a folder or a hub name) into the new folder `out`.
+    """Quantize MODEL (a folder or a hub name) into the new folder `out`, or with layout="gguf" the new file.
 
     settings  as for `plan`: recipe, on_indivisible, solver, calibration, experts, statistics, columns, keep,
               fallback, include, bits, kv_cache, engine, revision, trust_remote_code, max_shard_bytes, workers
@@ -200,7 +203,8 @@ def quantize(
     """
     cache = bits_cache(out)
     made = plan(model, scheme, device=device, cache=cache, progress=progress, **settings)
-    result = run_plan(made, out, device=device, restart=restart, progress=progress)
+    layout = settings.get("layout")
+    result = run_plan_into(made, out, layout, device=device, restart=restart, progress=progress)
     cache.unlink(missing_ok=True)
     return result
 
@@ -409,7 +413,7 @@ def evaluate_variants(
         return load(one, execution=execution, kv_cache="none", **settings)
 
     content = read_text(text)
-    words = load_tokenizer(resolve_model(folder).path, trust_remote_code)
+    words = load_tokenizer(resolve_model(folder, gguf=True).path, trust_remote_code)
     module = get(model)
     vocab = getattr(getattr(module, "config", None), "vocab_size", None)
     ids = token_windows(words, content, seqlen, windows, vocab_size=vocab, special_tokens=special_tokens)

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import LongTensor, Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from bitgrain.errors import TextError
+from bitgrain.checkpoints.gguf.container import open_gguf
+from bitgrain.checkpoints.gguf.tokenizer_reader import read_tokenizer
+from bitgrain.errors import BitgrainError, TextError
 
 __all__ = ["check_ids", "load_tokenizer", "read_file", "read_text", "token_ids", "token_windows"]
 
@@ -79,9 +82,13 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     then the ids can differ from those of the file (LlamaTokenizer drops unknown characters where the file says
     <unk>). AutoTokenizer serves the folders without tokenizer.json, and custom code if `trust_remote_code`.
 
+    A GGUF file gives the tokenizer that its metadata describe.
+
     Raises TextError: no tokenizer there, a corrupt one, or one that needs custom code or a missing package.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return _load(folder, lambda: _gguf_tokenizer(folder))
     custom = trust_remote_code and _has_custom_tokenizer(folder)
     file = folder / "tokenizer.json"
     if not custom and file.is_file():
@@ -99,6 +106,16 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
         folder,
         lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code),
     )
+
+
+def _gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    content, special = read_tokenizer(open_gguf(file).metadata, str(file))
+    backend = Tokenizer.from_str(json.dumps(content))
+    ids = {"bos": special.bos, "eos": special.eos, "unk": special.unknown, "pad": special.padding}
+    marks = {f"{name}_token": backend.id_to_token(one) for name, one in ids.items() if one is not None}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **marks)
+    tokenizer.chat_template = special.chat_template
+    return tokenizer
 
 
 def _has_custom_tokenizer(folder: Path) -> bool:
@@ -129,6 +146,8 @@ def _check_tokenizer_file(file: Path) -> None:
 def _load(folder: Path, loader: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
     try:
         return loader()
+    except BitgrainError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise TextError(

@@ -1,7 +1,8 @@
 """Convert a quantized checkpoint to another engine's layout.
 
 Exactly, or not at all: every dequantized number stays the same, or the layers that the target cannot hold are named
-with the reason. Stopped at any moment, the same command goes on where it was.
+with the reason. Stopped at any moment, the same command goes on where it was. A GGUF file can also be made
+of a model that is not quantized: gguf:f32, gguf:f16, gguf:bf16.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from bitgrain.cli.terminal import make_console, print_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "IN")
-    parser.add_argument("--to", required=True, metavar="LAYOUT", help="compressed-tensors, bitgrain, ...")
+    parser.add_argument(
+        "--to", required=True, metavar="LAYOUT", help="compressed-tensors, bitgrain, gguf, gguf:q4_0, ..."
+    )
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder or file")
     parser.add_argument("--max-shard-size", type=parse_size, metavar="SIZE", help="of one weight file (default: 5GB)")
     parser.add_argument("--restart", action="store_true", help="throw a half-done run of OUT away and start over")

@@ -164,7 +164,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="L",
-        help="how the files are laid out: compressed-tensors (the default where it can hold all), gptq, awq, ...",
+        help="how the files are laid out: compressed-tensors (the default where it can hold all), gguf, ...",
     )
     parser.add_argument(
         "--keep",

@@ -39,7 +39,7 @@ def carry_out(args: argparse.Namespace, make: Callable[[argparse.Namespace, Prog
         hide_download_bars()
     from bitgrain.api import bits_cache
     from bitgrain.checkpoints.job_folder import check_new, partial_folder
-    from bitgrain.pipeline.quantize import run_plan
+    from bitgrain.pipeline.quantize_gguf import run_plan_into
     from bitgrain.report.plan import problem_lines, render_short_plan
     from bitgrain.report.result import render_result, result_to_json, warning_lines
 
@@ -57,7 +57,8 @@ def carry_out(args: argparse.Namespace, make: Callable[[argparse.Namespace, Prog
         return 1
     began = time.monotonic()
     try:
-        result = run_plan(plan, out, device=args.device, restart=args.restart, progress=progress)
+        settings = {"device": args.device, "restart": args.restart, "progress": progress}
+        result = run_plan_into(plan, out, getattr(args, "layout", None), **settings)
     except KeyboardInterrupt:
         if args.debug:
             raise

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from bitgrain.checkpoints.gguf.model import SUFFIX, GgufModel
 from bitgrain.errors import ModelError
 from bitgrain.models.source import ModelSource
 
@@ -32,6 +33,8 @@ def load_config(
     A checkpoint that is quantized already is refused. `drop_quantization` forgets its quantization config
     instead, for jobs that read such a checkpoint's dense twin (verify, eval). Raises ModelError.
     """
+    if source.path.suffix == SUFFIX:
+        return _gguf_config(source)
     raw = _read_json(source)
     method = _quant_method(raw)
     if method is not None and not drop_quantization:
@@ -48,6 +51,14 @@ def load_config(
             if part is not None and hasattr(part, key):
                 delattr(part, key)
     return config
+
+
+def _gguf_config(source: ModelSource) -> PretrainedConfig:
+    found = GgufModel(source.path).config
+    try:
+        return CONFIG_MAPPING[found["model_type"]](**found)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+        raise ModelError(f"the metadata of {source.path} cannot be used: {error}") from error
 
 
 def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Module:

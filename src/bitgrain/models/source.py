@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from bitgrain.checkpoints.gguf.model import SUFFIX
 from bitgrain.errors import ModelError
 
 # What a job needs of a repository. Python files are fetched, but run only with trust_remote_code.
@@ -24,15 +25,15 @@ _UNWANTED = ["*/*.safetensors"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's folder on this machine. `revision` is the commit of a hub model, None for a folder."""
+    """A model's folder on this machine, or its GGUF file. `revision` is the commit of a hub model, else None."""
 
     path: Path
     name: str
     revision: str | None
 
 
-def resolve_model(model: str | Path, *, revision: str | None = None) -> ModelSource:
-    """The folder that holds `model`: the folder itself, or a snapshot of a hub repository.
+def resolve_model(model: str | Path, *, revision: str | None = None, gguf: bool = False) -> ModelSource:
+    """The folder that holds `model`: the folder itself, or a snapshot of a hub repository; `gguf`: or a GGUF file.
 
     A folder wins over a hub repository of the same name. Raises ModelError when there is neither, and when what
     is found has no config.json or no safetensors weights.
@@ -42,6 +43,13 @@ def resolve_model(model: str | Path, *, revision: str | None = None) -> ModelSou
         if revision is not None:
             raise ModelError(f"{model} is a folder, so --revision {revision} does not apply: leave it out")
         name, commit = folder.resolve().name, None
+    elif folder.suffix == SUFFIX and folder.is_file():
+        if not gguf:
+            raise ModelError(
+                f"{model} is a GGUF file, which can be loaded, measured and converted: do this with the model that it "
+                "was made from"
+            )
+        return ModelSource(folder, folder.stem, None)
     elif folder.exists():
         raise ModelError(f"{model} is a file: pass the folder that holds config.json and the weights")
     elif _looks_like_path(model):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitgrain.checkpoints.layouts import layout_of
-from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.models.source import resolve_model
-from bitgrain.pipeline.stored import QuantizedCheckpoint
+from bitgrain.pipeline.stored import open_stored
 
 
 @dataclass(frozen=True)
@@ -68,31 +65,25 @@ class Contents:
 
 
 def read_contents(model: str | Path) -> Contents:
-    """The contents of a folder, or of a model on the hub.
+    """The contents of a folder, of a model on the hub, or of a GGUF file.
 
     Raises ModelError (no such model), CheckpointError (damaged, or quantized in a way that is not known).
     """
-    source = resolve_model(model)
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    if layout_of(config) is None and not config.get("quantization_config"):
-        entries = open_checkpoint(source.path).entries
-        plain = tuple(_kept(name, one.shape, str(one.dtype), one.nbytes) for name, one in entries.items())
-        return Contents(source.name, "none", plain)
-    stored = QuantizedCheckpoint(source.path)
+    source = resolve_model(model, gguf=True)
+    stored = open_stored(source.path)
     found: list[StoredTensor] = []
     for name, original in stored.originals().items():
-        layer = stored.layers.get(name)
+        layer, nbytes = stored.layers.get(name), stored.nbytes(name)
         if layer is None:
-            nbytes = stored.checkpoint.entries[name].nbytes
             found.append(_kept(name, original.shape, str(original.dtype), nbytes))
             continue
-        nbytes = sum(stored.checkpoint.entries[part.name].nbytes for part in stored.layout.tensors(layer))
         inputs = layer.scheme.input
         words = layer.scheme.weight.describe(), inputs and inputs.describe()
         found.append(StoredTensor(name, tuple(original.shape), *words, nbytes, True))
     cache = stored.config.get("kv_cache_scheme")
     kept = f"{cache.get('type')}{cache.get('num_bits')} per {cache.get('strategy')}" if cache else None
-    return Contents(source.name, stored.layout.name, tuple(found), kept)
+    layout = "none" if stored.kind == "safetensors" else stored.kind
+    return Contents(source.name, layout, tuple(found), kept)
 
 
 def _kept(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> StoredTensor:

@@ -25,13 +25,15 @@ from bitgrain.checkpoints.layouts import get_layout
 from bitgrain.checkpoints.reader import INDEX_FILE
 from bitgrain.checkpoints.shard_writer import PART
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, index_bytes, plan_shards
-from bitgrain.errors import PlanError, SchemeError
+from bitgrain.errors import CheckpointError, PlanError, SchemeError
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.respell import respell
-from bitgrain.pipeline.output_files import MANIFEST, side_files
+from bitgrain.pipeline.convert_gguf import is_gguf, wanted_type, write_gguf
+from bitgrain.pipeline.output_files import MANIFEST
 from bitgrain.pipeline.planning import DEFAULT_SHARD_BYTES
-from bitgrain.pipeline.stored import QuantizedCheckpoint
+from bitgrain.pipeline.stored import open_stored
+from bitgrain.pipeline.stored_model import StoredModel
 from bitgrain.progress import Progress, make_progress
 
 _ROUND_TRIP = ("README.md",)
@@ -41,13 +43,14 @@ _ROUND_TRIP = ("README.md",)
 @dataclass(frozen=True)
 class Converted:
     """What `convert` did. layers: by original tensor, as they are stored now; changed: (tensor, before, after) of those
-    whose spec had to be said otherwise."""
+    whose spec had to be said otherwise; notes: what else is not as it was, in sentences."""
 
     out: Path
     layout: str
     layers: Mapping[str, StoredLayer]
     changed: tuple[tuple[str, str, str], ...]
     nbytes: int
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -62,26 +65,33 @@ def convert(
 ) -> Converted:
     """Write the quantized checkpoint `model` to the new folder `out` in the layout called `to`.
 
+    to  a layout's name; "gguf" or "gguf:TYPE": a GGUF file (`convert_gguf`), also of a model that is not quantized
     Raises PlanError with every layer that the target cannot hold exactly, and why; CheckpointError, SchemeError (no
     such layout, or layers that cannot stand in one checkpoint), OutputError.
     """
-    target, out = get_layout(to), Path(out)
-    stored = QuantizedCheckpoint(resolve_model(model).path)
     progress = progress or make_progress("quiet")
+    source = resolve_model(model, gguf=True)
+    if is_gguf(to):
+        return _to_gguf(open_stored(source.path), source.name, to, Path(out), trust_remote_code, progress)
+    target, out = get_layout(to), Path(out)
+    stored = open_stored(source.path)
+    if not stored.layers:
+        raise CheckpointError(f"{stored.path} is not quantized: there is nothing to convert to {target.name}")
     layers = _spell_all(stored, target, progress)
     target.config(list(layers.values()), _kept(stored))  # what cannot stand in one checkpoint is said now
     outputs: list[TensorSpec] = []
-    for name in stored.originals():
+    originals = stored.originals()
+    for name in originals:
         if name in layers:
             outputs += target.tensors(layers[name])
         else:
-            entry = stored.checkpoint.entries[name]
+            entry = originals[name]
             outputs.append(TensorSpec(name, entry.dtype, entry.shape))
     shards = plan_shards(outputs, max_shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     check_disk_space(out, total)
     with JobFolder.open(out, _fingerprint(stored, target), shards, restart=restart) as job:
-        todo = [name for name in stored.originals() if name not in job.done]
+        todo = [name for name in originals if name not in job.done]
         progress.start(len(todo), "tensors", f"writing {target.name}")
         try:
             for name in todo:
@@ -91,15 +101,23 @@ def convert(
             progress.finish()
         _write_side_files(stored, target, list(layers.values()), job, shards, trust_remote_code)
         job.finish()
-    changed = tuple(
-        (name, stored.layers[name].scheme.weight.describe(), layer.scheme.weight.describe())
-        for name, layer in layers.items()
-        if layer.scheme.weight.describe() != stored.layers[name].scheme.weight.describe()
-    )
-    return Converted(out, target.name, layers, changed, total)
+    return Converted(out, target.name, layers, _changed(stored, layers), total)
 
 
-def _spell_all(stored: QuantizedCheckpoint, target: Layout, progress: Progress) -> dict[str, StoredLayer]:
+def _to_gguf(
+    stored: StoredModel, name: str, to: str, out: Path, trust_remote_code: bool, progress: Progress
+) -> Converted:
+    made = write_gguf(stored, name, out, wanted_type(to), trust_remote_code=trust_remote_code, progress=progress)
+    return Converted(out, to.lower(), made.layers, _changed(stored, made.layers), made.nbytes, made.notes)
+
+
+def _changed(stored: StoredModel, layers: Mapping[str, StoredLayer]) -> tuple[tuple[str, str, str], ...]:
+    """(tensor, before, after) of layers whose spec had to be said otherwise."""
+    pairs = ((name, stored.layers[name].scheme.weight, layer.scheme.weight) for name, layer in layers.items())
+    return tuple((name, old.describe(), new.describe()) for name, old, new in pairs if old.describe() != new.describe())
+
+
+def _spell_all(stored: StoredModel, target: Layout, progress: Progress) -> dict[str, StoredLayer]:
     """Every layer as the target stores it. Raises PlanError."""
     found: dict[str, StoredLayer] = {}
     problems: list[str] = []
@@ -122,12 +140,12 @@ def _spell_all(stored: QuantizedCheckpoint, target: Layout, progress: Progress) 
     if problems:
         more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise PlanError(
-            f"{stored.folder} cannot be said exactly in {target.name}:\n  " + "\n  ".join(problems[:5]) + more
+            f"{stored.path} cannot be said exactly in {target.name}:\n  " + "\n  ".join(problems[:5]) + more
         )
     return found
 
 
-def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout) -> StoredLayer | str:
+def spell(stored: StoredModel, layer: StoredLayer, target: Layout) -> StoredLayer | str:
     """`layer` under the first spec of the target that says the same numbers, or why there is none."""
     parts: list[QTensor] | None = None
     reasons: list[str] = []
@@ -150,30 +168,23 @@ def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout) -> St
     return (inexact or reasons)[0]
 
 
-def _written(stored: QuantizedCheckpoint, target: Layout, layer: StoredLayer | None, name: str) -> dict[str, Tensor]:
+def _written(stored: StoredModel, target: Layout, layer: StoredLayer | None, name: str) -> dict[str, Tensor]:
     """The tensors of one original tensor, as the target has them."""
     if layer is None:
-        return {name: stored.checkpoint.read(name)}
+        return {name: stored.read(name)}
     with torch.inference_mode():
         spec = layer.scheme.weight
         parts = [q if q.spec == spec else respell(q, spec, layer.dtype) for q in stored.quantized(name)]
         return target.encode(layer, parts, stored.inputs(name))
 
 
-def _fingerprint(stored: QuantizedCheckpoint, target: Layout) -> dict[str, Any]:
+def _fingerprint(stored: StoredModel, target: Layout) -> dict[str, Any]:
     """What must be the same for a half-done conversion to be resumed."""
-    config = (stored.folder / "config.json").read_bytes()
-    return {
-        "job": "convert",
-        "to": target.name,
-        "source": stored.checkpoint.fingerprint(),
-        "config": hashlib.sha256(config).hexdigest(),
-        "version": version("bitgrain"),
-    }
+    return {"job": "convert", "to": target.name, **stored.fingerprint(), "version": version("bitgrain")}
 
 
 def _write_side_files(
-    stored: QuantizedCheckpoint,
+    stored: StoredModel,
     target: Layout,
     layers: Sequence[StoredLayer],
     job: JobFolder,
@@ -187,23 +198,21 @@ def _write_side_files(
         job.write_bytes(name, data)
         hashes[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    for path in [*side_files(stored.folder, with_code), *stored.folder.glob("recipe.yaml")]:
-        if path.name not in _ROUND_TRIP:
-            put(path.name, path.read_bytes())
-    config: dict[str, Any] = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
+    for name, data in stored.side_files(with_code).items():
+        if name not in _ROUND_TRIP:
+            put(name, data)
+    config = dict(stored.model_config)
     settings = target.config(layers, _kept(stored))
     for key in ("kv_cache_scheme", "online_rotations", "reordered_norms"):
         if stored.config.get(key):
             settings[key] = stored.config[key]
-    for key in stored.layout.keys:
-        config.pop(key, None)
     config |= dict.fromkeys(target.keys, settings)
     put("config.json", _json(config))
     for name, digest in _weight_hashes(job, shards):
         hashes[name] = digest
     manifest = {
         "format": 1,
-        "converted": {"from": stored.layout.name, "to": target.name, "version": version("bitgrain")},
+        "converted": {"from": stored.kind, "to": target.name, "version": version("bitgrain")},
         "layout": target.name,
         "layers": [
             {"tensor": layer.tensor, "role": layer.role, "weight": layer.scheme.weight.describe()} for layer in layers
@@ -213,10 +222,11 @@ def _write_side_files(
     job.write_bytes(MANIFEST, _json(manifest))
 
 
-def _kept(stored: QuantizedCheckpoint) -> list[tuple[str, str, str]]:
+def _kept(stored: StoredModel) -> list[tuple[str, str, str]]:
     """Linear layers that are not quantized, as `Layout.config` wants them."""
+    originals = stored.originals()
     modules = [name.removesuffix(".weight") for name in stored.kept() if name.endswith(".weight")]
-    wide = [m for m in modules if len(stored.checkpoint.entries[f"{m}.weight"].shape) == 2 and "embed" not in m]
+    wide = [m for m in modules if len(originals[f"{m}.weight"].shape) == 2 and "embed" not in m]
     if "lm_head" not in wide and "lm_head.weight" not in stored.layers:
         wide.append("lm_head")
     return [(module, module, "Linear") for module in wide]

@@ -57,7 +57,9 @@ def cache_for(
     known = None if wanted is None else get_cache_scheme(wanted)
     if isinstance(wanted, CacheScheme) or isinstance(model, nn.Module):
         return known
-    path = resolve_model(model).path
+    path = resolve_model(model, gguf=True).path
+    if path.is_file():
+        return known
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if not (raw.get("quantization_config") or {}).get("kv_cache_scheme"):
         return known

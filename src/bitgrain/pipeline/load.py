@@ -3,7 +3,6 @@ activations quantized by simulation."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from bitgrain.checkpoints.layouts import layout_of
-from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError, ModelError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
 from bitgrain.models.materialize import Weightless, load_dense_into
-from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QuantSpec
@@ -27,7 +23,8 @@ from bitgrain.numerics.observers import StaticInput, shared_input
 from bitgrain.pipeline.equip import equip
 from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
 from bitgrain.pipeline.places import Place, find_places
-from bitgrain.pipeline.stored import QuantizedCheckpoint
+from bitgrain.pipeline.stored import open_stored
+from bitgrain.pipeline.stored_model import StoredModel
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
 from bitgrain.runtime.attention import AttentionScheme
@@ -53,7 +50,9 @@ def load(
     execution: Execution | None = None,
     activations: Literal["int8"] | None = None,
 ) -> nn.Module:
-    """A transformers model in eval mode that runs a checkpoint which bitgrain wrote.
+    """A transformers model in eval mode that runs a checkpoint in any of the layouts that bitgrain reads.
+
+    folder: a folder, a hub name, or a GGUF file.
 
     execution: "kernels" (the default): packed weights run through native kernels (`runtime.quant_linear`,
     `quant_embedding`, `quant_experts`), without gradients; "dequantize": dense weights, quantized activations
@@ -89,19 +88,16 @@ def load_layers(
     config: PretrainedConfig | None = None,
 ) -> nn.Module:
     """What `load` returns before `equip`. config: in place of the folder's own, without its quantization."""
-    source = resolve_model(folder)
+    source = resolve_model(folder, gguf=True)
     config = config or load_config(source, trust_remote_code, drop_quantization=True)
     skeleton = build_skeleton(config, trust_remote_code)
     where = resolve_device(device)
-    raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    if not raw.get("quantization_config") and layout_of(raw) is None:
-        plain = open_checkpoint(source.path)
-        known = read_anatomy(skeleton, plain.entries)
-        tensors = ((name, plain.read(name)) for name in natural_order(plain.entries) if name not in known.unexpected)
-        return load_dense_into(skeleton, config, tensors, where, dtype)
-    stored = QuantizedCheckpoint(source.path)
+    stored = open_stored(source.path)
     originals = stored.originals()
     anatomy = read_anatomy(skeleton, originals)
+    if not stored.layers:
+        tensors = ((name, stored.read(name)) for name in originals if name not in anatomy.unexpected)
+        return load_dense_into(skeleton, config, tensors, where, dtype)
     stray = [name for name in anatomy.unexpected if name in stored.layers]
     if stray:
         raise CheckpointError(f"{folder}: quantized layers that the model does not have: {', '.join(stray[:3])}")
@@ -122,7 +118,7 @@ def load_layers(
                 own = config.dtype if isinstance(config.dtype, torch.dtype) else stored.layers[name].dtype
                 yield name, Weightless.of(originals[name].shape, dtype or own)  # replaced below
             elif name not in anatomy.unexpected:
-                yield name, stored.dense(name) if name in stored.layers else stored.checkpoint.read(name)
+                yield name, stored.dense(name)
 
     experts_run_one_by_one(config)
     model = load_dense_into(skeleton, config, dense(), "cpu" if packed or kernels else where, dtype)
@@ -144,7 +140,7 @@ def load_layers(
     return model
 
 
-def _packed_layers(skeleton: nn.Module, anatomy: Anatomy, stored: QuantizedCheckpoint) -> dict[str, str]:
+def _packed_layers(skeleton: nn.Module, anatomy: Anatomy, stored: StoredModel) -> dict[str, str]:
     """Original tensors that can stay packed -> their modules: each is the whole weight of one linear layer."""
     tied = {name for group in anatomy.tied for name in group}
     return {
@@ -158,7 +154,7 @@ def _packed_layers(skeleton: nn.Module, anatomy: Anatomy, stored: QuantizedCheck
     }
 
 
-def _orders(stored: QuantizedCheckpoint, static: Mapping[str, Sequence[StaticInput]]) -> dict[str, Tensor]:
+def _orders(stored: StoredModel, static: Mapping[str, Sequence[StaticInput]]) -> dict[str, Tensor]:
     """The orders in which norms write their channels, by the norm's path."""
     found: dict[str, Tensor] = {}
     for path, tensor in stored.config.get("reordered_norms", {}).items():

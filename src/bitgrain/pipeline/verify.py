@@ -135,7 +135,7 @@ def _check_layers(stored: QuantizedCheckpoint) -> Check:
         def read(name: str) -> Tensor:
             file = stored.checkpoint.entries[name].file
             if file not in files:
-                files[file] = stack.enter_context(safe_open(stored.folder / file, "pt"))
+                files[file] = stack.enter_context(safe_open(stored.path / file, "pt"))
             return files[file].get_tensor(name)
 
         for layer in stored.layers.values():
@@ -171,7 +171,7 @@ def _check_cache(stored: QuantizedCheckpoint, trust_remote_code: bool) -> Check:
 
 def _check_kept(stored: QuantizedCheckpoint, original: Path) -> Check:
     before = open_checkpoint(original)
-    kept, changed = stored.kept(), _changed(stored.folder)
+    kept, changed = stored.kept(), _changed(stored.path)
     wrong = [
         name
         for name in kept

@@ -17,6 +17,8 @@ def render_converted(result: Converted, console: Console) -> None:
     say(console, f"{result.out}: {len(result.layers)} layers, {format_bytes(result.nbytes)}, {result.layout} layout")
     for (before, after), count in Counter((before, after) for _, before, after in result.changed).items():
         say(console, f"{count} layers said otherwise, with the same numbers: {before} -> {after}", "dim")
+    for note in result.notes:
+        say(console, f"note: {note}")
 
 
 def converted_to_json(result: Converted) -> dict[str, Any]:
@@ -27,4 +29,5 @@ def converted_to_json(result: Converted) -> dict[str, Any]:
         "bytes": result.nbytes,
         "layers": {name: layer.scheme.weight.describe() for name, layer in result.layers.items()},
         "changed": [list(one) for one in result.changed],
+        "notes": list(result.notes),
     }
