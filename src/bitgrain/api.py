@@ -16,6 +16,7 @@ from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.contents import Contents
 from bitgrain.pipeline.contents import read_contents as show
 from bitgrain.pipeline.convert import Converted, convert
@@ -35,7 +36,7 @@ from bitgrain.pipeline.quantize import QuantizeResult
 from bitgrain.pipeline.quantize_gguf import run_plan_into
 from bitgrain.pipeline.sensitive import spare_layers
 from bitgrain.pipeline.statistics import Calibrated, run_calibration
-from bitgrain.pipeline.verify import Check, verify
+from bitgrain.pipeline.verify import verify
 from bitgrain.progress import Progress, make_progress
 from bitgrain.recipes import OnIndivisible, Recipe, load_recipe, make_recipe
 from bitgrain.runtime.attention import AttentionScheme, attention_of, get_attention_scheme

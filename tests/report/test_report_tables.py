@@ -4,8 +4,8 @@ import math
 import pytest
 from rich.console import Console
 
+from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.engines import Verdict
-from bitgrain.pipeline.verify import Check
 from bitgrain.report.checks import render_checks
 from bitgrain.report.evaluation import rise_text
 from bitgrain.report.plan import engine_lines

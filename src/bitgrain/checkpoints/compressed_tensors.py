@@ -214,7 +214,7 @@ class CompressedTensors:
         single = len(ordered) == 1
         groups = {
             f"group_{i}": {
-                "targets": ["Linear"] if single else _names((m.module, m.memory_module) for m in members),
+                "targets": [*(["Linear"] if single else ()), *_names(_targets(members, single))],
                 "format": _format(members[0].scheme),
                 "weights": _weights(members[0].scheme.weight),
                 "input_activations": None if (s := members[0].scheme.input) is None else _activation(s),
@@ -242,6 +242,11 @@ class CompressedTensors:
             "global_compression_ratio": None,
             "version": version("compressed-tensors"),
         }
+
+
+def _targets(members: Sequence[StoredLayer], single: bool) -> list[tuple[str, str]]:
+    """What a group names: every layer, or beside the class the head, which is of another class in vLLM and SGLang."""
+    return [(m.module, m.memory_module) for m in members if not single or m.role == "lm_head"]
 
 
 def _names(pairs: Any) -> list[str]:

@@ -6,18 +6,16 @@
 3. transformers loads the folder, and its logits equal those of `bitgrain.load`. It passes over scales of keys and
    values, which vLLM reads, so both run with keys and values as they are; the scales are looked at by themselves.
 
-Last it tells, unchecked, what the engines' rules say.
+With `readers`, engines are asked for logits of any layout that they read. Last it tells, unchecked, what the engines'
+rules say.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import logging
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +27,43 @@ from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.engines import judge_stored
+from bitgrain.pipeline.foreign_check import check_logits
 from bitgrain.pipeline.load import load
 from bitgrain.pipeline.output_files import MANIFEST
+from bitgrain.pipeline.readers.registry import get_reader
+from bitgrain.pipeline.readers.transformers_reader import quiet
 from bitgrain.pipeline.stored import QuantizedCheckpoint
+from bitgrain.pipeline.verify_files import verify_gguf, verify_onnx
 from bitgrain.runtime.device import resolve_device
 
 LOGIT_TOLERANCE = 1e-4
 """Largest difference of float32 logits between the two readers; in 16-bit models, relative to the logits' spread."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at. ok None: could not be looked at, `detail` says why."""
-
-    name: str
-    ok: bool | None
-    detail: str
-
-
 def verify(
-    out: str | Path, *, against: str | Path | None = None, device: str = "auto", trust_remote_code: bool = False
+    out: str | Path,
+    *,
+    against: str | Path | None = None,
+    readers: Sequence[str] = (),
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[Check]:
-    """Check a folder that bitgrain wrote; `against` is the original model, for the tensors that were kept.
+    """Check a folder or file that bitgrain wrote.
 
-    Raises CheckpointError if it is no quantized checkpoint; everything else that is wrong is a failed Check.
+    against  the original model, for the tensors that were kept; for ONNX, the checkpoint that it was made of
+    readers  engines whose logits are compared with ours (`pipeline.readers`); without any, transformers is asked about
+             compressed-tensors
+    Raises CheckpointError if it is no quantized checkpoint, SchemeError for an unknown reader; everything else that is
+    wrong is a failed Check.
     """
-    source = resolve_model(out)
+    wanted = [get_reader(name).name for name in readers]
+    if (Path(out) / "model.onnx").is_file():
+        return verify_onnx(Path(out), None if against is None else resolve_model(against).path, wanted)
+    source = resolve_model(out, gguf=True)
+    if source.path.is_file():
+        return verify_gguf(source.path, wanted)
     stored = QuantizedCheckpoint(source.path)
     checks = [_check_files(source.path)]
     foreign = stored.layout.name == "compressed-tensors"
@@ -69,7 +77,9 @@ def verify(
         checks.append(_check_cache(stored, trust_remote_code))
     if against is not None:
         checks.append(_check_kept(stored, resolve_model(against).path))
-    if foreign:
+    kind = stored.layout.name
+    checks += [check_logits(source.path, kind, get_reader(n), source.path, trust_remote_code) for n in wanted]
+    if foreign and not wanted:
         refusal = _known_refusal(source.path)
         if refusal is None:
             checks.append(_check_logits(source.path, stored, device, trust_remote_code))
@@ -215,14 +225,14 @@ def _check_logits(folder: Path, stored: QuantizedCheckpoint, device: str, trust_
     length = min(128, int(getattr(text, "max_position_embeddings", None) or 128))
     ids = torch.randint(0, int(text.vocab_size), (2, length), generator=generator).to(where)
     try:
-        with _quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             theirs = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code).to(where).eval()
             a = _output(theirs, ids)  # some layers are decompressed at the first forward
     except (RuntimeError, ValueError, ImportError, KeyError, AttributeError) as error:
         return Check(name, False, f"transformers does not load it: {str(error).splitlines()[0]}")
     settings: dict[str, Any] = {"device": str(where), "trust_remote_code": trust_remote_code}
     ours = load(folder, rounding="transformers", kv_cache="none", execution="dequantize", **settings)
-    with _quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode():
         b = _output(ours, ids)
     difference = float((a - b).abs().max())
     scale = 1.0 if a.dtype == torch.float32 and config.dtype in (None, torch.float32) else float(b.std())
@@ -240,15 +250,3 @@ def _output(model: nn.Module, ids: Tensor) -> Tensor:
     result = model(input_ids=ids)
     logits = getattr(result, "logits", None)
     return (result.last_hidden_state if logits is None else logits).float()
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """transformers and compressed-tensors print progress bars and reports while loading."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

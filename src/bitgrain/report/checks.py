@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bitgrain.pipeline.verify import Check
+from bitgrain.pipeline.checks import Check
 from bitgrain.report.tables import show
 
 __all__ = ["render_checks"]
