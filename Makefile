@@ -7,7 +7,7 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-BENCHMARKS := accuracy attention digits experts fine-tuning generate kernels kv-cache memory numerics outlier-channels \
+BENCHMARKS := accuracy attention digits experts export fine-tuning generate kernels kv-cache memory numerics outlier-channels \
   solver-kernels streaming training
 
 .PHONY: setup native demo test test-interop test-native lint fuzz clean $(addprefix bench-,$(BENCHMARKS))
