@@ -26,7 +26,7 @@ LAWS = settings(deadline=None, derandomize=True, max_examples=60)
 FORMATS = (
     *(f"int{bits}" for bits in range(1, 9)),
     *(f"uint{bits}" for bits in range(1, 9)),
-    *("int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "ternary", "binary"),
+    *("int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "bnb_fp4", "ternary", "binary"),
 )
 RANGES = ("minmax", "mse", "percentile")
 SHARES = (0.0, 0.0, 0.02, 0.3)
@@ -82,7 +82,7 @@ def _candidates(
 
 def _quantizes_scales(spec: QuantSpec) -> bool:
     """Scales are not negative: a format of negative numbers, or of two, says nothing about them."""
-    return spec.format.bits >= 4 and spec.format.name not in ("nf4", "int16", "uint16")
+    return spec.format.bits >= 4 and spec.format.name not in ("nf4", "bnb_fp4", "int16", "uint16")
 
 
 @st.composite

@@ -26,7 +26,7 @@ from bitgrain.recipes import PRESETS, Scheme
 from random_specs import ASYMMETRIC_INPUT, LAWS, any_scheme, layers, quantized_parts, same, same_inputs, static_inputs
 
 LAYOUT = CompressedTensors()
-OWN = ("W8A16INT16", "LLM_INT8", "LLM_INT8_STATIC", "NF4", "W4A4", "TERNARY")
+OWN = ("W8A16INT16", "LLM_INT8", "LLM_INT8_STATIC", "NF4", "NF4_BNB", "FP4_BNB", "W4A4", "TERNARY")
 WRITABLE = [name for name in PRESETS if name not in OWN and not name.endswith("_RPTQ")]
 
 

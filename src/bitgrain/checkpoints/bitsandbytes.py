@@ -125,7 +125,7 @@ class Bitsandbytes4Bit(_Bitsandbytes):
         check_inputs(layer, inputs)
         (q,) = parts
         spec, scale, offset = layer.scheme.weight, q.scale, 0.0
-        found = {"": _swap(pack(q.codes, 4, torch.uint8), _TO_BYTES[spec.format]).view(-1, 1)}
+        found = {"": _swap(pack(q.codes, 4, torch.uint8), _TO_BYTES.get(spec.format)).view(-1, 1)}
         if isinstance(scale, QTensor):
             assert isinstance(scale.scale, Tensor)
             assert isinstance(scale.minimum, Tensor)
@@ -148,7 +148,7 @@ class Bitsandbytes4Bit(_Bitsandbytes):
         spec, name = layer.scheme.weight, f"{layer.module}.weight"
         tiles = spec.granularity.tiles(layer.shape)
         stored = read(name).reshape(-1).view(torch.uint8)
-        words = _swap(stored, _FROM_BYTES[spec.format]).view(layer.out_features, -1)
+        words = _swap(stored, _FROM_BYTES.get(spec.format)).view(layer.out_features, -1)
         scale: Tensor | QTensor = read(f"{name}.absmax").view(tiles)
         if isinstance(spec.scale, QuantSpec):
             outer = read(f"{name}.nested_absmax").view(1, -1)
@@ -296,10 +296,11 @@ def _table(format: Format) -> Tensor:
     return table
 
 
-def _bytes(image: Sequence[int]) -> NDArray[np.uint8]:
-    """uint8 [256]: for each byte of two codes the byte of their images, first and second code in each other's place."""
+def _bytes(image: Sequence[int]) -> NDArray[np.uint16]:
+    """[65536]: for each two bytes of two codes those of their images, first and second code in each other's place."""
     byte, images = np.arange(256), np.array(image, dtype=np.uint8)
-    return images[byte & 15] << 4 | images[byte >> 4]
+    one = (images[byte & 15] << 4 | images[byte >> 4]).astype(np.uint16)
+    return (one[:, None] << 8 | one).reshape(-1).astype(np.uint16)
 
 
 def _from_codes(format: Format) -> list[int]:
@@ -308,10 +309,12 @@ def _from_codes(format: Format) -> list[int]:
     return [codes.index(code if code in codes else 0) for code in range(16)]
 
 
-_TO_BYTES = {format: _bytes([*_codes(format), 0][:16]) for format in (NF4, FP4)}  # of FP4, 15 is no code of ours
-_FROM_BYTES = {format: _bytes(_from_codes(format)) for format in (NF4, FP4)}
+_TO_BYTES = {FP4: _bytes([*_codes(FP4), 0])}  # 15 is no code of ours
+_FROM_BYTES = {FP4: _bytes(_from_codes(FP4))}
 
 
-def _swap(stored: Tensor, table: NDArray[np.uint8]) -> Tensor:
-    """Each byte of `stored` as `table` has it."""
-    return torch.from_numpy(table[stored.numpy()])
+def _swap(stored: Tensor, table: NDArray[np.uint16] | None) -> Tensor:
+    """Bytes as `table` has them, or with nothing but their nibbles swapped; their number is even, as blocks are."""
+    if table is None:
+        return (stored << 4).bitwise_or_(stored >> 4)
+    return torch.from_numpy(table[stored.contiguous().numpy().view(np.uint16)].view(np.uint8))

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitgrain.errors import SchemeError
+from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics.dynamic_code import dynamic_values
 
 
@@ -349,7 +349,9 @@ class CodebookFormat(Format):
         return self._index(x).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        index = codes.to(torch.int32).reshape(-1)
+        index, count = codes.to(torch.int32).reshape(-1), len(self.values)
+        if count < 2**self.bits and index.numel() and int(index.amax()) >= count:
+            raise NumericsError(f"{self.name} has the codes 0 to {count - 1}, not {int(index.amax())}: a damaged file")
         return self.grid().to(codes.device).index_select(0, index).view(codes.shape)
 
 
