@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ class Contents:
 
 
 def read_contents(model: str | Path) -> Contents:
-    """The contents of a folder, of a model on the hub, or of a GGUF file.
+    """The contents of a folder, a GGUF file, or a model on the hub.
 
     Raises ModelError (no such model), CheckpointError (damaged, or quantized in a way that is not known).
     """
@@ -82,9 +83,8 @@ def read_contents(model: str | Path) -> Contents:
         found.append(StoredTensor(name, tuple(original.shape), *words, nbytes, True))
     cache = stored.config.get("kv_cache_scheme")
     kept = f"{cache.get('type')}{cache.get('num_bits')} per {cache.get('strategy')}" if cache else None
-    layout = "none" if stored.kind == "safetensors" else stored.kind
-    return Contents(source.name, layout, tuple(found), kept)
+    return Contents(source.name, stored.kind if stored.layers else "none", tuple(found), kept)
 
 
-def _kept(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> StoredTensor:
+def _kept(name: str, shape: Sequence[int], dtype: str, nbytes: int) -> StoredTensor:
     return StoredTensor(name, tuple(shape), dtype.removeprefix("torch."), None, nbytes, False)
