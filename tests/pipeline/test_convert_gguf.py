@@ -271,7 +271,7 @@ def test_the_command(tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest
     assert told["layout"] == "gguf:f32"
     assert len(told["notes"]) == 1
     assert main(["show", str(tmp_path / "out.gguf")]) == 0
-    assert "gguf" in capsys.readouterr().out
+    assert "float32" in capsys.readouterr().out
 
 
 def test_quantize_into_a_file(tmp_path: Path) -> None:
