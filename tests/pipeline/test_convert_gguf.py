@@ -219,7 +219,13 @@ def test_files_that_do_not_hang_together_are_refused(tiny: Callable[[str], Path]
         ({"llama.block_count": 3}, tensors, CheckpointError, "block_count is 3, the tensors are of 2 blocks"),
         ({"llama.embedding_length": 64}, tensors, CheckpointError, "not what the metadata say"),
         ({"llama.attention.head_count": "many"}, tensors, CheckpointError, "head_count is not a number"),
-        ({"llama.attention.head_count": 0}, tensors, BitgrainError, "."),
+        ({"llama.attention.head_count": 0}, tensors, CheckpointError, "head_count is 0"),
+        (
+            {},
+            [(n, "Q8_0" if s == (128,) else t, s) for n, t, s in tensors],
+            CheckpointError,
+            r"norm.weight is Q8_0 \[128\], which cannot be",
+        ),
         ({"llama.attention.head_count": 3}, tensors, BitgrainError, "."),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, tensors, CheckpointError, "is not a number"),
         ({"llama.rope.scaling.type": "new"}, tensors, CheckpointError, "of the type 'new'"),
@@ -265,7 +271,7 @@ def test_the_command(tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest
     assert told["layout"] == "gguf:f32"
     assert len(told["notes"]) == 1
     assert main(["show", str(tmp_path / "out.gguf")]) == 0
-    assert "gguf" in capsys.readouterr().out
+    assert "float32" in capsys.readouterr().out
 
 
 def test_quantize_into_a_file(tmp_path: Path) -> None:

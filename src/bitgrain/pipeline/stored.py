@@ -154,12 +154,17 @@ class PlainCheckpoint(StoredModel):
         self.path, self.kind = folder, "safetensors"
         self.checkpoint = open_checkpoint(folder)
         self.model_config = read_settings(folder)
-        self.config, self.layers = {}, {}
+        self.config: Mapping[str, Any] = {}
+        self.layers: Mapping[str, StoredLayer] = {}
 
     def quantized(self, tensor: str) -> list[QTensor]:
         raise KeyError(tensor)
 
-    packed = inputs = quantized
+    def packed(self, tensor: str) -> list[PackedMatrix]:
+        raise KeyError(tensor)
+
+    def inputs(self, tensor: str) -> list[StaticInput]:
+        return []
 
     def columns(self) -> dict[str, list[Tensor]]:
         return {}

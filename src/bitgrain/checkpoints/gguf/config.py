@@ -85,6 +85,8 @@ def config_of(
     config: dict[str, Any] = {"model_type": architecture.model_type, "architectures": [architecture.class_name]}
     for suffix, key in architecture.keys.items():
         value = get(suffix)
+        if value == 0 and key != "sliding_window":
+            raise CheckpointError(f"{where}: {prefix}.{suffix} is 0: the file is damaged")
         if value is not None:
             config[key] = value
         elif suffix not in architecture.optional:

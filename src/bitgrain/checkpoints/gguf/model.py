@@ -52,6 +52,11 @@ class GgufModel:
             raise CheckpointError(
                 f"{where} holds tensors of {', '.join(unknown)}; bitgrain reads {', '.join(BLOCK_TYPES)}"
             )
+        for original, place in self.places.items():
+            tensor, sizes = self.file.tensors[place.name], (1, 2) if place.expert is None else (3,)
+            quantized = BLOCK_TYPES[tensor.type].spec is not None
+            if len(tensor.shape) not in sizes or (quantized and len(self.shape(original)) != 2):
+                raise CheckpointError(f"{where}: {place.name} is {tensor.type} {list(tensor.shape)}, which cannot be")
         shapes = {name: tensor.shape for name, tensor in self.file.tensors.items()}
         self.config: dict[str, Any] = config_of(metadata, shapes, self._plain, self.architecture, where)
         self.config["dtype"] = str(self._dtype()).removeprefix("torch.")
@@ -104,11 +109,15 @@ class GgufModel:
         """Matrices in stacks of experts; every stack must have as many."""
         if not self.architecture.experts:
             return 0
-        counts = {tensor.shape[0] for name, tensor in self.file.tensors.items() if name.endswith("_exps.weight")}
+        counts = {
+            tensor.shape[0]
+            for name, tensor in self.file.tensors.items()
+            if name.endswith("_exps.weight") and tensor.shape
+        }
         told = self.file.metadata.get(f"{self.architecture.name}.{self.architecture.experts}")
-        if counts != {told}:
+        if not isinstance(told, int) or counts != {told}:
             raise CheckpointError(f"{self.path}: {told} experts in the metadata, {sorted(counts)} in the tensors")
-        return counts.pop()
+        return told
 
     def _dtype(self) -> torch.dtype:
         matrices = [BLOCK_TYPES[tensor.type] for tensor in self.file.tensors.values() if len(tensor.shape) > 1]

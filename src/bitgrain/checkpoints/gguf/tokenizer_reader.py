@@ -72,7 +72,7 @@ def _byte_level(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int], vocab: dict[str, int], special: Any, where: str
 ) -> dict[str, Any]:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    pre = NAMES.get(name)
+    pre = NAMES.get(str(name))
     if pre is None:
         raise TextError(
             f"{where}: the tokenizer cuts text as {str(name)[:40]!r}, which bitgrain does not know; "
