@@ -22,6 +22,8 @@ from bitgrain.checkpoints.disk_space import check_disk_space
 from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.layouts import get_layout
+from bitgrain.checkpoints.onnx.form import Form
+from bitgrain.checkpoints.onnx.forms import FORMS
 from bitgrain.checkpoints.reader import INDEX_FILE
 from bitgrain.checkpoints.shard_writer import PART
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, index_bytes, plan_shards
@@ -65,10 +67,16 @@ def convert(
     Raises PlanError with every layer that the target cannot hold exactly, and why; CheckpointError, SchemeError (no
     such layout), OutputError.
     """
+    if to.lower() in FORMS:
+        from bitgrain.pipeline.convert_onnx import convert_onnx  # which stands on this file
+
+        return convert_onnx(
+            model, FORMS[to.lower()], out, trust_remote_code=trust_remote_code, restart=restart, progress=progress
+        )
     target, out = get_layout(to), Path(out)
     stored = QuantizedCheckpoint(resolve_model(model).path)
     progress = progress or make_progress("quiet")
-    layers = _spell_all(stored, target, progress)
+    layers = spell_all(stored, target, progress)
     outputs: list[TensorSpec] = []
     for name in stored.originals():
         if name in layers:
@@ -98,7 +106,7 @@ def convert(
     return Converted(out, target.name, layers, changed, total)
 
 
-def _spell_all(stored: QuantizedCheckpoint, target: Layout, progress: Progress) -> dict[str, StoredLayer]:
+def spell_all(stored: QuantizedCheckpoint, target: Layout | Form, progress: Progress) -> dict[str, StoredLayer]:
     """Every layer as the target stores it. Raises PlanError."""
     found: dict[str, StoredLayer] = {}
     problems: list[str] = []
@@ -126,7 +134,7 @@ def _spell_all(stored: QuantizedCheckpoint, target: Layout, progress: Progress) 
     return found
 
 
-def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout) -> StoredLayer | str:
+def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout | Form) -> StoredLayer | str:
     """`layer` under the first spec of the target that says the same numbers, or why there is none."""
     parts: list[QTensor] | None = None
     reasons: list[str] = []
@@ -196,8 +204,8 @@ def _write_side_files(
     for key in stored.layout.keys:
         config.pop(key, None)
     config |= dict.fromkeys(target.keys, settings)
-    put("config.json", _json(config))
-    for name, digest in _weight_hashes(job, shards):
+    put("config.json", as_json(config))
+    for name, digest in weight_hashes(job, shards):
         hashes[name] = digest
     manifest = {
         "format": 1,
@@ -208,7 +216,7 @@ def _write_side_files(
         ],
         "files": dict(sorted(hashes.items())),
     }
-    job.write_bytes(MANIFEST, _json(manifest))
+    job.write_bytes(MANIFEST, as_json(manifest))
 
 
 def _kept(stored: QuantizedCheckpoint) -> list[tuple[str, str, str]]:
@@ -220,7 +228,7 @@ def _kept(stored: QuantizedCheckpoint) -> list[tuple[str, str, str]]:
     return [(module, module, "Linear") for module in wide]
 
 
-def _weight_hashes(job: JobFolder, shards: Sequence[ShardLayout]) -> Iterator[tuple[str, dict[str, Any]]]:
+def weight_hashes(job: JobFolder, shards: Sequence[ShardLayout]) -> Iterator[tuple[str, dict[str, Any]]]:
     for shard in shards:
         path = job.files / (shard.file + PART)
         with (path if path.exists() else job.files / shard.file).open("rb") as file:
@@ -229,5 +237,5 @@ def _weight_hashes(job: JobFolder, shards: Sequence[ShardLayout]) -> Iterator[tu
         yield INDEX_FILE, {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
 
 
-def _json(data: Any) -> bytes:
+def as_json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
