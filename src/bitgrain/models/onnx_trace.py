@@ -103,7 +103,9 @@ def trace_onnx(model: nn.Module, past: Sequence[Past]) -> ModelProto:
 
 def _first_output(model: nn.Module) -> str:
     named: Any = model
-    return "logits" if named.get_output_embeddings() is not None or hasattr(model, "classifier") else "last_hidden_state"
+    return (
+        "logits" if named.get_output_embeddings() is not None or hasattr(model, "classifier") else "last_hidden_state"
+    )
 
 
 def _parameters_as_inputs(graph: Any, model: nn.Module) -> None:

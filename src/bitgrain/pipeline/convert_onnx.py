@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.onnx.form import BFLOAT16, FLOAT, FLOAT16, Form, Initializer, as_bytes, need_onnx
 from bitgrain.checkpoints.onnx.graph import DATA_FILE, Surgeon
 from bitgrain.checkpoints.shards import PlacedTensor, ShardLayout, TensorSpec
-from bitgrain.errors import CheckpointError, PlanError
+from bitgrain.errors import PlanError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
 from bitgrain.models.materialize import Weightless, load_dense_into
 from bitgrain.models.onnx_trace import parameter_names, trace_onnx
@@ -70,6 +70,7 @@ def convert_onnx(
     past = find_past(skeleton) if _keeps_past(skeleton) else ()
     surgeon = Surgeon(trace_onnx(_weightless(skeleton, config, stored, anatomy), past))
     units = _operate(surgeon, stored, layers, anatomy, form)
+    layers = {name: layer for name, layer in layers.items() if name in units}  # a pooler's is no output of the graph
     shard = _lay_out([one for constants in units.values() for one in constants])
     check_disk_space(out, shard.nbytes)
     notes = {NOTES: json.dumps(BitgrainLayout().config(list(layers.values()), ()))}
@@ -126,7 +127,7 @@ def _weightless(skeleton: nn.Module, config: Any, stored: QuantizedCheckpoint, a
 def _operate(
     surgeon: Surgeon, stored: QuantizedCheckpoint, layers: dict[str, StoredLayer], anatomy: Anatomy, form: Form
 ) -> dict[str, list[Initializer]]:
-    """The constants of each original tensor that the graph uses. Raises PlanError."""
+    """The constants of each original tensor, of those that the outputs depend on. Raises PlanError."""
     tensor_of = {memory: tensor for tensor, memory in anatomy.memory_of.items()}
     for group in anatomy.tied:
         own = next((tensor_of[name] for name in group if name in tensor_of), None)
@@ -149,9 +150,6 @@ def _operate(
             constant = Initializer(name, kind, shape, count * (4 if kind == FLOAT else 2))
             surgeon.keep(parameter, constant)
             units[name] = [constant]
-    lost = sorted(layers.keys() - units.keys())
-    if lost:
-        raise PlanError(f"the graph does not use the quantized layers {', '.join(lost[:3])}")
     return units
 
 
@@ -224,6 +222,7 @@ def _write_side_files(
         "layers": [
             {"tensor": layer.tensor, "role": layer.role, "weight": layer.scheme.weight.describe()} for layer in layers
         ],
+        "left_out": sorted(stored.layers.keys() - {layer.tensor for layer in layers}),
         "files": dict(sorted(hashes.items())),
     }
     job.write_bytes(MANIFEST, as_json(manifest))

@@ -90,8 +90,7 @@ class Surgeon:
         del graph.initializer[:]
         graph.initializer.extend(held)
         graph.initializer.extend(
-            helper.make_tensor(name, kind, dims, values)
-            for name, (kind, dims, values) in sorted(self._inline.items())
+            helper.make_tensor(name, kind, dims, values) for name, (kind, dims, values) in sorted(self._inline.items())
         )
         for constant in self._constants:
             tensor = graph.initializer.add(name=constant.name, data_type=constant.data_type, dims=constant.dims)

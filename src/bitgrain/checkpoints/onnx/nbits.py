@@ -92,8 +92,8 @@ class NBits:
 
     def encode(self, layer: StoredLayer, packed: PackedMatrix, inputs: Sequence[StaticInput]) -> dict[str, Tensor]:
         spec, name = layer.scheme.weight, layer.tensor
-        (rows, cols), bits, block = layer.shape, spec.format.bits, _size(layer)
-        across = -(-cols // block)
+        bits, block = spec.format.bits, _size(layer)
+        across = -(-layer.in_features // block)
         words = code_bytes(packed)
         missing = across * block * bits // 8 - words.shape[1]
         found = {
