@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _traced: dict[str, bytes] = {}
 
 
 @pytest.fixture(autouse=True)
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's graph does not depend on its scheme."""
     trace = convert_onnx.trace_onnx
 
@@ -38,7 +38,6 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return proto
 
     monkeypatch.setattr(convert_onnx, "trace_onnx", remembered)
-    yield
 
 
 def expected(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -97,6 +96,17 @@ def test_quantized_inputs_round_as_ours(scheme: str, readable: Callable[..., Pat
     assert (ours - theirs).abs().median() <= 1e-4 * ours.std()
 
 
+@pytest.mark.parametrize(("scheme", "form"), [("W4A16", "onnx-qdq"), ("W8A8", "onnx-qdq"), ("W4A16", "onnx-nbits")])
+def test_the_reference_model_gives_our_logits(scheme: str, form: str, shared: Path, tmp_path: Path):
+    bitgrain.quantize(shared / "models" / "llama", tmp_path / "q", scheme)
+    convert(tmp_path / "q", form, tmp_path / "out")
+    ids = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+    ours, theirs = expected(tmp_path / "q", ids), first(run(session(tmp_path / "out"), ids))
+    assert divergence(ours, theirs) <= 1e-4
+    if scheme != "W8A8":
+        assert (theirs - ours).abs().max() <= 1e-3 * ours.std()
+
+
 def test_an_encoder_gives_our_hidden_states(tiny: Callable[[str], Path], tmp_path: Path):
     bitgrain.quantize(tiny("bert"), tmp_path / "q", "W4A16")
     ids = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -130,8 +140,8 @@ def test_what_onnx_cannot_say_is_refused_with_the_layer(tiny: Callable[[str], Pa
         bitgrain.quantize(tiny("llama"), tmp_path / scheme, scheme)
         with pytest.raises(PlanError, match=rf"model\.layers\.0\.mlp\.down_proj.*{reason}"):
             convert(tmp_path / scheme, "onnx-qdq", tmp_path / "out")
+    bitgrain.quantize(tiny("llama"), tmp_path / "w8a8", "W8A8")
     with pytest.raises(PlanError, match="onnx-qdq can quantize them"):
-        bitgrain.quantize(tiny("llama"), tmp_path / "w8a8", "W8A8")
         convert(tmp_path / "w8a8", "onnx-nbits", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -62,6 +62,7 @@ TYPES: dict[Format, int] = {
     FP8_E4M3: FLOAT8E4M3FN,
     FP8_E5M2: FLOAT8E5M2,
 }
+_ROWS = 128
 
 
 class Qdq:
@@ -202,12 +203,13 @@ def _transposed(packed: PackedMatrix, flip: int) -> Tensor:
     elif rows % 2 or cols % 2:
         codes = unpack(words.contiguous(), bits, cols).T.contiguous()
         found = pack(codes.reshape(-1), bits, torch.uint8)
-    else:  # two columns in a byte become two rows in a byte
-        words = words.T.contiguous()
-        first, second = words[:, 0::2], words[:, 1::2]
+    else:  # two columns in a byte become two rows in a byte, a few rows at a time so that a cache holds them
         found = torch.empty(cols // 2, 2, rows // 2, dtype=torch.uint8)
-        torch.bitwise_or(first & 15, second << 4, out=found[:, 0])
-        torch.bitwise_or(first >> 4, second & 0xF0, out=found[:, 1])
+        for start in range(0, rows, _ROWS):
+            first, second = words[start : start + _ROWS : 2], words[start + 1 : start + _ROWS : 2]
+            place = slice(start // 2, start // 2 + len(first))
+            found[:, 0, place] = ((first & 15) | (second << 4)).T
+            found[:, 1, place] = ((first >> 4) | (second & 0xF0)).T
     return found.bitwise_xor_(flip) if flip else found
 
 

@@ -112,12 +112,12 @@ class OnnxFile:
         else:
             size, granularity = [weight.dims[axis]], Granularity(None, 1) if inner else Granularity(1, None)
         _expect(scale, math.prod(size))
-        if zero is not None and (zero.data_type != weight.data_type or math.prod(zero.dims) not in (1, math.prod(size))):
+        kinds = {weight.data_type} if zero is None else {weight.data_type, zero.data_type}
+        if len(kinds) > 1 or (zero is not None and math.prod(zero.dims) not in (1, math.prod(size))):
             raise ValueError("its zero points are of another kind or number than its scales")
         format = _FORMATS[weight.data_type]
-        spec = QuantSpec(
-            format, granularity, "integer" if zero is not None and isinstance(format, IntFormat) else "none", scale=storage
-        )
+        offset = zero is not None and isinstance(format, IntFormat)  # that of floats is a plain 0
+        spec = QuantSpec(format, granularity, "integer" if offset else "none", scale=storage)
         return OnnxMatrix(weight.name, one.op_type, shape, spec)
 
     def _companions(self, one: NodeProto, weight: str) -> tuple[TensorProto, TensorProto | None]:
@@ -152,14 +152,14 @@ class OnnxFile:
         scale, zero = self._companions(one, matrix.name)
 
         def oriented(flat: Tensor, rows: int, cols: int) -> Tensor:
-            return (flat.view(rows, cols) if flipped else flat.view(cols, rows).T).contiguous()
+            return (flat.reshape(rows, cols) if flipped else flat.reshape(cols, rows).T).contiguous()
 
         codes = oriented(self._codes(self._constants[matrix.name], spec.format), *matrix.shape)
         scales = self._bytes(scale).view(_SCALES[scale.data_type][0])
         zeros: Tensor | None = None
         if zero is not None and spec.zero_point == "integer":
-            zeros = self._codes(zero, spec.format).expand(down * across) if math.prod(zero.dims) == 1 else None
-            zeros = oriented(self._codes(zero, spec.format) if zeros is None else zeros.contiguous(), down, across)
+            known = self._codes(zero, spec.format)
+            zeros = oriented(known.expand(down * across) if known.numel() == 1 else known, down, across)
         return QTensor(codes, oriented(scales, down, across), zeros, spec)
 
     def _codes(self, tensor: TensorProto, format: Format) -> Tensor:
@@ -184,9 +184,8 @@ class OnnxFile:
             data = tensor.raw_data
         else:
             values: Any = getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))
-            small = torch.tensor(list(values))
-            data = small.to({32: torch.float32, 16: torch.int16}.get(bits, torch.uint8) if bits != 16 else torch.int16)
-            data = data.view(torch.uint8).numpy().tobytes()
+            kind = {32: torch.float32, 16: torch.int16}.get(bits, torch.uint8)  # integers hold the bits of the others
+            data = torch.tensor(list(values)).to(kind).view(torch.uint8).numpy().tobytes()
         if len(data) != nbytes:
             raise CheckpointError(f"{self.path}: {tensor.name} has {len(data)} bytes, its shape says {nbytes}")
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
