@@ -14,7 +14,9 @@ from bitgrain.cli.terminal import make_console, print_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "IN")
-    parser.add_argument("--to", required=True, metavar="LAYOUT", help="compressed-tensors, bitgrain, ...")
+    parser.add_argument(
+        "--to", required=True, metavar="LAYOUT", help="compressed-tensors, bitgrain, onnx-qdq, onnx-nbits, ..."
+    )
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder or file")
     parser.add_argument("--max-shard-size", type=parse_size, metavar="SIZE", help="of one weight file (default: 5GB)")
     parser.add_argument("--restart", action="store_true", help="throw a half-done run of OUT away and start over")

@@ -62,7 +62,8 @@ def convert(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Write the quantized checkpoint `model` to the new folder `out` in the layout called `to`.
+    """Write the quantized checkpoint `model` to the new folder `out` in the layout called `to`, or as ONNX
+    (`pipeline.convert_onnx`).
 
     Raises PlanError with every layer that the target cannot hold exactly, and why; CheckpointError, SchemeError (no
     such layout), OutputError.
