@@ -143,6 +143,8 @@ def test_what_onnx_cannot_say_is_refused_with_the_layer(tiny: Callable[[str], Pa
     bitgrain.quantize(tiny("llama"), tmp_path / "w8a8", "W8A8")
     with pytest.raises(PlanError, match="onnx-qdq can quantize them"):
         convert(tmp_path / "w8a8", "onnx-nbits", tmp_path / "out")
+    with pytest.raises(PlanError, match="in one file"):
+        convert(tmp_path / "w8a8", "onnx-qdq", tmp_path / "out", max_shard_bytes=1000)
     assert not (tmp_path / "out").exists()
 
 

@@ -71,6 +71,8 @@ def convert(
     if to.lower() in FORMS:
         from bitgrain.pipeline.convert_onnx import convert_onnx  # which stands on this file
 
+        if max_shard_bytes != DEFAULT_SHARD_BYTES:
+            raise PlanError(f"{to} has all its numbers in one file: leave --max-shard-size out")
         return convert_onnx(
             model, FORMS[to.lower()], out, trust_remote_code=trust_remote_code, restart=restart, progress=progress
         )
