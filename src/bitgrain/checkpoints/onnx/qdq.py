@@ -10,6 +10,7 @@ int8 weights per channel with int8 inputs per token go through MatMulInteger. Bo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,8 @@ TYPES: dict[Format, int] = {
     FP8_E4M3: FLOAT8E4M3FN,
     FP8_E5M2: FLOAT8E5M2,
 }
-_ROWS = 128
+_ROWS, _BYTES = 128, 512
+"""A piece that is transposed at once: it stays in a cache, and on one thread."""
 
 
 class Qdq:
@@ -203,13 +205,14 @@ def _transposed(packed: PackedMatrix, flip: int) -> Tensor:
     elif rows % 2 or cols % 2:
         codes = unpack(words.contiguous(), bits, cols).T.contiguous()
         found = pack(codes.reshape(-1), bits, torch.uint8)
-    else:  # two columns in a byte become two rows in a byte, a few rows at a time so that a cache holds them
+    else:  # two columns in a byte become two rows in a byte
         found = torch.empty(cols // 2, 2, rows // 2, dtype=torch.uint8)
-        for start in range(0, rows, _ROWS):
-            first, second = words[start : start + _ROWS : 2], words[start + 1 : start + _ROWS : 2]
-            place = slice(start // 2, start // 2 + len(first))
-            found[:, 0, place] = ((first & 15) | (second << 4)).T
-            found[:, 1, place] = ((first >> 4) | (second & 0xF0)).T
+        for top, left in itertools.product(range(0, rows, _ROWS), range(0, cols // 2, _BYTES)):
+            part = words[top : top + _ROWS, left : left + _BYTES]
+            first, second = part[0::2], part[1::2]
+            place = found[left : left + _BYTES, :, top // 2 : top // 2 + len(first)]
+            place[:, 0] = ((first & 15) | (second << 4)).T
+            place[:, 1] = ((first >> 4) | (second & 0xF0)).T
     return found.bitwise_xor_(flip) if flip else found
 
 
