@@ -64,7 +64,7 @@ def multiply(form: str, layer: StoredLayer, q: QTensor, x: torch.Tensor) -> torc
     return torch.from_numpy(model.run(None, {"x": x.numpy()})[0])
 
 
-@pytest.mark.parametrize("shape", [(6, 64), (7, 96), (5, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 64), (7, 96), (5, 33), (130, 1056)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("form", FORMS)
 def test_products_are_those_of_the_numbers(form: str, name: str, shape: tuple[int, int]):
@@ -76,7 +76,7 @@ def test_products_are_those_of_the_numbers(form: str, name: str, shape: tuple[in
         return
     q = quantize(torch.randn(shape, generator=generator), spec)
     x = torch.randn(2, 3, shape[1], generator=generator)
-    torch.testing.assert_close(multiply(form, layer, q, x), x @ q.dequantize().T + 1, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(multiply(form, layer, q, x), x @ q.dequantize().T + 1, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -87,7 +87,7 @@ def test_columns_in_an_order_of_their_own(form: str):
     q = QTensor(plain.codes, plain.scale, None, replace(plain.spec, ordered=True), order=order)
     x = torch.randn(2, 64, generator=generator)
     got = multiply(form, layer_of(q.spec, 6, 64), q, x)
-    torch.testing.assert_close(got, x @ q.dequantize().T + 1, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got, x @ q.dequantize().T + 1, rtol=1e-5, atol=1e-3)
 
 
 def test_integer_products_with_tokens_of_zeros_and_large_numbers():
