@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class Qdq:
             steps, x = rounded_inputs(layer, x, prefix)
             nodes += steps
             across = _across(layer)
-            how = {"axis": 1} if across == 1 else {"axis": 0, "block_size": spec.granularity.cols}
+            how: dict[str, Any] = {"axis": 1} if across == 1 else {"axis": 0, "block_size": spec.granularity.cols}
             zero = [] if spec.symmetric else [f"{name}.zero"]
             nodes += [
                 node("DequantizeLinear", [name, f"{name}.scale", *zero], f"{prefix}/weight", **how),
