@@ -28,6 +28,8 @@ def near_spellings(
     kinds = [zero for zero in (spec.zero_point, *zeros) if zero in zeros]
     stores = [scale for scale in (spec.scale, *scales) if scale in scales]
     for tile, format, zero, scale in itertools.product(tiles, wider, dict.fromkeys(kinds), dict.fromkeys(stores)):
+        if zero == "integer" and not isinstance(format, IntFormat):
+            continue
         storage = (spec.minimum or scale) if zero == "minimum" else None
         yield replace(
             spec,
@@ -36,7 +38,7 @@ def near_spellings(
             zero_point=zero,
             scale=scale,
             minimum=storage,
-            restricted=spec.restricted and zero == "none",
+            restricted=spec.restricted and zero == "none" and format.signed,
             ordered=spec.ordered and tile.cols is not None,
         )
 

@@ -22,6 +22,8 @@ from bitgrain.checkpoints.disk_space import check_disk_space
 from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.layouts import get_layout
+from bitgrain.checkpoints.onnx.form import Form
+from bitgrain.checkpoints.onnx.forms import FORMS
 from bitgrain.checkpoints.reader import INDEX_FILE
 from bitgrain.checkpoints.shard_writer import PART
 from bitgrain.checkpoints.shards import ShardLayout, TensorSpec, index_bytes, plan_shards
@@ -63,7 +65,8 @@ def convert(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Write the quantized checkpoint `model` to the new folder `out` in the layout called `to`.
+    """Write the quantized checkpoint `model` to the new folder `out` in the layout called `to`, or as ONNX
+    (`pipeline.convert_onnx`).
 
     to  a layout's name; "gguf" or "gguf:TYPE": a GGUF file (`convert_gguf`), also of a model that is not quantized
     Raises PlanError with every layer that the target cannot hold exactly, and why; CheckpointError, SchemeError (no
@@ -71,13 +74,21 @@ def convert(
     """
     progress = progress or make_progress("quiet")
     source = resolve_model(model, gguf=True)
+    if to.lower() in FORMS:
+        from bitgrain.pipeline.convert_onnx import convert_onnx  # which stands on this file
+
+        if max_shard_bytes != DEFAULT_SHARD_BYTES:
+            raise PlanError(f"{to} has all its numbers in one file: leave --max-shard-size out")
+        return convert_onnx(
+            model, FORMS[to.lower()], out, trust_remote_code=trust_remote_code, restart=restart, progress=progress
+        )
     if is_gguf(to):
         return _to_gguf(open_stored(source.path), source.name, to, Path(out), trust_remote_code, progress)
     target, out = get_layout(to), Path(out)
     stored = open_stored(source.path)
     if not stored.layers:
         raise CheckpointError(f"{stored.path} is not quantized: there is nothing to convert to {target.name}")
-    layers = _spell_all(stored, target, progress)
+    layers = spell_all(stored, target, progress)
     target.config(list(layers.values()), _kept(stored))  # what cannot stand in one checkpoint is said now
     outputs: list[TensorSpec] = []
     originals = stored.originals()
@@ -117,7 +128,7 @@ def _changed(stored: StoredModel, layers: Mapping[str, StoredLayer]) -> tuple[tu
     return tuple((name, old.describe(), new.describe()) for name, old, new in pairs if old.describe() != new.describe())
 
 
-def _spell_all(stored: StoredModel, target: Layout, progress: Progress) -> dict[str, StoredLayer]:
+def spell_all(stored: StoredModel, target: Layout | Form, progress: Progress) -> dict[str, StoredLayer]:
     """Every layer as the target stores it. Raises PlanError."""
     found: dict[str, StoredLayer] = {}
     problems: list[str] = []
@@ -145,7 +156,7 @@ def _spell_all(stored: StoredModel, target: Layout, progress: Progress) -> dict[
     return found
 
 
-def spell(stored: StoredModel, layer: StoredLayer, target: Layout) -> StoredLayer | str:
+def spell(stored: StoredModel, layer: StoredLayer, target: Layout | Form) -> StoredLayer | str:
     """`layer` under the first spec of the target that says the same numbers, or why there is none."""
     parts: list[QTensor] | None = None
     reasons: list[str] = []
@@ -207,8 +218,8 @@ def _write_side_files(
         if stored.config.get(key):
             settings[key] = stored.config[key]
     config |= dict.fromkeys(target.keys, settings)
-    put("config.json", _json(config))
-    for name, digest in _weight_hashes(job, shards):
+    put("config.json", as_json(config))
+    for name, digest in weight_hashes(job, shards):
         hashes[name] = digest
     manifest = {
         "format": 1,
@@ -219,7 +230,7 @@ def _write_side_files(
         ],
         "files": dict(sorted(hashes.items())),
     }
-    job.write_bytes(MANIFEST, _json(manifest))
+    job.write_bytes(MANIFEST, as_json(manifest))
 
 
 def _kept(stored: StoredModel) -> list[tuple[str, str, str]]:
@@ -232,7 +243,7 @@ def _kept(stored: StoredModel) -> list[tuple[str, str, str]]:
     return [(module, module, "Linear") for module in wide]
 
 
-def _weight_hashes(job: JobFolder, shards: Sequence[ShardLayout]) -> Iterator[tuple[str, dict[str, Any]]]:
+def weight_hashes(job: JobFolder, shards: Sequence[ShardLayout]) -> Iterator[tuple[str, dict[str, Any]]]:
     for shard in shards:
         path = job.files / (shard.file + PART)
         with (path if path.exists() else job.files / shard.file).open("rb") as file:
@@ -241,5 +252,5 @@ def _weight_hashes(job: JobFolder, shards: Sequence[ShardLayout]) -> Iterator[tu
         yield INDEX_FILE, {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
 
 
-def _json(data: Any) -> bytes:
+def as_json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
