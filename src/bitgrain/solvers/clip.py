@@ -21,11 +21,11 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor, QuantSpec, quantize
-from bitgrain.numerics.affine import as_stored, from_grid, store_zero, to_grid
+from bitgrain.numerics.affine import as_stored, from_grid, to_grid
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import check_finite, store_scale, straight_through
+from bitgrain.numerics.quantize import check_finite, store_offset, store_scale, straight_through
 from bitgrain.numerics.ranges import scale_from_limits
 from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver, required
@@ -237,7 +237,7 @@ def _better(
     tile_rows = spec.granularity.tile((x.shape[0], x.shape[1]))[0]
     first, last = _pack(x, spec, start, outer_scale, name), _pack(x, spec, found, outer_scale, name)
     before, after = (_by_band(row_errors(x, q, hessian), tile_rows) for q in (first, last))
-    if not isinstance(spec.scale, Format):
+    if not isinstance(spec.scale, Format) or isinstance(spec.minimum, QuantSpec):
         return last if float(after.sum()) < float(before.sum()) else first
     worse = (after > before).unsqueeze(1)
     if not bool(worse.any().item()):
@@ -248,4 +248,4 @@ def _better(
 
 def _pack(x: Tensor, spec: QuantSpec, steps: Steps, outer_scale: Tensor | None, name: str) -> QTensor:
     scale = store_scale(steps[0], spec, name, outer_scale)
-    return quantize(x, spec, scale=scale, zero=store_zero(steps[1], steps[0], scale_values(scale), spec), name=name)
+    return quantize(x, spec, scale=scale, zero=store_offset(steps[1], steps[0], scale, spec, name), name=name)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from bitgrain.numerics import QTensor, QuantSpec, quantize
-from bitgrain.numerics.affine import store_zero
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import to_tiles
 from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import check_finite, store_scale
+from bitgrain.numerics.quantize import check_finite, store_offset, store_scale
 from bitgrain.numerics.ranges.search import real_elements, tile_pieces
 from bitgrain.numerics.sums import row_sums
 
@@ -78,7 +77,7 @@ class Tiles:
         Nested scales are rounded together: if sum counts * |error| ** norm is higher in the end, the start is packed.
         """
         found = replace(self, scale=scale, zero=zero).pack(outer_scale, name)
-        if isinstance(self.spec.scale, Format):
+        if isinstance(self.spec.scale, Format) and not isinstance(self.spec.minimum, QuantSpec):
             return found
         start = self.pack(outer_scale, name)
         return found if self._loss(found, norm) < self._loss(start, norm) else start
@@ -93,5 +92,5 @@ class Tiles:
         ideal = self.scale.view(grid)
         scale = store_scale(ideal, self.spec, name, outer_scale)
         zero = None if self.zero is None else self.zero.view(grid)
-        stored = store_zero(zero, ideal, scale_values(scale), self.spec)
+        stored = store_offset(zero, ideal, scale, self.spec, name)
         return quantize(self.weight, self.spec, scale=scale, zero=stored, name=name)
