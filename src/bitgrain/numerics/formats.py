@@ -376,6 +376,9 @@ FP8_E5M2 = FloatFormat("fp8_e5m2", 5, 2, "ieee")
 FP4_E2M1 = FloatFormat("fp4_e2m1", 2, 1, "none")
 E8M0 = FloatFormat("e8m0", 8, 0, "fn", is_signed=False, subnormals=False)
 
+_IQ4_NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+"""llama.cpp's four-bit table (ggml-common.h, kvalues_iq4nl), which was fitted and follows no rule."""
+
 _TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -394,6 +397,7 @@ def _named_formats() -> dict[str, Format]:
         "nf4": CodebookFormat("nf4", _normal_float(4)),
         "ternary": CodebookFormat("ternary", (-1.0, 0.0, 1.0)),
         "binary": CodebookFormat("binary", (-1.0, 1.0)),
+        "iq4_nl": CodebookFormat("iq4_nl", _IQ4_NL),
         "dynamic8": CodebookFormat("dynamic8", dynamic_values(signed=True)),
         "udynamic8": CodebookFormat("udynamic8", dynamic_values(signed=False)),
     }
@@ -402,7 +406,7 @@ def _named_formats() -> dict[str, Format]:
 
 def get_format(name: str | Format) -> Format:
     """A format by name (case-insensitive): int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4,
-    ternary, binary, dynamic8, udynamic8, and the scale dtypes float32, float16, bfloat16, e8m0.
+    iq4_nl, ternary, binary, dynamic8, udynamic8, and the scale dtypes float32, float16, bfloat16, e8m0.
 
     Raises SchemeError for an unknown name, listing all.
     """

@@ -20,6 +20,7 @@ from bitgrain.numerics.affine import as_zero, store_zero, to_codes
 from bitgrain.numerics.formats import FloatFormat, Format, IntFormat
 from bitgrain.numerics.granularity import from_tiles, matrix_shape, to_tiles
 from bitgrain.numerics.leave_one_out import fill_gaps, find_outliers, largest
+from bitgrain.numerics.nested import Products, has_rows_of_its_own, not_lost, search_nested
 from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.qtensor import QTensor, scale_values
 from bitgrain.numerics.scales import encode_scale, scale_of_zeros
@@ -82,6 +83,10 @@ def _choose(
     if apart is not None:
         tiles = fill_gaps(tiles.masked_fill(to_tiles(apart, spec.granularity), math.nan), spec.range.fill)
     scale, zero = spec.range.scale(tiles, spec, weights)
+    if outer_scale is None and has_rows_of_its_own(spec):
+        real = tiles if apart is not None else to_tiles(x, spec.granularity, math.nan)
+        found, minimum = search_nested(spec, scale, zero, Products.of(real, weights, spec, scale, zero), name)
+        return found, store_offset(zero, scale, found, spec, name) if minimum is None else minimum
     stored = store_scale(scale, spec, name, outer_scale)
     return stored, store_offset(zero, scale, stored, spec, name)
 
@@ -102,12 +107,6 @@ def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Ten
     elif isinstance(spec.scale.format, IntFormat) and spec.scale.symmetric:
         inner.codes.copy_(not_lost(inner.codes, scale, spec.scale))
     return inner
-
-
-def not_lost(numbers: Tensor, scale: Tensor, nested: QuantSpec) -> Tensor:
-    """Codes or numbers of nested integer scales, but no 0 for a `scale` that is none: one step, which it may cost."""
-    one = scale.sign().clamp(nested.low, nested.high).to(numbers.dtype)
-    return torch.where((numbers == 0) & (scale != 0), one, numbers)
 
 
 def store_offset(

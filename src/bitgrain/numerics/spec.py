@@ -20,6 +20,7 @@ from bitgrain.numerics.formats import (
     FP8_E4M3,
     FP16,
     FP32,
+    CodebookFormat,
     FloatFormat,
     Format,
     IntFormat,
@@ -139,10 +140,10 @@ class QuantSpec:
     def signed_scale(self) -> bool:
         """Whether a scale may be negative: then the larger end of a tile can get the one more code of integers.
 
-        Only full-range integers have an end that is longer, and only float storage or nested signed integers have a
-        sign.
+        Only full-range integers and IQ4_NL have an end that is longer, and only float storage or nested signed integers
+        have a sign.
         """
-        longer = self.symmetric and self.low < -self.high and isinstance(self.format, IntFormat)
+        longer = self.symmetric and self.low < -self.high and isinstance(self.format, IntFormat | CodebookFormat)
         if isinstance(self.scale, QuantSpec):
             signed = self.scale.symmetric and isinstance(self.scale.format, IntFormat) and self.scale.format.signed
         else:
@@ -221,34 +222,6 @@ def nvfp4(dynamic: bool = False) -> QuantSpec:
     the same numbers, whatever dtype it multiplies in. E4M3 has range to spare, so nothing is lost.
     """
     return QuantSpec(FP4_E2M1, per_group(16), scale=QuantSpec(FP8_E4M3, per_tensor(), scale=E8M0), dynamic=dynamic)
-
-
-def _nested(bits: int, tiles: int, signed: bool = False) -> QuantSpec:
-    return QuantSpec(IntFormat(bits, is_signed=signed), per_group(tiles), scale=FP16)
-
-
-def k_quant(bits: int) -> QuantSpec:
-    """llama.cpp's Q2_K to Q6_K: super-blocks of 256 weights, whose tiles have integer scales under one float16 scale.
-
-    Q2_K, Q4_K and Q5_K have minima, stored likewise; Q3_K and Q6_K are symmetric, their scales have signs.
-    """
-    match bits:
-        case 2 | 4 | 5:
-            nested = _nested(4, 16) if bits == 2 else _nested(6, 8)
-            codes, tile = IntFormat(bits, is_signed=False), per_group(16 if bits == 2 else 32)
-            return QuantSpec(codes, tile, zero_point="minimum", scale=nested, minimum=nested)
-        case 3 | 6:
-            return QuantSpec(IntFormat(bits), per_group(16), scale=_nested(6 if bits == 3 else 8, 16, signed=True))
-        case _:
-            raise SchemeError(f"k-quants have 2 to 6 bits, not {bits}")
-
-
-def gguf_block(bits: int, minima: bool = False) -> QuantSpec:
-    """llama.cpp's Q4_0, Q5_0 and Q8_0, and with minima Q4_1 and Q5_1: blocks of 32 with float16 scales."""
-    if minima:
-        codes = IntFormat(bits, is_signed=False)
-        return QuantSpec(codes, per_group(32), zero_point="minimum", scale=FP16, minimum=FP16)
-    return QuantSpec(IntFormat(bits), per_group(32), scale=FP16)
 
 
 def nf4_double_quantized(group: int = 64) -> QuantSpec:

@@ -24,7 +24,6 @@ from bitgrain.numerics import QTensor, QuantSpec, quantize
 from bitgrain.numerics.affine import as_stored, from_grid, to_grid
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import from_tiles, to_tiles
-from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite, store_offset, store_scale, straight_through
 from bitgrain.numerics.ranges import scale_from_limits
 from bitgrain.solvers.apart import solve_apart

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import Granularity, QTensor, QuantSpec
+from bitgrain.numerics.granularity import to_tiles
+from bitgrain.numerics.nested import Products, has_rows_of_its_own
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.ranges import Range, get_range
 from bitgrain.solvers.apart import solve_apart
@@ -23,7 +25,6 @@ from bitgrain.solvers.descend import descend
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.refine import refine
 from bitgrain.solvers.rtn import round_without_tokens
-from bitgrain.solvers.nested import Products, has_rows_of_its_own
 from bitgrain.solvers.steps import Lanes, Steps, fit
 from bitgrain.solvers.storage import Storage
 
@@ -159,20 +160,18 @@ class _Search:
         """For each candidate: one for all, but where the rows' outer scales are their own."""
         if outer_scale is not None or not has_rows_of_its_own(self.spec):
             return [Storage.choose(self.spec, *chosen[0], outer_scale, self.name)] * len(chosen)
-        importance = self.importance.to(torch.float32)
+        granularity, importance = self.spec.granularity, self.importance.to(torch.float32)
+        tiles = to_tiles(self.weight, granularity, torch.nan)
+        weights = to_tiles(importance.expand(self.weight.shape), granularity)
         return [
-            Storage.choose(
-                self.spec, *ideal, None, self.name, Products.of(self.weight, self.spec, *ideal, importance)
-            )
+            Storage.choose(self.spec, *ideal, None, self.name, Products.of(tiles, weights, self.spec, *ideal))
             for ideal in chosen
         ]
 
     def _fit(self, weight: Tensor, importance: Tensor, candidate: int) -> tuple[Tensor, Tensor | None]:
         return fit(weight, self.spec, self.choices[candidate][0], importance, self.choices[candidate][1])
 
-    def _rows(
-        self, start: int, stop: int, steps: list[Steps], storages: list[Storage]
-    ) -> tuple[Tensor, Steps, Tensor]:
+    def _rows(self, start: int, stop: int, steps: list[Steps], storages: list[Storage]) -> tuple[Tensor, Steps, Tensor]:
         """For rows that begin and end with a tile: codes [in, rows], in the order, and steps of the best candidate of
         each row of tiles, and which that is, [down]."""
         spec, count, rows = self.spec, len(self.choices), stop - start

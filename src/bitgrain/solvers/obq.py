@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver, required

@@ -20,7 +20,7 @@ from bitgrain.numerics.ranges import Range
 
 @dataclass(frozen=True)
 class Steps:
-    """Scales as stored and zero points (or minima) as stored, all float32 [down, across]; `zero` is None if symmetric."""
+    """Scales and zero points (or minima) as stored, all float32 [down, across]; `zero` is None if symmetric."""
 
     scale: Tensor
     zero: Tensor | None

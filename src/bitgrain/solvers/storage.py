@@ -15,10 +15,10 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.affine import from_grid, store_zero, to_grid
 from bitgrain.numerics.formats import E8M0, FloatFormat, Format
+from bitgrain.numerics.nested import Products, follow, has_rows_of_its_own, not_lost, search_nested
 from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import not_lost, quantize, store_minimum, store_offset, store_scale
+from bitgrain.numerics.quantize import quantize, store_minimum, store_offset, store_scale
 from bitgrain.numerics.scales import check_scale, round_scale, scale_of_zeros
-from bitgrain.solvers.nested import Products, has_rows_of_its_own, search_nested
 from bitgrain.solvers.steps import Steps, per_element
 
 
@@ -73,9 +73,14 @@ class Nested:
 class Storage:
     """How the scales [down, across] of one matrix are stored: rounds any columns of them, and packs them all."""
 
-    def __init__(self, spec: QuantSpec, scale: Nested | None, minimum: Nested | None, name: str = "weight") -> None:
-        """scale, minimum: their grids where they are nested; None for plain storage."""
-        self.spec, self.name, self.scale, self.minimum = spec, name, scale, minimum
+    def __init__(
+        self, spec: QuantSpec, scale: Nested | None, minimum: Nested | None, name: str, slope: Tensor | None = None
+    ) -> None:
+        """scale, minimum: their grids where they are nested; None for plain storage.
+
+        slope  [down, across]: how minima follow scales that are rounded (`Products.slope`); None: the low ends stay
+        """
+        self.spec, self.name, self.scale, self.minimum, self.slope = spec, name, scale, minimum, slope
 
     @staticmethod
     def choose(
@@ -92,9 +97,9 @@ class Storage:
             return Storage(spec, None, None, name)
         if products is not None and outer_scale is None and has_rows_of_its_own(spec):
             scale, minimum = search_nested(spec, ideal, zero, products, name)
-        else:
-            scale = store_scale(ideal, spec, name, outer_scale)
-            minimum = store_offset(zero, ideal, scale, spec, name) if isinstance(spec.minimum, QuantSpec) else None
+            return Storage(spec, Nested.of(scale), Nested.of(minimum), name, products.slope)
+        scale = store_scale(ideal, spec, name, outer_scale)
+        minimum = store_offset(zero, ideal, scale, spec, name) if isinstance(spec.minimum, QuantSpec) else None
         return Storage(spec, Nested.of(scale), Nested.of(minimum), name)
 
     @staticmethod
@@ -110,6 +115,9 @@ class Storage:
         Raises NumericsError for a scale beyond the largest number of its storage.
         """
         spec, steps = self.spec, self.round_scale(ideal, rows, columns)
+        if zero is not None and spec.minimum is not None and self.slope is not None:
+            minimum = follow(zero, ideal, steps, self.slope[rows, columns], spec)
+            return Steps(steps, self.round_minimum(minimum, rows, columns))
         stored = store_zero(zero, ideal, steps, spec)
         if stored is not None and spec.minimum is not None:
             stored = self.round_minimum(stored.masked_fill(steps == 0, 0.0), rows, columns)
@@ -173,4 +181,7 @@ class Storage:
             scale = scale.chosen(other.scale, where)
         if minimum is not None and other.minimum is not None:
             minimum = minimum.chosen(other.minimum, where)
-        return Storage(self.spec, scale, minimum, self.name)
+        slope = self.slope
+        if slope is not None and other.slope is not None:
+            slope = torch.where(where.unsqueeze(1), other.slope, slope)
+        return Storage(self.spec, scale, minimum, self.name, slope)

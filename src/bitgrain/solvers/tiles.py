@@ -12,7 +12,6 @@ from torch import Tensor
 from bitgrain.numerics import QTensor, QuantSpec, quantize
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import to_tiles
-from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import check_finite, store_offset, store_scale
 from bitgrain.numerics.ranges.search import real_elements, tile_pieces
 from bitgrain.numerics.sums import row_sums

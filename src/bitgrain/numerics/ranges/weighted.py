@@ -142,8 +142,8 @@ def fit_both(
 ) -> tuple[Tensor, Tensor]:
     """The scale and zero point, float32 [t], with the smallest sum of w (x - s (v - z))^2, from sums [t] of products.
 
-    Integer zero points are rounded, unsigned minima not below 0, and the scale is then the best for them. Where the fit has no meaning (all weights
-    0, all codes the same, a scale that is not positive) the given ones stay.
+    Integer zero points are rounded and unsigned minima not below 0, and the scale is then the best for them. Where the
+    fit has no meaning (all weights 0, all codes the same, a scale that is not positive) the given ones stay.
     """
     determinant = w * wvv - wv * wv
     new_scale = (w * wxv - wx * wv) / determinant

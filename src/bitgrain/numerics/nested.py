@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitgrain.numerics import IntFormat, QTensor, QuantSpec, quantize
-from bitgrain.numerics.affine import as_stored, store_zero
-from bitgrain.numerics.formats import FloatFormat
-from bitgrain.numerics.granularity import to_tiles
-from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import not_lost
-from bitgrain.numerics.ranges.search import tile_pieces, tile_products
+from bitgrain.numerics.affine import as_stored, store_zero, to_codes
+from bitgrain.numerics.formats import FloatFormat, IntFormat
+from bitgrain.numerics.granularity import from_tiles, to_tiles
+from bitgrain.numerics.qtensor import QTensor, scale_values
+from bitgrain.numerics.ranges.search import real_elements, tile_pieces, tile_products
 from bitgrain.numerics.scales import encode_scale, round_scale
+from bitgrain.numerics.spec import QuantSpec
 
 _TRIED = 20
 _LEAST, _MOST = 0.95, 1.33  # outer scales that are tried, relative to the one that reaches the largest
@@ -34,13 +33,21 @@ class Products:
     wv: Tensor
     wvv: Tensor
 
+    @property
+    def slope(self) -> Tensor:
+        """By how much the best minimum grows with the scale, for the same codes."""
+        return torch.where(self.w > 0, self.wv / self.w, 0.0)
+
     @staticmethod
-    def of(weight: Tensor, spec: QuantSpec, ideal: Tensor, zero: Tensor | None, importance: Tensor) -> Products:
-        """For the numbers v of `weight` [out, in] under ideal scales and real zero points; importance [in]."""
-        tiles = to_tiles(weight, spec.granularity)
+    def of(tiles: Tensor, weights: Tensor | None, spec: QuantSpec, ideal: Tensor, zero: Tensor | None) -> Products:
+        """For the numbers v of `tiles` [down, across, n] under ideal scales and real zero points [down, across].
+
+        Tiles are NaN beyond the edge; weights likewise shaped, None: all 1.
+        """
         down, across, n = tiles.shape
-        x = tiles.reshape(-1, n)
-        counts = to_tiles(importance.expand(weight.shape), spec.granularity).reshape(-1, n)
+        real, counted = real_elements(tiles, weights)
+        x = real.reshape(-1, n)
+        counts = torch.ones_like(x) if counted is None else counted.reshape(-1, n)
         steps, stored = as_stored(ideal.reshape(-1), None if zero is None else zero.reshape(-1), spec)
         sums = torch.empty(3, x.shape[0], dtype=torch.float64, device=x.device)
         for part in tile_pieces(*x.shape, native=True):
@@ -74,12 +81,18 @@ def search_nested(
     if zero is None or spec.minimum is None:
         return _search(ideal, spec.scale, products.wvv, f"{name} (scales)"), None
     assert isinstance(spec.minimum, QuantSpec)
-    slope = torch.where(products.w > 0, products.wv / products.w, 0.0)
-    scale = _search(ideal, spec.scale, (products.wvv - slope * products.wv).clamp(min=0.0), f"{name} (scales)")
+    curve = (products.wvv - products.slope * products.wv).clamp(min=0.0)
+    scale = _search(ideal, spec.scale, curve, f"{name} (scales)")
+    minimum = follow(zero, ideal, scale_values(scale), products.slope, spec)
+    return scale, _search(minimum, spec.minimum, products.w, f"{name} (minima)", lost=True)
+
+
+def follow(zero: Tensor, ideal: Tensor, steps: Tensor, slope: Tensor, spec: QuantSpec) -> Tensor:
+    """The minima, float32, that are best for the scales `steps` instead of ideal ones; `slope`: see `Products`."""
     minimum = store_zero(zero, ideal, ideal, spec)
     assert minimum is not None
-    moved = (minimum + slope * (scale_values(scale) - ideal)).clamp(min=spec.least_minimum).to(torch.float32)
-    return scale, _search(moved, spec.minimum, products.w, f"{name} (minima)", lost=True)
+    moved = (minimum + slope * (steps - ideal)).clamp(min=spec.least_minimum).to(torch.float32)
+    return moved.masked_fill(steps == 0, 0.0)
 
 
 def _search(values: Tensor, spec: QuantSpec, weights: Tensor, name: str, lost: bool = False) -> QTensor:
@@ -96,7 +109,12 @@ def _search(values: Tensor, spec: QuantSpec, weights: Tensor, name: str, lost: b
         error = numbers.mul_(outer.unsqueeze(-1)).sub_(tiles).square_().mul_(counts).sum(dim=-1)
         better = error < least
         best, least = torch.where(better, outer, best), torch.where(better, error, least)
-    found = quantize(values, spec, scale=encode_scale(best, spec, name), name=name)
-    if not lost:
-        found.codes.copy_(not_lost(found.codes, values, spec))
-    return found
+    stored = encode_scale(best, spec, name)
+    codes = from_tiles(to_codes(tiles, scale_values(stored), None, spec), spec.granularity, tuple(values.shape))
+    return QTensor((codes if lost else not_lost(codes, values, spec)).contiguous(), stored, None, spec)
+
+
+def not_lost(numbers: Tensor, scale: Tensor, nested: QuantSpec) -> Tensor:
+    """Codes or numbers of nested integer scales, but no 0 for a `scale` that is none: one step, which it may cost."""
+    one = scale.sign().clamp(nested.low, nested.high).to(numbers.dtype)
+    return torch.where((numbers == 0) & (scale != 0), one, numbers)
