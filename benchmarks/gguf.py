@@ -97,8 +97,8 @@ def page(data: Mapping[str, Any]) -> str:
     return (
         f"# GGUF's types and GPTQ's layout on {data['model']}, beside other tools'\n\n"
         f"{machine_line()}, one thread a row. Linears of the decoder blocks only; embeddings, norms and lm_head as "
-        "they were. The same calibration text for all. KL(base || quantized) in nats per token, computed by bitgrain on "
-        "the dequantized weights; Q4_K_S and the like of llama.cpp give some layers a larger type.\n\n"
+        "they were. The same calibration text for all. KL(base || quantized) in nats per token, computed by bitgrain "
+        "on the dequantized weights; Q4_K_S and the like of llama.cpp give some layers a larger type.\n\n"
         + table(header, lines)
         + ("\nFailed:\n\n" + "".join(failed) if failed else "")
     )

@@ -62,7 +62,7 @@ def per_row(tiles: Tensor, tile_rows: int, rows: int) -> Tensor:
 class Lanes:
     """Scales and zero points of matrix rows side by side: column k of the tiles is one contiguous vector [rows].
 
-    With minima, `zero` are what they amount to, m / s, and x = s * v - m is computed as s * (v - z).
+    With minima, `zero` are what they amount to, m / s: kernels compute s * (v - z).
     """
 
     def __init__(self, spec: QuantSpec, across: int, rows: int, device: torch.device) -> None:
@@ -107,5 +107,7 @@ class Lanes:
         return out.copy_(self.spec.format.round(scaled))
 
     def values(self, numbers: Tensor, k: int) -> Tensor:
-        """s * (v - z), a new tensor."""
+        """s * (v - z) or s * v - m, a new tensor."""
+        if self.minimum is not None:
+            return (numbers * self.scale[k]).sub_(self.minimum[k])
         return numbers * self.scale[k] if self.zero is None else (numbers - self.zero[k]).mul_(self.scale[k])
