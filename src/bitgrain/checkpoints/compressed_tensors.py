@@ -255,7 +255,8 @@ def _format(scheme: Scheme) -> str | None:
             if plain == (known.format, known.granularity, known.scale):
                 return name
         return None
-    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point == "real":  # the scale's dtype is the decoded dtype
+    # the scale's dtype is the decoded dtype
+    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point in ("real", "minimum"):
         return None
     if spec.format == FP8_E4M3:
         return FLOAT

@@ -83,12 +83,28 @@ def _choose(
     if apart is not None:
         tiles = fill_gaps(tiles.masked_fill(to_tiles(apart, spec.granularity), math.nan), spec.range.fill)
     scale, zero = spec.range.scale(tiles, spec, weights)
+    real = tiles if apart is not None else to_tiles(x, spec.granularity, math.nan)
+    return store_chosen(real, weights, scale, zero, spec, name, outer_scale)
+
+
+def store_chosen(
+    tiles: Tensor,
+    weights: Tensor | None,
+    ideal: Tensor,
+    zero: Tensor | None,
+    spec: QuantSpec,
+    name: str = "tensor",
+    outer_scale: Tensor | None = None,
+) -> tuple[Tensor | QTensor, Tensor | QTensor | None]:
+    """Ideal scales and real zero points [down, across] in their storage, which for nested ones looks at the elements.
+
+    tiles, weights  [down, across, n], NaN beyond the edge; weights None: all 1
+    """
     if outer_scale is None and has_rows_of_its_own(spec):
-        real = tiles if apart is not None else to_tiles(x, spec.granularity, math.nan)
-        found, minimum = search_nested(spec, scale, zero, Products.of(real, weights, spec, scale, zero), name)
-        return found, store_offset(zero, scale, found, spec, name) if minimum is None else minimum
-    stored = store_scale(scale, spec, name, outer_scale)
-    return stored, store_offset(zero, scale, stored, spec, name)
+        found, minimum = search_nested(spec, ideal, zero, Products.of(tiles, weights, spec, ideal, zero), name)
+        return found, store_offset(zero, ideal, found, spec, name) if minimum is None else minimum
+    stored = store_scale(ideal, spec, name, outer_scale)
+    return stored, store_offset(zero, ideal, stored, spec, name)
 
 
 def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Tensor | None = None) -> Tensor | QTensor:

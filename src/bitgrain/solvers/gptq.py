@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import Granularity, QTensor, QuantSpec
-from bitgrain.numerics.granularity import to_tiles
-from bitgrain.numerics.nested import Products, has_rows_of_its_own
+from bitgrain.numerics.nested import has_rows_of_its_own
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.ranges import Range, get_range
 from bitgrain.solvers.apart import solve_apart
@@ -158,15 +157,12 @@ class _Search:
 
     def _storages(self, chosen: list[tuple[Tensor, Tensor | None]], outer_scale: Tensor | None) -> list[Storage]:
         """For each candidate: one for all, but where the rows' outer scales are their own."""
-        if outer_scale is not None or not has_rows_of_its_own(self.spec):
-            return [Storage.choose(self.spec, *chosen[0], outer_scale, self.name)] * len(chosen)
-        granularity, importance = self.spec.granularity, self.importance.to(torch.float32)
-        tiles = to_tiles(self.weight, granularity, torch.nan)
-        weights = to_tiles(importance.expand(self.weight.shape), granularity)
-        return [
-            Storage.choose(self.spec, *ideal, None, self.name, Products.of(tiles, weights, self.spec, *ideal))
-            for ideal in chosen
+        apart = outer_scale is None and has_rows_of_its_own(self.spec)
+        found = [
+            Storage.choose(self.weight, self.spec, *ideal, self.importance, outer_scale, self.name)
+            for ideal in (chosen if apart else chosen[:1])
         ]
+        return found if apart else found * len(chosen)
 
     def _fit(self, weight: Tensor, importance: Tensor, candidate: int) -> tuple[Tensor, Tensor | None]:
         return fit(weight, self.spec, self.choices[candidate][0], importance, self.choices[candidate][1])

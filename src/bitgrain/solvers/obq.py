@@ -73,7 +73,7 @@ class OBQ:
         damped = damp(moments.hessian, self.damping, name=name)
         inverse = torch.cholesky_inverse(damped.lower)
         ideal, zero = fit(x, spec, spec.range, moments.importance)
-        storage = Storage.choose(spec, ideal, zero, outer_scale, name)
+        storage = Storage.choose(x, spec, ideal, zero, moments.importance, outer_scale, name)
         steps = storage.round(ideal, zero)
         shape = (x.shape[0], x.shape[1])
         scale = per_element(steps.scale, spec.granularity, shape)

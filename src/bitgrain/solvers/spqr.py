@@ -117,7 +117,7 @@ class _Loop:
         """Codes, scales and zero points; and each weight (float32 [out, in]) as it was when its turn came."""
         rows = self.weight.shape[0]
         ideal, zero = self._fit(self.weight, self.kept, self.importance)
-        storage = Storage.choose(self.spec, ideal, zero, outer_scale, self.name)
+        storage = Storage.choose(self.weight, self.spec, ideal, zero, self.importance, outer_scale, self.name)
         steps = storage.round(ideal, zero)
         numbers, exact = torch.empty_like(self.weight), torch.empty_like(self.weight)
         tile_rows = self.spec.granularity.tile((rows, 1))[0]

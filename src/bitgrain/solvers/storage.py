@@ -15,6 +15,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.affine import from_grid, store_zero, to_grid
 from bitgrain.numerics.formats import E8M0, FloatFormat, Format
+from bitgrain.numerics.granularity import to_tiles
 from bitgrain.numerics.nested import Products, follow, has_rows_of_its_own, not_lost, search_nested
 from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.quantize import quantize, store_minimum, store_offset, store_scale
@@ -84,18 +85,21 @@ class Storage:
 
     @staticmethod
     def choose(
-        spec: QuantSpec, ideal: Tensor, zero: Tensor | None, outer_scale: Tensor | None, name: str = "weight",
-        products: Products | None = None,
+        weight: Tensor, spec: QuantSpec, ideal: Tensor, zero: Tensor | None, importance: Tensor,
+        outer_scale: Tensor | None, name: str,
     ) -> Storage:  # fmt: skip
         """For scales and zero points of which `ideal` and `zero` [down, across] are examples, only nested ones look.
 
-        products  of the tiles under them: then nested grids are searched for, where each row has its own
+        weight [out, in] and importance [in]: what they are for. Where each row of nested scales has outer scales of its
+        own, they are searched for.
         """
         if spec.ordered:
             raise SchemeError(f"{name}: {spec.describe()}: such files are read, not made; order 'act' needs no order")
         if isinstance(spec.scale, Format) and not isinstance(spec.minimum, QuantSpec):
             return Storage(spec, None, None, name)
-        if products is not None and outer_scale is None and has_rows_of_its_own(spec):
+        if outer_scale is None and has_rows_of_its_own(spec):
+            counts = to_tiles(importance.to(torch.float32).expand(weight.shape), spec.granularity)
+            products = Products.of(to_tiles(weight, spec.granularity, torch.nan), counts, spec, ideal, zero)
             scale, minimum = search_nested(spec, ideal, zero, products, name)
             return Storage(spec, Nested.of(scale), Nested.of(minimum), name, products.slope)
         scale = store_scale(ideal, spec, name, outer_scale)
