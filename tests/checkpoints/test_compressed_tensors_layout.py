@@ -58,7 +58,8 @@ def check(layer: StoredLayer, seed: int) -> None:
     theirs = library_decodes(layer, stored)
     # the library decodes FP4 to bfloat16, everything else to the dtype of the scale
     fp4 = layer.scheme.weight.format == get_format("fp4_e2m1")
-    assert theirs.dtype == (torch.bfloat16 if fp4 else layer.dtype)
+    stored = torch.float16 if layer.scheme.prescribed else layer.dtype
+    assert theirs.dtype == (torch.bfloat16 if fp4 else stored)
     assert torch.equal(theirs, parts[0].dequantize(theirs.dtype))
 
 

@@ -242,7 +242,7 @@ def test_overrides_replace_top_level_keys(tmp_path: Path):
         ({"scheme": {"weight": {"format": "int4", "granularity": "per_row"}}}, ["unknown granularity 'per_row'"]),
         (
             {"scheme": {"weight": {"format": "int4", "zero_point": "maybe"}}},
-            ["scheme.weight.zero_point", "'none', 'integer' or 'real'"],
+            ["scheme.weight.zero_point", "'none', 'integer', 'real' or 'minimum'"],
         ),
         ({"scheme": {"weight": {"format": "nf4", "restricted": True}}}, ["restricted range means"]),
         ({"scheme": {"name": "own"}}, ["scheme.weight", "required"]),
