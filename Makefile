@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 BENCHMARKS := accuracy attention digits experts fine-tuning generate gguf kernels kv-cache memory numerics \
   outlier-channels solver-kernels streaming training
 
-.PHONY: setup native demo test test-native lint clean $(addprefix bench-,$(BENCHMARKS))
+.PHONY: setup native demo test test-native lint fuzz clean $(addprefix bench-,$(BENCHMARKS))
 
 setup: $(VENV)/.ready native
 
@@ -64,6 +64,10 @@ lint: setup
 # Benchmarks write JSON and a table into benchmarks/results. ARGS goes to the script: make bench-memory ARGS="--help"
 $(addprefix bench-,$(BENCHMARKS)): bench-%: setup
 	$(BIN)/python benchmarks/$(subst -,_,$*).py $(ARGS)
+
+# Damaged files for every reader, ten minutes each: make fuzz ARGS="--seconds 60 --only gguf"
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz_readers.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo-out

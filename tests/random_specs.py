@@ -29,7 +29,7 @@ LAWS = settings(deadline=None, derandomize=True, max_examples=60)
 FORMATS = (
     *(f"int{bits}" for bits in range(1, 9)),
     *(f"uint{bits}" for bits in range(1, 9)),
-    *("int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "ternary", "binary"),
+    *("int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "bnb_fp4", "ternary", "binary"),
 )
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 RANGES = ("minmax", "mse", "percentile")
@@ -101,7 +101,7 @@ def _candidates(
 
 def _quantizes_scales(spec: QuantSpec) -> bool:
     """Scales are not negative: a format of negative numbers, or of two, says nothing about them."""
-    return spec.format.bits >= 4 and spec.format.name not in ("nf4", "int16", "uint16")
+    return spec.format.bits >= 4 and spec.format.name not in ("nf4", "bnb_fp4", "int16", "uint16")
 
 
 @st.composite

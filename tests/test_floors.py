@@ -14,7 +14,7 @@ FLOORS = [
     {"recipes"},
     {"models", "checkpoints", "calibration", "demo"},
     {"pipeline", "evaluation", "search"},
-    {"api", "qat", "report"},
+    {"api", "hf", "qat", "report"},
     {"cli"},
 ]
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

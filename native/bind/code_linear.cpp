@@ -17,9 +17,10 @@ namespace {
 class CodeWeight : public PackedWeight<CodeWeights, void> {
  public:
   CodeWeight(int64_t n, int64_t k, int64_t group, int bits, int kind, const std::vector<float>& table, int scale_type,
-             int zeros, float outer) {
+             int zeros, float zero, float outer) {
     w_.n = n, w_.k = k, w_.group = group, w_.bits = bits, w_.kind = static_cast<CodeKind>(kind), w_.outer = outer;
     w_.scale_type = static_cast<DType>(scale_type), w_.zeros = static_cast<Zeros>(zeros);
+    w_.zero = zero;
     set_table(w_, table.data(), static_cast<int64_t>(table.size()));
     nbytes_ = lay_out(w_);
   }
@@ -43,7 +44,7 @@ class CodeWeight : public PackedWeight<CodeWeights, void> {
 
 void bind_code_linear(nb::module_& m) {
   nb::class_<CodeWeight>(m, "CodeWeight")
-      .def(nb::init<int64_t, int64_t, int64_t, int, int, const std::vector<float>&, int, int, float>())
+      .def(nb::init<int64_t, int64_t, int64_t, int, int, const std::vector<float>&, int, int, float, float>())
       .def("nbytes", &CodeWeight::nbytes)
       .def("attach", &CodeWeight::attach)
       .def("pack", &CodeWeight::pack)

@@ -21,10 +21,12 @@ class EmbeddingRows {
   }
   EmbeddingRows(const EmbeddingRows&) = delete;
 
-  void attach(uintptr_t words, int64_t stride, uintptr_t scale, int scale_type, uintptr_t zero, int zero_type) {
+  void attach(uintptr_t words, int64_t stride, uintptr_t scale, int scale_type, uintptr_t zero, int zero_type,
+              uintptr_t minimum, int minimum_type) {
     e_.words.rows = reinterpret_cast<const uint8_t*>(words), e_.words.stride = stride;
     e_.scale = reinterpret_cast<const void*>(scale), e_.scale_type = static_cast<DType>(scale_type);
     e_.zero = reinterpret_cast<const void*>(zero), e_.zero_type = static_cast<DType>(zero_type);
+    e_.minimum = reinterpret_cast<const void*>(minimum), e_.minimum_type = static_cast<DType>(minimum_type);
   }
 
   int64_t run(uintptr_t ids, int64_t count, uintptr_t y, int y_type, int threads) const {

@@ -14,6 +14,9 @@ BG_INLINE GroupScales group_scales(const CodeWeights& w, const uint8_t* at, int 
   const uint8_t* zeros = at + scales_bytes(w.scale_type);
   const F32 scale = load_any_scales(at, w.scale_type, column);
   if (w.zeros == Zeros::constant) return {scale, zero_f()};
+  if (w.zeros == Zeros::minima) {
+    return {scale, fma_f(set_f(w.zero), scale, load_scales(zeros, w.scale_type, column))};
+  }
   const F32 zero = w.zeros == Zeros::codes ? to_float(load_u8_i(zeros + column))
                                            : load_f((const float*)zeros + column);
   return {scale, mul_f(zero, scale)};

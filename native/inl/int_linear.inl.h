@@ -90,7 +90,7 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
   constexpr int kAtOnce = kSteps < kDotSteps ? kSteps : kDotSteps;
   constexpr int kChains = R * V <= 2 ? 2 : 1;  // sums apart, so that few rows do not wait for the last product
   const uint8_t* at = w.panels + panel * w.panel_bytes;
-  const int64_t zeros_at = scales_bytes(w.scale_type), sums_at = zeros_at + zeros_bytes(w.zeros);
+  const int64_t zeros_at = scales_bytes(w.scale_type), sums_at = zeros_at + zeros_bytes(w.scale_type, w.zeros);
   const int64_t header = sums_at + (w.sums ? kPanel * 4 : 0);
   F32 total[R][V];
   BG_UNROLL for (int r = 0; r < R; ++r) BG_UNROLL for (int v = 0; v < V; ++v) total[r][v] = zero_f();
@@ -140,9 +140,16 @@ BG_INLINE void int_tile(const IntPanelJob& job, int64_t panel, int half, const u
         total[r][v] = SINGLE ? mul_f(to_float(whole), scale) : fma_f(to_float(whole), scale, total[r][v]);
       }
       if (!CONSTANT) {
-        const F32 zero = w.zeros == Zeros::codes ? to_float(load_u8_i(at + zeros_at + 16 * (half + v)))
-                                                 : load_f((const float*)(at + zeros_at) + 16 * (half + v));
-        const F32 shift = mul_f(zero, scale);
+        const uint8_t* zeros = at + zeros_at;
+        F32 shift;
+        if (w.zeros == Zeros::minima) {
+          const F32 minimum = load_scales(zeros, w.scale_type, 16 * (half + v));
+          shift = fma_f(set_f((float)w.zero), scale, mul_f(minimum, set_f(span->a_scale)));
+        } else {
+          const F32 zero = w.zeros == Zeros::codes ? to_float(load_u8_i(zeros + 16 * (half + v)))
+                                                   : load_f((const float*)zeros + 16 * (half + v));
+          shift = mul_f(zero, scale);
+        }
         BG_UNROLL for (int r = 0; r < R; ++r) total[r][v] = fnma_f(shift, to_float(set_i(sums[r])), total[r][v]);
       }
     }

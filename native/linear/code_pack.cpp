@@ -42,7 +42,7 @@ template <typename P, typename F>
 void visit(const CodeWeights& w, P* at, int64_t panel, const F& f) {
   const int64_t vectors = chunk_vectors(w.bits);
   for (int64_t s = 0; s < w.spans; ++s) {
-    P *zeros = at + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.zeros);
+    P *zeros = at + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.scale_type, w.zeros);
     for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
       f(c, s, at, zeros, chunks + (c / 16) * vectors * 64 + (c % 16) * 4);
     }
@@ -61,6 +61,7 @@ void pack_panel(const CodeWeights& w, const uint8_t* codes, const void* scale, c
     std::memcpy(scales + (size_t)c * size, (const uint8_t*)scale + (size_t)index * size, size);
     if (w.zeros == Zeros::codes) zeros[c] = (uint8_t)zero[index];
     if (w.zeros == Zeros::real) std::memcpy(zeros + 4 * c, &zero[index], 4);
+    if (w.zeros == Zeros::minima) store_number(zeros, w.scale_type, c, zero[index]);
     const uint8_t* row = codes + c * w.k + s * w.group;
     for (int64_t f = 0; f < count; f += kFeatures, lane += kVectors * 2 * 64) {
       uint8_t some[kFeatures] = {};
@@ -95,6 +96,7 @@ void unpack_panel(const CodeWeights& w, uint8_t* codes, void* scale, float* zero
     if (scale) std::memcpy((uint8_t*)scale + (size_t)index * size, scales + (size_t)c * size, size);
     if (zero && w.zeros == Zeros::codes) zero[index] = zeros[c];
     if (zero && w.zeros == Zeros::real) std::memcpy(&zero[index], zeros + 4 * c, 4);
+    if (zero && w.zeros == Zeros::minima) zero[index] = load_number(zeros, w.scale_type, c);
     unfold_group<BITS>(lane, count, codes + (panel * kPanel + c) * w.k + s * w.group);
   });
 }
@@ -168,15 +170,18 @@ int64_t gather_rows(const CodeWeights& w, const int64_t* ids, int64_t count, voi
     const int64_t c = row % kPanel;
     const uint8_t* scales = w.panels + row / kPanel * w.panel_bytes;
     for (int64_t s = 0; s < w.spans; ++s) {
-      const uint8_t *zeros = scales + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.zeros);
+      const uint8_t *zeros = scales + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.scale_type, w.zeros);
       const int64_t count_now = features_of(w, s);
       with_bits(w.bits, [&](auto bits) {
         unfold_group<bits()>(chunks + (c / 16) * vectors * 64 + (c % 16) * 4, count_now, codes + s * w.group);
       });
-      const float zero = w.zeros == Zeros::constant ? 0.f
-                         : w.zeros == Zeros::codes  ? (float)zeros[c]
-                                                    : load_number(zeros, DType::f32, c);
-      f(s * w.group, count_now, load_any(scales, w.scale_type, c) * w.outer, zero);
+      Step step{load_any(scales, w.scale_type, c) * w.outer, 0.f, 0.f};
+      if (w.zeros == Zeros::codes) step.zero = (float)zeros[c];
+      if (w.zeros == Zeros::real) step.zero = load_number(zeros, DType::f32, c);
+      if (w.zeros == Zeros::minima) {
+        step.zero = w.zero, step.minimum = load_number(zeros, w.scale_type, c) * w.outer;
+      }
+      f(s * w.group, count_now, step);
       scales = chunks + chunks_of(w, s) * vectors * 2 * 64;
     }
   });

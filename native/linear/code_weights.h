@@ -5,7 +5,7 @@
 // scale; the last group may be shorter. A panel is its groups, one behind the other; a group is a header and chunks:
 //
 //   scales   32 x f32, bf16, f16, E8M0 or E4M3
-//   zeros    nothing | 32 x u8 codes, padded to 64 bytes | 32 x f32
+//   zeros    nothing | 32 x u8 codes, padded to 64 bytes | 32 x f32, or minima, as scales of f32, bf16 or f16
 //   chunks   for each chunk, for each half panel of 16 columns, kVectors x 64 bytes; the 4 bytes of a lane belong to
 //            one column, the low half word to even features, the high one to odd features
 //
@@ -51,7 +51,8 @@ struct CodeWeights {
   int32_t bits;
   CodeKind kind;
   DType scale_type;
-  Zeros zeros;         // w = (table[code] - zero) * scale; a constant one is part of the table
+  Zeros zeros;         // w = (table[code] - zero) * scale; a constant one is part of the table, but for minima
+  float zero;          // of Zeros::minima: w = (table[code] - zero) * scale - minimum
   float outer;         // what all scales are multiplied with
   float table[16];     // entries repeat where codes have fewer than 4 bits: bits above a code do not matter
   uint16_t words[32];  // the same in bfloat16, rounded
@@ -67,7 +68,9 @@ struct CodeWeights {
 // How many scales a row of rounded inputs has.
 BG_INLINE int64_t scales_of_row(const CodeWeights& w) { return w.inputs.groups ? w.spans : 1; }
 
-constexpr int64_t code_header_bytes(DType scale, Zeros zeros) { return scales_bytes(scale) + zeros_bytes(zeros); }
+constexpr int64_t code_header_bytes(DType scale, Zeros zeros) {
+  return scales_bytes(scale) + zeros_bytes(scale, zeros);
+}
 
 // Features of group s, and its chunks.
 BG_INLINE int64_t features_of(const CodeWeights& w, int64_t s) {
@@ -84,7 +87,7 @@ int64_t lay_out(CodeWeights& w);
 void set_table(CodeWeights& w, const float* numbers, int64_t count);
 
 // Rows [first, last) of panels. codes: [n, k] bytes, unsigned (8 bits: signed); scale: [n, spans] of scale_type;
-// zero: [n, spans], f32, which holds codes for Zeros::codes.
+// zero: [n, spans], f32, which holds codes for Zeros::codes, minima (rounded to scale_type) for Zeros::minima.
 void pack_panels(const CodeWeights& w, const uint8_t* codes, const void* scale, const float* zero, uint8_t* panels,
                  int64_t first, int64_t last);
 
@@ -95,7 +98,8 @@ void pack_panels(const CodeWeights& w, const WordRows& words, const void* scale,
 // The inverse: codes, and scales and zeros where asked for (not null).
 void unpack_panels(const CodeWeights& w, uint8_t* codes, void* scale, float* zero, int64_t first, int64_t last);
 
-// Rows `ids` [count] of the weight, dequantized: (table[code] - zero) * (scale * outer), see `gather`.
+// Rows `ids` [count] of the weight, dequantized: (table[code] - zero) * (scale * outer) - minimum * outer, see
+// `gather`.
 int64_t gather_rows(const CodeWeights& w, const int64_t* ids, int64_t count, void* y, DType type, int threads);
 
 }  // namespace bitgrain

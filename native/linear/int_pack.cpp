@@ -61,8 +61,12 @@ void unfold_span(const uint8_t* lane, int64_t count, uint8_t* codes) {
 }
 
 float zero_at(const IntWeights& w, const uint8_t* zeros, int64_t c) {
-  if (w.zeros == Zeros::constant) return (float)w.zero;
+  if (w.zeros == Zeros::constant || w.zeros == Zeros::minima) return (float)w.zero;
   return w.zeros == Zeros::codes ? (float)zeros[c] : load_number(zeros, DType::f32, c);
+}
+
+float minimum_at(const IntWeights& w, const uint8_t* zeros, int64_t c) {
+  return w.zeros == Zeros::minima ? load_number(zeros, w.scale_type, c) : 0.f;
 }
 
 // One code of a lane; f: counted from the chunk's start.
@@ -80,12 +84,13 @@ void pack_panel(const IntWeights& w, const uint8_t* codes, const float* scale, c
   for (int32_t s = 0; s < w.spans; ++s) {
     const Span& span = w.span[s];
     uint8_t *scales = at + span.offset, *zeros = scales + scales_bytes(w.scale_type);
-    uint8_t *sums = zeros + zeros_bytes(w.zeros), *chunks = sums + (w.sums ? kPanel * 4 : 0);
+    uint8_t *sums = zeros + zeros_bytes(w.scale_type, w.zeros), *chunks = sums + (w.sums ? kPanel * 4 : 0);
     for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
       const int64_t index = (panel * kPanel + c) * w.spans + s;
       store_number(scales, w.scale_type, c, scale[index]);
       if (w.zeros == Zeros::codes) zeros[c] = (uint8_t)zero[index];
       if (w.zeros == Zeros::real) std::memcpy(zeros + 4 * c, &zero[index], 4);
+      if (w.zeros == Zeros::minima) store_number(zeros, w.scale_type, c, zero[index]);
       uint8_t* lane = chunks + (c / 16) * chunk_vectors(BITS) * 64 + (c % 16) * 4;
       const int32_t sum = fold_span<BITS>(codes + c * w.k + span.first, span.count, lane);
       if (w.sums) std::memcpy(sums + 4 * c, &sum, 4);
@@ -99,12 +104,13 @@ void unpack_panel(const IntWeights& w, uint8_t* codes, float* scale, float* zero
   for (int32_t s = 0; s < w.spans; ++s) {
     const Span& span = w.span[s];
     const uint8_t *scales = at + span.offset, *zeros = scales + scales_bytes(w.scale_type);
-    const uint8_t* chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
+    const uint8_t* chunks = zeros + zeros_bytes(w.scale_type, w.zeros) + (w.sums ? kPanel * 4 : 0);
     for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
       const int64_t column = panel * kPanel + c, index = column * w.spans + s;
       if (scale) scale[index] = load_number(scales, w.scale_type, c);
       if (zero && w.zeros == Zeros::codes) zero[index] = zeros[c];
       if (zero && w.zeros == Zeros::real) std::memcpy(&zero[index], zeros + 4 * c, 4);
+      if (zero && w.zeros == Zeros::minima) zero[index] = load_number(zeros, w.scale_type, c);
       const uint8_t* lane = chunks + (c / 16) * chunk_vectors(BITS) * 64 + (c % 16) * 4;
       unfold_span<BITS>(lane, span.count, codes + column * w.k + span.first);
     }
@@ -162,14 +168,15 @@ void dequantize_features(const IntWeights& w, const int64_t* features, int64_t c
     const int64_t f = features[i] - span.first;
     for (int64_t panel = first; panel < last; ++panel) {
       const uint8_t *scales = w.panels + panel * w.panel_bytes + span.offset, *zeros = scales + scales_bytes(w.scale_type);
-      const uint8_t* chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
+      const uint8_t* chunks = zeros + zeros_bytes(w.scale_type, w.zeros) + (w.sums ? kPanel * 4 : 0);
       const uint8_t* chunk = chunks + f / in_chunk * vectors * 2 * 64;
       for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; ++c) {
         const uint8_t* lane = chunk + (c / 16) * vectors * 64 + (c % 16) * 4;
         const uint8_t code = code_at(w.bits, lane, f % in_chunk);
         const float zero = zero_at(w, zeros, c);
         const float value = w.bits == 8 ? (float)(int8_t)code : (float)code;
-        to[i * w.n + panel * kPanel + c] = (value - zero) * load_number(scales, w.scale_type, c);
+        const float scaled = (value - zero) * load_number(scales, w.scale_type, c);
+        to[i * w.n + panel * kPanel + c] = scaled - minimum_at(w, zeros, c);
       }
     }
   }
@@ -183,10 +190,12 @@ int64_t gather_rows(const IntWeights& w, const int64_t* ids, int64_t count, void
     for (int32_t s = 0; s < w.spans; ++s) {
       const Span& span = w.span[s];
       const uint8_t* scales = w.panels + row / kPanel * w.panel_bytes + span.offset;
-      const uint8_t *zeros = scales + scales_bytes(w.scale_type), *chunks = zeros + zeros_bytes(w.zeros) + (w.sums ? kPanel * 4 : 0);
+      const uint8_t* zeros = scales + scales_bytes(w.scale_type);
+      const uint8_t* chunks = zeros + zeros_bytes(w.scale_type, w.zeros) + (w.sums ? kPanel * 4 : 0);
       const uint8_t* lane = chunks + (c / 16) * chunk_vectors(w.bits) * 64 + (c % 16) * 4;
       with_bits(w.bits, [&](auto bits) { unfold_span<bits()>(lane, span.count, codes + span.first); });
-      f(span.first, span.count, load_number(scales, w.scale_type, c), zero_at(w, zeros, c));
+      f(span.first, span.count,
+        Step{load_number(scales, w.scale_type, c), zero_at(w, zeros, c), minimum_at(w, zeros, c)});
     }
   });
 }

@@ -4,7 +4,7 @@
 // scale (a group) and an activation scale. A panel is its spans, one behind the other; a span is a header and chunks:
 //
 //   scales   32 x f32, bf16 or f16
-//   zeros    nothing | 32 x u8 codes | 32 x f32           (each header part padded to 64 bytes)
+//   zeros    nothing | 32 x u8 codes | 32 x f32           (each header part padded to 64 bytes), or minima, as scales
 //   sums     nothing | 32 x i32: the sum of a column's stored codes in this span
 //   chunks   for each chunk, for each half panel of 16 columns, kVectors x 64 bytes; the 4 bytes of a lane belong to
 //            one column
@@ -26,7 +26,8 @@ namespace bitgrain {
 
 constexpr int64_t kPanel = 32;
 
-enum class Zeros : int32_t { constant = 0, codes = 1, real = 2 };  // constant: one zero point for all, often 0
+// constant: one zero point for all, often 0; minima: that one too, and what is taken off each product with a scale
+enum class Zeros : int32_t { constant = 0, codes = 1, real = 2, minima = 3 };
 
 struct Span {
   int32_t first, count;  // input features
@@ -42,7 +43,7 @@ struct IntWeights {
   int32_t bits;
   DType scale_type;
   Zeros zeros;
-  int32_t zero;       // of Zeros::constant
+  int32_t zero;       // of Zeros::constant; and of minima: w = (code - zero) * scale - minimum
   bool sums;          // whether spans hold sums
   int32_t spans;
   const Span* span;
@@ -59,11 +60,12 @@ constexpr int64_t chunk_features(int bits) { return bits == 8 ? 4 : bits == 4 ? 
 constexpr int64_t chunk_vectors(int bits) { return bits == 3 ? 3 : 1; }
 
 constexpr int64_t scales_bytes(DType type) { return kPanel * (int64_t)size_of(type); }
-constexpr int64_t zeros_bytes(Zeros zeros) {
+constexpr int64_t zeros_bytes(DType scale, Zeros zeros) {
+  if (zeros == Zeros::minima) return scales_bytes(scale);
   return zeros == Zeros::constant ? 0 : zeros == Zeros::codes ? 64 : kPanel * 4;
 }
 constexpr int64_t header_bytes(DType scale, Zeros zeros, bool sums) {
-  return scales_bytes(scale) + zeros_bytes(zeros) + (sums ? kPanel * 4 : 0);
+  return scales_bytes(scale) + zeros_bytes(scale, zeros) + (sums ? kPanel * 4 : 0);
 }
 
 // How weights [n, k] are laid out. spans: `count` pairs (first feature, features), ascending and covering k. Fills
@@ -71,7 +73,7 @@ constexpr int64_t header_bytes(DType scale, Zeros zeros, bool sums) {
 int64_t lay_out(IntWeights& w, const int32_t* lengths, int32_t count, Span* span);
 
 // Rows [first, last) of panels. codes: [n, k] bytes, unsigned (8 bits: signed); scale, zero: [n, spans], f32; `zero`
-// holds codes for Zeros::codes. Scales are rounded to scale_type.
+// holds codes for Zeros::codes, minima for Zeros::minima. Scales and minima are rounded to scale_type.
 void pack_panels(const IntWeights& w, const uint8_t* codes, const float* scale, const float* zero, uint8_t* panels,
                  int64_t first, int64_t last);
 

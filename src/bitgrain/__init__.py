@@ -6,6 +6,7 @@ bitgrain.load("OUT")                            a transformers model
 bitgrain.evaluate("OUT", against="MODEL", text="FILE")
 bitgrain.inspect("MODEL")                       ranges, outliers, what each granularity would lose
 bitgrain.convert("OUT", "gptq", "OUT-gptq")     the same numbers in another engine's layout
+bitgrain.show("FILE")                           what is in a checkpoint: layout, bits, every layer
 bitgrain.verify("OUT")                          does the written folder hold what we meant?
 bitgrain.quantize_(module, "W8A8")              in memory, any torch module
 bitgrain.calibrate(module, batches)             for quantize_(..., calibration=): static scales, solvers
@@ -14,8 +15,10 @@ bitgrain.low_bit_(module, "NF4")                in memory, weights stay packed
 bitgrain.finetune("OUT", "ADAPTER", text="FILE")    LoRA on packed weights; bitgrain.merge adds it to them
 bitgrain.train("MODEL", "OUT", "W4A8", text="FILE")   quantization-aware training; in memory: bitgrain.qat
 bitgrain.KVCache("kivi-int4", config)           keys and values in few bits, for generate
+import bitgrain.hf                              transformers' from_pretrained reads folders of bitgrain's own layout
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
         quantize,
         quantize_,
         quantize_tensor,
+        show,
         train,
         verify,
     )
@@ -60,6 +64,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "show",
     "train",
     "verify",
 ]
@@ -70,3 +75,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("bitgrain.api"), name)
     raise AttributeError(f"module 'bitgrain' has no attribute {name!r}")
+
+
+if "transformers" in sys.modules:  # who has it loaded can pay for the quantizer; see docs/decisions/0025
+    import_module("bitgrain.hf")

@@ -16,10 +16,13 @@ from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.contents import Contents
+from bitgrain.pipeline.contents import read_contents as show
 from bitgrain.pipeline.convert import Converted, convert
+from bitgrain.pipeline.equip import cache_for
 from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune
-from bitgrain.pipeline.load import cache_for, load
+from bitgrain.pipeline.load import load
 from bitgrain.pipeline.merge import merge
 from bitgrain.pipeline.mixed import allocate_bits
 from bitgrain.pipeline.modules.calibrate import ModuleCalibration, calibrate_module
@@ -40,6 +43,7 @@ from bitgrain.runtime.kv_cache import CacheScheme, KVCache
 __all__ = [
     "Calibrated",
     "Check",
+    "Contents",
     "Converted",
     "Finetuned",
     "KVCache",
@@ -56,6 +60,7 @@ __all__ = [
     "quantize",
     "quantize_",
     "quantize_tensor",
+    "show",
     "train",
     "verify",
 ]

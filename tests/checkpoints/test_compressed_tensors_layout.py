@@ -1,6 +1,7 @@
 """What the layout accepts, the compressed-tensors library decodes to the same bits; the rest it refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,12 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.compressed_tensors_reader import read_layers
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import QuantSpec, get_format, per_block, per_channel, per_group, per_row_group, per_tensor
@@ -24,7 +27,7 @@ from bitgrain.recipes import PRESETS, Scheme
 from random_specs import ASYMMETRIC_INPUT, LAWS, any_scheme, layers, quantized_parts, same, same_inputs, static_inputs
 
 LAYOUT = CompressedTensors()
-OWN = ("W8A16INT16", "LLM_INT8", "LLM_INT8_STATIC", "NF4", "W4A4", "TERNARY")
+OWN = ("W8A16INT16", "LLM_INT8", "LLM_INT8_STATIC", "NF4", "NF4_BNB", "FP4_BNB", "W4A4", "TERNARY")
 WRITABLE = [name for name in PRESETS if name not in OWN and not name.endswith("_RPTQ") and "GGUF" not in name]
 
 
@@ -254,7 +257,7 @@ def test_reader_refuses_what_it_cannot_place():
         read_layers(config, OnDisk(tensors))  # type: ignore[arg-type]
     whole = LAYOUT.config([layer], [])
     gone = {name: tensor for name, tensor in tensors.items() if not name.endswith("packed")}
-    with pytest.raises(CheckpointError, match="neither weight nor weight_packed"):
+    with pytest.raises(CheckpointError, match="neither weight nor weight_packed as a matrix"):
         read_layers(whole, OnDisk(gone))  # type: ignore[arg-type]
     wrong = tensors | {"m.up.weight_shape": torch.tensor([1, 256])}
     with pytest.raises(CheckpointError, match="weight_packed has 128 rows"):
@@ -271,3 +274,26 @@ def test_block_and_group_strategies_reach_the_config():
     assert (groups["strategy"], groups["group_size"], groups["num_bits"]) == ("group", 32, 4)
     own = LAYOUT.config([layer_of(single("fp8_e4m3", per_block(32, 64)))], [])["config_groups"]["group_0"]["weights"]
     assert own["block_structure"] == [32, 64]
+
+
+def test_act_order_of_older_files_is_read_and_not_written(tmp_path: Path):
+    layer = layer_of(PRESETS["W4A16"], 8, 256)
+    (q,) = quantized_parts(layer, 1)
+    g_idx = torch.tensor([1, 0] * 128, dtype=torch.int32)
+    stored = LAYOUT.encode(layer, [q]) | {"m.up.weight_g_idx": g_idx}
+    config = LAYOUT.config([layer], [])
+    save_file(stored, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    (read,) = read_layers(config, checkpoint)
+    assert read.scheme.weight.ordered
+    assert "given up act-order" in str(LAYOUT.refusal(read))
+    assert {spec.name for spec in LAYOUT.tensors(read)} == set(stored)
+    (back,) = LAYOUT.decode(read, checkpoint.read)
+    assert isinstance(q.scale, torch.Tensor)
+    meant = q.codes.float() * q.scale.float()[:, g_idx.long()]
+    assert torch.equal(back.dequantize(), meant)
+    for wrong, words in ((g_idx * 3, "does not put 128 inputs"), (g_idx[:-1], "weight_g_idx is torch.int32")):
+        save_file(stored | {"m.up.weight_g_idx": wrong.contiguous()}, tmp_path / "model.safetensors")
+        checkpoint = open_checkpoint(tmp_path)
+        with pytest.raises(CheckpointError, match=words):
+            LAYOUT.decode(read_layers(config, checkpoint)[0], checkpoint.read)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from bitgrain.pipeline.engine_rules import SGLANG, TRANSFORMERS, VLLM
 from bitgrain.recipes import PRESETS
 
 
@@ -15,7 +16,8 @@ def test_the_plan_of_the_built_in_model(run, model: Path):
     assert "kept (embedding)" in ran.out
     assert "peak RAM" in ran.out
     assert "compressed-tensors layout" in ran.out
-    assert "vLLM, SGLang, transformers, bitgrain  yes" in ran.out
+    engines = f"{VLLM.name} {VLLM.version}, {SGLANG.name} {SGLANG.version}, "
+    assert engines + f"transformers {TRANSFORMERS.version}, bitgrain  yes" in ran.out
     assert all(line == line.rstrip() for line in ran.out.splitlines())
     assert max(map(len, ran.out.splitlines())) <= 100
     assert "\x1b" not in ran.out

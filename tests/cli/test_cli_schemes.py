@@ -14,4 +14,5 @@ def test_schemes(run):
 def test_json_and_markdown(run):
     assert [row["name"] for row in run("schemes", "--json").json] == list(PRESETS)
     assert run("schemes", "--markdown").out == scheme_table_markdown() + "\n"
+    assert run("schemes", "--engines").out.startswith("### Which layers\n")
     assert run("schemes", "--markdown", "--json").status == 2

@@ -9,7 +9,8 @@ from bitgrain.errors import KernelError
 from bitgrain.kernels.code_linear import FLOAT8, SCALE_DTYPES, CodeLinear, rounds_inputs
 from bitgrain.kernels.float_inputs import FORMATS, KINDS, FloatInputs
 from bitgrain.kernels.int_linear import BITS
-from bitgrain.kernels.native import native
+from bitgrain.kernels.native import DTYPES, native
+from bitgrain.kernels.packed_linear import panel_bits
 from bitgrain.kernels.reference.code_linear import code_linear, dequantize
 from bitgrain.kernels.reference.embedding import look_up
 from bitgrain.kernels.reference.float_inputs import round_inputs
@@ -37,13 +38,19 @@ def weights(draw):
     elif table is not None:
         codes = torch.randint(0, len(table), (n, k), generator=made).to(torch.uint8)
     shape = (n, -(-k // (group or k)))
-    dtype = draw(st.sampled_from(list(SCALE_DTYPES)))
+    kind = draw(st.sampled_from(["none", "codes", "real", "minima"]))
+    dtype = draw(st.sampled_from(list(DTYPES if kind == "minima" else SCALE_DTYPES)))
     scale = (torch.randn(shape, generator=made) if dtype.is_signed else torch.rand(shape, generator=made)).to(dtype)
-    kind = draw(st.sampled_from(["none", "codes", "real"]))
+    minimum = torch.randn(shape, generator=made).to(dtype) if kind == "minima" else None
+    if minimum is not None and draw(st.booleans()):
+        scale[::2] = 0  # whole tiles are minus their minimum
     zero = torch.randint(0, 16, shape, generator=made).to(torch.uint8) if kind == "codes" else None
     zero = torch.randn(shape, generator=made) if kind == "real" else zero
     bias = torch.randn(n, generator=made) if draw(st.booleans()) else None
-    return (codes, scale, bits, table), {"group": group, "zero": zero, "outer": draw(st.sampled_from([1.0, 0.3]))}, bias
+    if minimum is not None:
+        zero = draw(st.sampled_from([None, -16.0, -128.0]))
+    how = {"group": group, "zero": zero, "minimum": minimum, "outer": draw(st.sampled_from([1.0, 0.3]))}
+    return (codes, scale, bits, table), how, bias
 
 
 ROUNDED = st.builds(
@@ -77,6 +84,8 @@ def test_equals_its_twin(isa, weight, m, dtype, seed, inputs):
     magnitude = dequantize(codes, scale, table, **same).abs()
     if how["zero"] is not None:
         magnitude += dequantize(nothing, scale, [0.0], **same, zero=how["zero"]).abs()
+    if how["minimum"] is not None:
+        magnitude += dequantize(nothing, scale, [0.0], **same, minimum=how["minimum"]).abs()
     if rounded and m <= 2 and bits == 8 and table is None:  # in two parts
         magnitude += dequantize(nothing, scale, [512.0], **same).abs()
     if inputs is not None:
@@ -100,7 +109,8 @@ def test_unpacks_to_what_was_packed(weight):
     found = CodeLinear.pack(codes, scale, bits, table, **how).unpack()
     assert found[0].equal(codes)
     assert found[1].view(torch.uint8).equal(scale.view(torch.uint8))
-    assert how["zero"] is None or (found[2] is not None and found[2].equal(how["zero"]))
+    zeros = how["zero"] if how["minimum"] is None else how["minimum"].float()
+    assert (found[2] is None) if zeros is None else (found[2] is not None and found[2].equal(zeros))
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,7 +119,9 @@ def test_words_are_packed_as_their_codes_are(weight, bits, word):
     (codes, scale, _, _), how, _ = weight
     codes = codes.view(torch.uint8) & (2**bits - 1)
     table = NF4[: 2**bits] if bits <= 4 else None
-    wide = min(b for b in BITS if b >= bits)
+    k = codes.shape[1]
+    group = how["group"] or k
+    wide = panel_bits(bits, [min(group, k - i) for i in range(0, k, group)])
     plain = codes if bits <= 4 else (codes.int() - 2 ** (bits - 1)).to(torch.int8)
     found = CodeLinear.pack_words(pack(codes, bits, word), scale, bits, table, k=codes.shape[1], **how)
     assert found.panels.equal(CodeLinear.pack(plain, scale, wide, table, **how).panels)
@@ -131,6 +143,19 @@ def test_rows_are_those_of_the_twin(weight, dtype, ids):
     assert found.equal(expected)
 
 
+def test_panels_take_the_least():
+    made = torch.Generator().manual_seed(0)
+    for bits, group, wide in ((3, 16, 4), (3, 32, 3), (2, 16, 2), (1, 8, 2), (5, 16, 8), (4, 4, 4)):
+        assert panel_bits(bits, [group] * 4) == wide
+        codes = torch.randint(0, 2**bits, (32, 4 * group), generator=made).to(torch.uint8)
+        table = list(range(2**bits)) if bits <= 4 else None
+        scale = torch.ones(32, 4)
+        found = CodeLinear.pack_words(pack(codes, bits, torch.uint8), scale, bits, table, k=4 * group, group=group)
+        others = [CodeLinear.pack(codes, scale, b, table, group=group) for b in (2, 3, 4) if bits <= b and table]
+        assert found.bits == wide
+        assert all(found.panels.nbytes <= one.panels.nbytes for one in others)
+
+
 def test_wrong_inputs_are_told():
     codes, scale = torch.ones(3, 8, dtype=torch.uint8), torch.ones(3, 1)
     packed = CodeLinear.pack(codes, scale, 4, NF4)
@@ -144,6 +169,10 @@ def test_wrong_inputs_are_told():
         CodeLinear.pack(codes, scale, 8, torch.float16)
     with pytest.raises(KernelError, match=r"a table of torch\.float8_e5m2"):
         CodeLinear.pack(codes, scale, 4, torch.float8_e5m2)
+    with pytest.raises(KernelError, match=r"minima \(3, 2\) take scales of that shape"):
+        CodeLinear.pack(codes, scale, 4, NF4, minimum=torch.ones(3, 2))
+    with pytest.raises(KernelError, match=r"minima \(3, 1\)"):
+        CodeLinear.pack(codes, scale, 4, NF4, zero=scale, minimum=scale)
     with pytest.raises(KernelError, match="not to fp8_e3m4"):
         FloatInputs("fp8_e3m4")
     with pytest.raises(KernelError, match="has to be positive"):

@@ -26,20 +26,22 @@ pytest.importorskip("bitgrain._native", reason="the native module was not built"
     group=st.sampled_from([16, 32, 7, None]),
     scale_dtype=st.sampled_from(list(SCALE_DTYPES)),
     zero_dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8]),
+    minimum_dtype=st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     word=st.sampled_from([torch.uint8, torch.int32]),
     outer=st.sampled_from([1.0, 0.3]),
     ids=st.lists(st.integers(0, 10**6), max_size=40),
 )
-def test_equals_its_twin(seed, bits, shape, group, scale_dtype, zero_dtype, dtype, word, outer, ids):
+def test_equals_its_twin(seed, bits, shape, group, scale_dtype, zero_dtype, minimum_dtype, dtype, word, outer, ids):
     made = torch.Generator().manual_seed(seed)
     (n, k), groups = shape, -(-shape[1] // (group or shape[1]))
     codes = torch.randint(0, 2**bits, (n, k), generator=made).to(torch.uint8)
     table = torch.randn(2**bits, generator=made).tolist()
     scale = torch.rand(n, groups, generator=made).to(scale_dtype)
     zero = None if zero_dtype is None else torch.randint(0, 9, (n, groups), generator=made).to(zero_dtype)
+    minimum = None if minimum_dtype is None else torch.randn(n, groups, generator=made).to(minimum_dtype)
     rows = torch.tensor(ids, dtype=torch.int64) % n
-    how = {"group": group, "zero": zero, "outer": outer}
+    how = {"group": group, "zero": zero, "minimum": minimum, "outer": outer}
     embedding = CodeEmbedding(pack(codes, bits, word), scale, bits, table, k=k, **how)
     found, twin = embedding(rows, dtype), look_up(codes, scale, table, rows, dtype, **how)
     assert found.dtype == dtype

@@ -14,11 +14,15 @@ from transformers import DynamicCache
 from bitgrain.errors import NumericsError
 from bitgrain.kernels.decoder import DecoderStack
 from bitgrain.models.fused_blocks import fuse_blocks
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.runtime.fused_block import FusedForward, is_fused, unfuse
 from bitgrain.runtime.kv_cache import KVCache, use_cache
 from bitgrain.runtime.kv_cache.growing import GrowingCache
 from bitgrain.runtime.kv_cache.layers import QuantizedLayer
+from bitgrain.runtime.linear_rows import find_linear
+from bitgrain.runtime.low_bit_linear import put_in_place
 from bitgrain.runtime.quant_linear import QuantLinear
+from hand_made import SPECS, hand_made
 from packed_layers import pack_linears
 from zoo import GROUPED, build, ids_for
 
@@ -149,6 +153,38 @@ def test_weights_of_any_kind(kind: str, dtype: torch.dtype):
     after = logits(model, ids)
     assert calls == [0]
     assert same(after.float(), before.float(), CLOSE if dtype == torch.float32 else 3 * CLOSE)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "Q6_K", "MLX 8"])
+def test_weights_with_minima_and_nested_scales(name: str):
+    model = growing(pack_linears(build("llama"), SPECS[name], {"v_proj": "W4A16", "down_proj": "W4A8"}))
+    ids = ids_for(model)
+    before = logits(model, ids)
+    assert len(fuse_blocks(model)) == 2
+    calls = count_calls(model)
+    assert same(logits(model, ids), before)
+    assert calls == [0]
+
+
+@pytest.mark.parametrize(("path", "fused"), [("mlp.down_proj", [0, 1]), ("self_attn.o_proj", [1])])
+def test_one_weight_with_an_order(path: str, fused: list[int]):
+    model = growing(pack_linears(build("llama"), "W4A16"))
+    ids, first = ids_for(model), model.model.layers[0]
+    row, plain = find_linear(SPECS["act-order"], None, "cpu"), first.get_submodule(path)
+    assert not isinstance(row, str)
+    q = hand_made(SPECS["act-order"], plain.out_features, plain.in_features, size=0.02)
+    put_in_place(first, path, QuantLinear(row.kernel(PackedMatrix.of(q), None)))
+    before = logits(model, ids)
+    assert fuse_blocks(model) == [f"model.layers.{i}" for i in fused]
+    assert same(logits(model, ids), before)
+
+
+def test_weights_with_an_order_keep_their_modules():
+    model = growing(pack_linears(build("llama"), SPECS["act-order"]))
+    ids = ids_for(model)
+    before = logits(model, ids)
+    assert fuse_blocks(model) == []
+    assert logits(model, ids).equal(before)
 
 
 def count_calls(model: Any) -> list[int]:

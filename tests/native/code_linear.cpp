@@ -31,6 +31,12 @@ float scale_at(const uint8_t* scales, DType type, int64_t i) {
   return type == DType::e4m3 ? from_e4m3(scales[i]) : load_number(scales, type, i);
 }
 
+float stored_as(float value, DType type) {
+  uint8_t bytes[4];
+  store_number(bytes, type, 0, value);
+  return load_number(bytes, type, 0);
+}
+
 class Layer {
  public:
   Layer(const Case& c, Random& random)
@@ -40,6 +46,7 @@ class Layer {
     w_.n = c.n, w_.k = c.k, w_.group = c.group, w_.bits = c.bits, w_.scale_type = c.scale_type, w_.zeros = c.zeros;
     w_.kind = c.bits == 8 ? CodeKind::integers : CodeKind::table;
     w_.outer = random.one_of({1.f, 0.25f});
+    w_.zero = c.zeros == Zeros::minima ? random.one_of({0.f, -16.f, -128.f}) : 0.f;
     for (float& entry : table_) entry = random.real() * 4;
     const int64_t entries = random.within(2, int64_t{1} << (c.bits < 4 ? c.bits : 4));
     if (c.bits < 8) set_table(w_, table_.data(), entries);
@@ -49,6 +56,7 @@ class Layer {
       if (size_of(c.scale_type) == 1) scales_[i] = uint8_t(byte);
       else store_number(scales_.data(), c.scale_type, i, 0.1f + std::fabs(random.real()));
       zeros_[i] = c.zeros == Zeros::codes ? float(random.within(0, 15)) : random.real() * 4;
+      if (c.zeros == Zeros::minima) zeros_[i] = stored_as(zeros_[i], c.scale_type);
     }
     for (int64_t i = 0; i < c.n; ++i) bias_[i] = random.real();
     panels_ = new Guarded<uint8_t>(lay_out(w_), c.edge, 0xa5);
@@ -74,10 +82,12 @@ class Layer {
         most = std::fabs(number);
       }
       const double scale = double(scale_at(scales_.data(), c_.scale_type, index)) * w_.outer;
-      const double zero = c_.zeros == Zeros::constant ? 0. : zeros_[index];
+      const bool minima = c_.zeros == Zeros::minima;
+      const double zero = c_.zeros == Zeros::constant ? 0. : minima ? w_.zero : zeros_[index];
+      const double minimum = minima ? double(zeros_[index]) * w_.outer : 0.;
       const double value = rounded ? from_bf16(to_bf16(x[size_t(i)])) : x[size_t(i)];
-      y += value * (number - zero) * scale;
-      size += std::fabs(value) * (most + std::fabs(zero)) * scale;
+      y += value * ((number - zero) * scale - minimum);
+      size += std::fabs(value) * ((most + std::fabs(zero)) * scale + std::fabs(minimum));
     }
     *bound = double(c_.group + groups_ + 8) * std::ldexp(size, -23);
     return y + (c_.bias ? bias_[column] : 0.f);
@@ -109,8 +119,10 @@ class Layer {
         const int64_t at = ids[r] * groups_ + i / c_.group;
         const uint8_t code = codes_[ids[r] * c_.k + i];
         const float number = c_.bits == 8 ? float(int8_t(code)) : w_.table[code];
-        const float zero = c_.zeros == Zeros::constant ? 0.f : zeros_[at];
-        meant.set(i, (number - zero) * (load_any(scales_.data(), c_.scale_type, at) * w_.outer));
+        const bool minima = c_.zeros == Zeros::minima;
+        const float zero = c_.zeros == Zeros::constant ? 0.f : minima ? w_.zero : zeros_[at];
+        const float scaled = (number - zero) * (load_any(scales_.data(), c_.scale_type, at) * w_.outer);
+        meant.set(i, minima ? scaled - zeros_[at] * w_.outer : scaled);
       }
       if (std::memcmp(meant.data(), y.bytes() + r * int64_t(meant.size()), meant.size()) != 0) {
         fail("rows out of panels: " + describe(c_));
@@ -196,7 +208,8 @@ Case draw(Random& random, int bits, int64_t n, int64_t m) {
   c.group = random.within(1, 3) == 1 ? c.k : random.within(1, 130);
   c.x_type = any_float_type(random);
   c.scale_type = random.one_of({DType::f32, DType::bf16, DType::f16, DType::e8m0, DType::e4m3});
-  c.zeros = random.one_of({Zeros::constant, Zeros::codes, Zeros::real});
+  c.zeros = random.one_of({Zeros::constant, Zeros::codes, Zeros::real, Zeros::minima});
+  if (c.zeros == Zeros::minima) c.scale_type = random.one_of({DType::f32, DType::bf16, DType::f16});
   if (c.x_type == DType::f16 && c.scale_type == DType::e4m3) c.scale_type = DType::f16;  // sums stay below 65504
   c.bias = random.next() % 2, c.gap = random.within(0, 3);
   c.threads = int(random.within(1, 3)), c.edge = any_edge(random);

@@ -38,10 +38,12 @@ void check_case(Random& random) {
   for (float& entry : e.table) entry = random.real() * 8;
   e.scale_type = random.one_of({DType::f32, DType::bf16, DType::f16, DType::e8m0, DType::e4m3});
   e.zero_type = random.one_of({DType::f32, DType::bf16, DType::f16, DType::u8, DType::s8});
-  const bool zeros = random.next() % 2;
+  e.minimum_type = random.one_of({DType::f32, DType::bf16, DType::f16});
+  const bool zeros = random.next() % 2, has_minima = random.next() % 2;
   Guarded<uint8_t> scale(n * groups * int64_t(size_of(e.scale_type)), edge);
   Guarded<uint8_t> zero(n * groups * int64_t(size_of(e.zero_type)), edge);
-  std::vector<float> scales, all_zeros;
+  Guarded<uint8_t> minimum(n * groups * int64_t(size_of(e.minimum_type)), edge);
+  std::vector<float> scales, all_zeros, minima;
   for (int64_t i = 0; i < n * groups; ++i) {
     const uint8_t byte = uint8_t(random.within(100, 126)), zero_byte = uint8_t(random.next());
     if (size_of(e.scale_type) == 1) {
@@ -58,9 +60,12 @@ void check_case(Random& random) {
       store_number(zero.data(), e.zero_type, i, random.real());
       all_zeros.push_back(load_number(zero.data(), e.zero_type, i));
     }
+    store_number(minimum.data(), e.minimum_type, i, random.real());
+    minima.push_back(load_number(minimum.data(), e.minimum_type, i));
   }
   e.outer = random.one_of({1.f, 0.3f});
   e.scale = scale.data(), e.zero = zeros ? zero.data() : nullptr;
+  e.minimum = has_minima ? minimum.data() : nullptr;
 
   Guarded<int64_t> ids(count, edge);
   for (int64_t i = 0; i < count; ++i) ids[i] = random.within(0, n - 1);
@@ -71,8 +76,9 @@ void check_case(Random& random) {
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = 0; i < k; ++i) {
       const int64_t at = ids[r] * groups + i / group;
-      meant.set(i, (e.table[codes[ids[r] * k + i]] - (zeros ? all_zeros[size_t(at)] : 0.f)) *
-                       (scales[size_t(at)] * e.outer));
+      const float number = e.table[codes[ids[r] * k + i]] - (zeros ? all_zeros[size_t(at)] : 0.f);
+      const float scaled = number * (scales[size_t(at)] * e.outer);
+      meant.set(i, has_minima ? scaled - minima[size_t(at)] * e.outer : scaled);
     }
     if (std::memcmp(meant.data(), y.bytes() + r * int64_t(meant.size()), meant.size()) != 0) {
       fail(what + ": another row");

@@ -65,7 +65,7 @@ class Layer {
     const int64_t count = int64_t(spans_.size());
     shift_ = c.bits == 8 ? (c.low < 0 ? 128 : 0) : (c.high > 127 ? -128 : 0);
     w_.n = c.n, w_.bits = c.bits, w_.scale_type = c.scale_type, w_.zeros = c.zeros;
-    w_.zero = c.zeros == Zeros::constant ? int32_t(random.within(0, 15)) : 0;
+    w_.zero = c.zeros == Zeros::constant || c.zeros == Zeros::minima ? int32_t(random.within(0, 15)) : 0;
     w_.sums = shift_ != 0 || c.fixed;
     const int64_t bytes = lay_out(w_, c.lengths.data(), int32_t(count), spans_.data());
     spec_ = {c.fixed, 127.f, c.low, c.high, shift_};
@@ -82,7 +82,10 @@ class Layer {
       code = uint8_t(kind < 2 ? most : random.within(0, top));
     }
     for (float& s : scale_) s = rounded(0.1f + std::fabs(random.real()), c.scale_type);
-    for (float& z : zero_) z = c.zeros == Zeros::codes ? float(random.within(0, 15)) : random.real() * 8;
+    for (float& z : zero_) {
+      z = c.zeros == Zeros::codes ? float(random.within(0, 15)) : random.real() * 8;
+      if (c.zeros == Zeros::minima) z = rounded(z, c.scale_type);
+    }
     panels_ = new Guarded<uint8_t>(bytes, c.edge, 0xa5);
     pack_panels(w_, codes_.data(), scale_.data(), zero_.data(), panels_->data(), 0, ceil_div(c.n, kPanel));
     w_.panels = panels_->data();
@@ -122,13 +125,15 @@ class Layer {
     for (size_t s = 0; s < spans_.size(); ++s) {
       const Span& span = spans_[s];
       const size_t index = size_t(column) * spans_.size() + s;
-      const double zero = c_.zeros == Zeros::constant ? w_.zero : zero_[index];
+      const bool minima = c_.zeros == Zeros::minima;
+      const double zero = c_.zeros == Zeros::constant || minima ? w_.zero : zero_[index];
+      const double minimum = minima ? double(zero_[index]) * span.a_scale : 0.;
       const double scale = double(scale_[index]) * span.a_scale;
       for (int64_t i = span.first; i < span.first + span.count; ++i) {
         const uint8_t byte = codes_[size_t(column * k_ + i)];
         const double code = c_.bits == 8 ? double(int8_t(byte)) : byte, x = stored[i] - span.a_zero;
-        y += x * (code - zero) * scale;
-        size += std::fabs(x) * (std::fabs(code) + std::fabs(zero)) * scale;
+        y += x * ((code - zero) * scale - minimum);
+        size += std::fabs(x) * ((std::fabs(code) + std::fabs(zero)) * scale + std::fabs(minimum));
       }
     }
     *bound = double(spans_.size() + 4) * std::ldexp(size * row, -23);
@@ -250,7 +255,7 @@ Case draw(Random& random, int64_t n, int64_t m, const std::vector<int32_t>& leng
   c.bits = random.one_of({2, 3, 4, 8});
   c.x_type = random.one_of({DType::f32, DType::bf16, DType::f16});
   c.scale_type = random.one_of({DType::f32, DType::bf16, DType::f16});
-  c.zeros = random.one_of({Zeros::constant, Zeros::codes, Zeros::real});
+  c.zeros = random.one_of({Zeros::constant, Zeros::codes, Zeros::real, Zeros::minima});
   c.fixed = random.next() % 3 == 0;
   c.low = -127, c.high = 127;
   if (c.fixed) {

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitgrain.errors import SchemeError
-from bitgrain.numerics import FloatFormat, IntFormat, get_format
+from bitgrain.errors import NumericsError, SchemeError
+from bitgrain.numerics import CodebookFormat, FloatFormat, IntFormat, get_format
 from bitgrain.numerics.formats import BF16, E8M0, FP4_E2M1, FP8_E4M3, FP8_E5M2, FP16
 
 FP8 = [(FP8_E4M3, torch.float8_e4m3fn), (FP8_E5M2, torch.float8_e5m2)]
 SMALL = ["int1", "int2", "int3", "int4", "int8", "uint1", "uint4", "uint8", "fp4_e2m1", "fp8_e4m3", "fp8_e5m2"]
-SMALL += ["nf4", "ternary", "binary", "dynamic8", "udynamic8"]
+SMALL += ["nf4", "bnb_fp4", "iq4_nl", "ternary", "binary", "dynamic8", "udynamic8"]
 
 
 def interesting_floats() -> torch.Tensor:
@@ -62,8 +62,8 @@ def test_e8m0_decodes_as_torch_does():
 def test_every_code_round_trips(name):
     format = get_format(name)
     codes = torch.arange(2**format.bits, dtype=torch.int32) - format.code_offset
-    if name == "ternary":
-        codes = codes[:3]
+    if isinstance(format, CodebookFormat):
+        codes = codes[: len(format.values)]
     codes = codes.to(format.code_dtype)
     values = format.decode(codes)
     finite = values.isfinite()
@@ -112,7 +112,7 @@ def test_nf4_is_the_published_codebook():
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
-    assert torch.allclose(get_format("nf4").grid(), torch.tensor(published), atol=2e-7, rtol=0)
+    assert torch.equal(get_format("nf4").grid(), torch.tensor(published))
 
 
 def test_codebook_middles_go_to_the_smaller_entry_and_what_lies_above_does_not():
@@ -151,3 +151,10 @@ def test_torchao_has_the_same_nf4_codebook():
     tensor = nf4.NF4Tensor.from_tensor(torch.randn(512, 512), 64, 256)
     # torchao rounds the published numbers to four digits
     assert torch.allclose(tensor.nf4.float().sort().values, get_format("nf4").grid(), atol=6e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ternary", "bnb_fp4"])
+def test_codes_that_a_codebook_does_not_have_are_refused(name: str):
+    format = get_format(name)
+    with pytest.raises(NumericsError, match="a damaged file"):
+        format.decode(torch.tensor([0, 2**format.bits - 1], dtype=torch.uint8))

@@ -6,15 +6,19 @@ from hypothesis import strategies as st
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import (
     Granularity,
+    QuantSpec,
+    get_format,
     parse_granularity,
     per_block,
     per_channel,
     per_group,
     per_row_group,
+    per_run,
     per_tensor,
     per_token,
 )
 from bitgrain.numerics.granularity import from_tiles, to_tiles
+from bitgrain.recipes import Scheme
 
 SIZES = st.one_of(st.none(), st.integers(1, 6))
 
@@ -56,3 +60,20 @@ def test_empty_tiles_are_refused():
         per_group(0)
     with pytest.raises(SchemeError, match="channel axis"):
         per_channel(2)
+
+
+def test_runs_go_on_over_the_ends_of_rows():
+    x = torch.arange(3 * 10).view(3, 10).float()
+    runs = per_run(8)
+    assert (runs.name, parse_granularity("per_run(8)"), runs.tiles((3, 10))) == ("per_run(8)", runs, (1, 4))
+    assert runs.divides((4, 10))
+    assert not runs.divides((3, 10))
+    tiles = to_tiles(x, runs)
+    assert tiles[0, 1].tolist() == list(range(8, 16))
+    assert tiles[0, 3].tolist() == [*range(24, 30), 0, 0]
+    assert torch.equal(from_tiles(tiles, runs, (3, 10)), x)
+
+
+def test_runs_are_for_scales_of_scales():
+    with pytest.raises(SchemeError, match="runs over the ends of rows"):
+        Scheme("runs", QuantSpec(get_format("int4"), per_run(64)))

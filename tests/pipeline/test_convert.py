@@ -8,9 +8,11 @@ import torch
 
 import bitgrain
 from bitgrain.checkpoints.layouts import LAYOUTS
+from bitgrain.demo import demo_model_path
 from bitgrain.errors import OutputError, PlanError, SchemeError
 from bitgrain.pipeline.convert import convert
 from bitgrain.pipeline.stored import QuantizedCheckpoint
+from bitgrain.recipes import make_recipe
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_CHANNEL", "W8A8", "FP8_DYNAMIC", "NVFP4A16"])
@@ -40,3 +42,29 @@ def test_an_unknown_layout_and_an_old_folder_are_refused(tiny: Callable[[str], P
     with pytest.raises(OutputError, match="exists already"):
         convert(tmp_path / "w8", "bitgrain", tmp_path / "w8")
     assert set(LAYOUTS) >= {"compressed-tensors", "bitgrain"}
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM"])
+def test_layouts_of_other_engines_are_chosen_converted_and_run(scheme: str, tmp_path: Path):
+    bitgrain.quantize(demo_model_path(), tmp_path / "first", scheme, layout="gptq")
+    first = QuantizedCheckpoint(tmp_path / "first")
+    assert {layer.scheme.weight.scale_format.name for layer in first.layers.values()} == {"bfloat16"}
+    assert "lm_head.weight" not in first.layers
+    path = tmp_path / "first"
+    for to in ("gptq-v2", "awq", "compressed-tensors", "bitgrain", "gptq"):
+        path = convert(path, to, tmp_path / to).out
+        after = QuantizedCheckpoint(path)
+        assert after.layout.name == to
+        assert all(torch.equal(first.dense(name), after.dense(name)) for name in first.layers)
+    ids = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        expected = bitgrain.load(tmp_path / "first", execution="dequantize")(input_ids=ids).logits.float()
+        for name in ("first", "gptq-v2", "awq"):
+            found = bitgrain.load(tmp_path / name)(input_ids=ids).logits.float()
+            assert (found - expected).norm() <= 0.02 * expected.norm()  # the model computes in bfloat16
+
+
+def test_groups_of_two_sizes_cannot_stand_in_awq(tmp_path: Path):
+    mixed = make_recipe(scheme="W4A16", rules=[{"match": "down_proj", "scheme": "W4A16_CHANNEL"}])
+    with pytest.raises(PlanError, match="AWQ has one group size for all layers"):
+        bitgrain.quantize(demo_model_path(), tmp_path / "out", recipe=mixed, layout="awq")

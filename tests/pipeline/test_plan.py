@@ -12,6 +12,7 @@ import bitgrain
 import zoo
 from bitgrain.errors import PlanError, RecipeError, TextError
 from bitgrain.pipeline import planning
+from bitgrain.pipeline.engine_rules import VLLM
 from bitgrain.pipeline.engines import Verdict
 from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.plan_json import plan_to_json
@@ -173,11 +174,16 @@ def test_fp4_cannot_go_by_channel(narrow: Path):
         ("W8A8", "transformers", True, "divides int8 activations by 127.5"),
         ("FP8_DYNAMIC", "SGLang", True, ""),
         ("NVFP4", "transformers", True, ""),
-        ("W3A16", "vLLM", False, "no kernel for 3-bit weights"),
+        ("W3A16", "vLLM", True, "3-bit weights like these run in its Humming kernels"),
+        ("W3A16", "SGLang", False, "no kernel for 3-bit weights, only 4 and 8"),
         ("W3A16", "transformers", True, ""),
         ("W2A16", "SGLang", False, "no kernel for 2-bit weights"),
         ("W8A16_TENSOR", "vLLM", False, "scales per channel or per group"),
-        ("W4A8", "vLLM", False, "Arm"),
+        ("W8A16_TENSOR", "SGLang", False, "scales per channel or per group"),
+        ("W4A8", "vLLM", True, "Humming"),
+        ("W4A8", "SGLang", False, "no kernel for 4-bit weights with int8 activations"),
+        ("W4AFP8", "SGLang", False, "no kernel for 4-bit weights with FP8 activations"),
+        ("MXFP4A16", "SGLang", False, "MXFP4 is run for experts only"),
         ("W8A16INT16", "vLLM", False, "quant_method bitgrain is read by bitgrain.load only"),
         ("W8A16INT16", "transformers", False, "quant_method bitgrain"),
     ],
@@ -347,7 +353,9 @@ def test_json_of_a_plan_is_complete(tiny: Tiny):
         p.weight.module: p.layer.scheme.name if p.layer else None for p in found.layers
     }
     assert described["problems"] == []
-    assert {v["engine"] for v in described["engines"]} == {"vLLM", "SGLang", "transformers", "bitgrain"}
+    versions = {verdict["engine"]: verdict["version"] for verdict in described["engines"]}
+    assert list(versions) == ["vLLM", "SGLang", "transformers", "bitgrain"]
+    assert versions["vLLM"] == VLLM.version
     assert all(isinstance(p.layer.scheme, Scheme) for p in found.layers if p.layer)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import bitgrain
 import zoo
 from bitgrain.errors import CheckpointError
+from bitgrain.recipes import make_recipe
 
 Tiny = Callable[[str], Path]
 
@@ -32,8 +33,23 @@ def spoil(out: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def test_a_sound_folder(tiny: Tiny, out: Path):
-    assert checks(out) == {"files": True, "layers": True, "logits": True}
-    assert checks(out, tiny("llama")) == {"files": True, "layers": True, "kept tensors": True, "logits": True}
+    sound = {"files": True, "layers": True, "logits": True, "engines": None}
+    assert checks(out) == sound
+    assert checks(out, tiny("llama")) == {**sound, "kept tensors": True}
+
+
+def test_engines_are_told_by_their_rules_as_the_plan_has_them(tiny: Tiny, tmp_path: Path):
+    """Joined layers of different schemes are found by names, without the model."""
+    rule = {"match": "layers.1.self_attn.k_proj", "keep": True}
+    result = bitgrain.quantize(
+        tiny("llama"), tmp_path / "out", recipe=make_recipe(scheme="W4A16", rules=[rule]), workers=1
+    )
+    (found,) = [check for check in bitgrain.verify(tmp_path / "out") if check.name == "engines"]
+    vllm, _, transformers, _ = result.plan.engines
+    assert found.ok is None
+    assert vllm.reasons == ("layers that it fuses have different schemes: model.layers.1.self_attn.qkv",)
+    assert f"{vllm.title} does not load it ({vllm.reasons[0]})" in found.detail
+    assert f"{transformers.title} loads it" in found.detail
 
 
 def test_a_changed_kept_tensor(tiny: Tiny, out: Path):
@@ -88,7 +104,12 @@ def test_the_wrong_original(tiny: Tiny, tmp_path: Path, out: Path):
 
 def test_our_own_layout_says_what_was_not_looked_at(tiny: Tiny, tmp_path: Path):
     bitgrain.quantize(tiny("gpt2"), tmp_path / "own", "W4A16", workers=1)
-    assert checks(tmp_path / "own", tiny("gpt2")) == {"files": True, "layers": None, "kept tensors": True}
+    assert checks(tmp_path / "own", tiny("gpt2")) == {
+        "files": True,
+        "layers": None,
+        "kept tensors": True,
+        "engines": None,
+    }
 
 
 def test_experts_with_quantized_inputs_are_not_compared_but_told(tiny: Tiny, tmp_path: Path):
@@ -110,5 +131,5 @@ def test_what_transformers_cannot_load_is_a_failed_check(tiny: Tiny, tmp_path: P
 
 
 def test_an_unquantized_folder_is_an_error(tiny: Tiny):
-    with pytest.raises(CheckpointError, match=r"is not quantized; bitgrain\.load reads what bitgrain quantize wrote"):
+    with pytest.raises(CheckpointError, match="is not quantized; bitgrain reads the layouts compressed-tensors"):
         bitgrain.verify(tiny("llama"))

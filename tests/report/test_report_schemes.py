@@ -47,7 +47,8 @@ def test_every_preset_has_a_row():
     assert (rows["NVFP4"].weights, rows["NVFP4"].on_disk) == ("fp4 g16 (e4m3)", "nvfp4-pack-quantized")
     assert rows["W8A16INT16"].on_disk == "bitgrain"
     assert rows["W4A16"].vllm
-    assert not rows["W3A16"].vllm
+    assert rows["W3A16"].vllm
+    assert not rows["W8A16_TENSOR"].vllm
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,13 @@ def test_markdown():
 def test_engines_of_one_verdict_share_a_line():
     reasons = tuple(f"4-bit kernels need inputs % 128 = 0, layers.{i}.up is (64, 64)" for i in range(9))
     verdicts = [
-        Verdict("vLLM", False, reasons),
+        Verdict("vLLM", False, reasons, version="0.33.0"),
         Verdict("SGLang", False, reasons),
         Verdict("transformers", True, ("rounds otherwise",)),
         Verdict("bitgrain", True),
     ]
     assert engine_lines(verdicts) == [
-        ("vLLM, SGLang", "no: 4-bit kernels need inputs % 128 = 0 (layers.{0-8}.up)"),
+        ("vLLM 0.33.0, SGLang", "no: 4-bit kernels need inputs % 128 = 0 (layers.{0-8}.up)"),
         ("transformers", "yes: rounds otherwise"),
         ("bitgrain", "yes"),
     ]

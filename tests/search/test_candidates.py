@@ -48,6 +48,7 @@ def test_vllm_has_four_and_eight_bits():
         *("8/row", "8/128", "8/64", "8/32"),
     ]
     assert short("vllm", (64, 192)) == ["8/row", "8/64", "8/32"]  # 4-bit kernels need inputs % 128 = 0
+    assert short("sglang", (64, 192)) == []
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "GGUF"])

@@ -11,6 +11,7 @@ convolution is one matrix [out, in/groups * kernel]):
 | T.scale       | storage dtype [E, tiles down, tiles across]; nested scales: their codes, packed like T.codes |
 | T.outer_scale | only for nested scales: the scale of the scales |
 | T.outer_zero  | only for asymmetric nested scales: codes packed like T.codes, or numbers in the storage dtype |
+| T.outer_minimum | only for nested scales with minima: in their storage dtype |
 | T.zero        | only with zero points: likewise |
 | T.minimum     | only with minima: like T.scale; nested ones: T.minimum_scale, their scale |
 | T.order       | only with an order of the columns: int32 [E, in], the input channel of each column of the codes |
@@ -26,20 +27,35 @@ convolution is one matrix [out, in/groups * kernel]):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Len
+from pydantic import ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import Lenient, parse, section
 from bitgrain.checkpoints.shards import TensorSpec
+from bitgrain.errors import CheckpointError, SchemeError
 from bitgrain.numerics import Format, QTensor, QuantSpec, per_tensor
+from bitgrain.numerics.formats import FP32, is_named
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.outliers import column_dtype
-from bitgrain.numerics.packed import PackedMatrix, pack_qtensor, packed_matrix, packed_specs, scale_dtype, zero_dtype
+from bitgrain.numerics.packed import (
+    PackedMatrix,
+    check_order,
+    pack_qtensor,
+    packed_matrix,
+    packed_specs,
+    scale_dtype,
+    zero_dtype,
+)
 from bitgrain.recipes.spec_model import SchemeModel
 
 
@@ -52,18 +68,21 @@ class BitgrainLayout:
     storages: tuple[Format, ...] = ()
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        return (config.get("quantization_config") or {}).get("quant_method") == self.name
+        return section(config).get("quant_method") == self.name
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
         return read_layers(config["quantization_config"])
 
     def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
-        return (layer.scheme.weight,)
+        spec = layer.scheme.weight
+        return (spec, replace(spec, scale=FP32)) if isinstance(spec.scale, QuantSpec) else (spec,)
 
     def refusal(self, layer: StoredLayer) -> str | None:
         if layer.role == "conv" and layer.transposed:
             return f"{layer.module} is a transposed convolution, whose outputs are not the rows of its tensor"
         nested = layer.scheme.weight.scale
+        if isinstance(nested, QuantSpec) and not is_named(nested.format):
+            return f"{layer.module}: scales in a code of another writer, {nested.format}"
         if isinstance(nested, QuantSpec) and isinstance(nested.scale, QuantSpec):
             return f"{layer.module}: scales of scales of scales"
         if layer.scheme.weight.scale_format.bits > 8 and isinstance(nested, QuantSpec):
@@ -118,7 +137,11 @@ class BitgrainLayout:
         if spec.clusters:
             stored = {suffix: read(f"{layer.tensor}.input_{suffix}") for suffix in ("scale", "sizes", "order")}
             zero = None if spec.symmetric else read(f"{layer.tensor}.input_zero").view(1, -1)
-            return [StaticInput(stored["scale"].view(1, -1), zero, stored["sizes"], stored["order"])]
+            check_order(stored["order"], layer.in_features, layer.module)
+            sizes = stored["sizes"]
+            if bool((sizes < 0).any().item()) or int(sizes.sum()) != layer.in_features:
+                raise CheckpointError(f"{layer.module}: the sizes of its clusters do not add up to its inputs")
+            return [StaticInput(stored["scale"].view(1, -1), zero, sizes, stored["order"])]
         scales = read(f"{layer.tensor}.input_scale").view(layer.experts, 1, 1)
         if spec.symmetric:
             return [StaticInput(scale) for scale in scales]
@@ -173,23 +196,55 @@ class BitgrainLayout:
         }
 
 
+class _Layer(Lenient):
+    """What `BitgrainLayout.config` says of one tensor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    scheme: int = Field(ge=0)
+    shape: Annotated[list[PositiveInt], Len(2, 2)]
+    experts: PositiveInt
+    transposed: bool
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
+    module: str
+    class_name: str = Field(alias="class")
+    role: str
+    original: tuple[PositiveInt, ...] = Field(default=(), strict=False)
+
+
+class _Settings(Lenient):
+    """The whole."""
+
+    schemes: list[dict[str, Any]]
+    layers: dict[str, _Layer]
+
+
 def read_layers(config: Mapping[str, Any]) -> list[StoredLayer]:
-    """The layers of a `quantization_config` that `BitgrainLayout.config` wrote."""
-    schemes = [SchemeModel.model_validate(scheme).build() for scheme in config["schemes"]]
-    return [
-        StoredLayer(
-            tensor=tensor,
-            module=tensor.removesuffix(".weight"),
-            memory_module=entry["module"],
-            class_name=entry["class"],
-            role=entry["role"],
-            out_features=entry["shape"][0],
-            in_features=entry["shape"][1],
-            experts=entry["experts"],
-            transposed=entry["transposed"],
-            dtype=getattr(torch, entry["dtype"]),
-            scheme=schemes[entry["scheme"]],
-            original=tuple(entry.get("original", ())),
+    """The layers of a `quantization_config` that `BitgrainLayout.config` wrote. Raises CheckpointError."""
+    settings = parse(_Settings, config, "quantization_config")
+    try:
+        schemes = [parse(SchemeModel, scheme, f"scheme {i}").build() for i, scheme in enumerate(settings.schemes)]
+    except SchemeError as error:
+        raise CheckpointError(f"config.json, quantization_config: {error}") from error
+    found: list[StoredLayer] = []
+    for tensor, entry in settings.layers.items():
+        rows, cols = entry.shape
+        if entry.scheme >= len(schemes) or (entry.original and math.prod(entry.original) != rows * cols):
+            raise CheckpointError(f"config.json, quantization_config: {tensor}: its scheme or shape does not exist")
+        found.append(
+            StoredLayer(
+                tensor=tensor,
+                module=tensor.removesuffix(".weight"),
+                memory_module=entry.module,
+                class_name=entry.class_name,
+                role=entry.role,
+                out_features=rows,
+                in_features=cols,
+                experts=entry.experts,
+                transposed=entry.transposed,
+                dtype=getattr(torch, entry.dtype),
+                scheme=schemes[entry.scheme],
+                original=entry.original,
+            )
         )
-        for tensor, entry in config["layers"].items()
-    ]
+    return found

@@ -5,7 +5,8 @@ Tensors of a layer `M` (library compressed-tensors 0.20, its compressors and Qua
 | format                 | tensors |
 |---|---|
 | pack-quantized         | M.weight_packed int32 [out, ceil(in * bits / 32)], M.weight_scale, M.weight_shape int64 [2] |
-|                        | asymmetric: M.weight_zero_point int32, packed along the rows |
+|                        | asymmetric: M.weight_zero_point int32, packed along the rows; |
+|                        | act-order (read only, the library gave it up in 0.20): M.weight_g_idx int32 [in] |
 | int-, float-quantized  | M.weight int8 / float8_e4m3fn [out, in], M.weight_scale |
 | nvfp4-pack-quantized   | M.weight_packed uint8 [out, in / 2], M.weight_scale float8_e4m3fn, |
 |                        | M.weight_global_scale float32 [1] (the inverse of the shared scale), M.input_global_scale |
@@ -27,7 +28,9 @@ from torch import Tensor
 
 from bitgrain.checkpoints.compressed_tensors_reader import read_layers
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
+from bitgrain.checkpoints.linear_layers import in_order, order_of
 from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
@@ -53,13 +56,14 @@ class CompressedTensors:
     storages: tuple[Format, ...] = ()
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        return (config.get("quantization_config") or {}).get("quant_method") == self.name
+        return section(config).get("quant_method") == self.name
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
         return read_layers(config["quantization_config"], checkpoint)
 
     def spellings(self, layer: StoredLayer) -> Iterable[QuantSpec]:
-        return near_spellings(layer.scheme.weight, INTEGERS, (FP32, FP16, BF16), ("none", "integer"))
+        own = {torch.float16: FP16, torch.bfloat16: BF16}.get(layer.dtype, FP32)  # readers decode to the scale's dtype
+        return near_spellings(layer.scheme.weight.with_scale_dtype(own), INTEGERS, (own,), ("none", "integer"))
 
     def refusal(self, layer: StoredLayer) -> str | None:
         spec, strategy, where = layer.scheme.weight, _strategy(layer.scheme.weight.granularity), f"for {layer.module}"
@@ -73,6 +77,8 @@ class CompressedTensors:
             return f"compressed-tensors has no place for the outliers of {spec.describe()}, {where}"
         if spec.columns:
             return f"compressed-tensors has no place for columns in 16 bits of {spec.describe()}, {where}"
+        if spec.ordered:
+            return f"compressed-tensors 0.20 has given up act-order with groups, {where}; gptq has it"
         if _format(layer.scheme) is None:
             return f"compressed-tensors has no format for weights {spec.describe()}, {where}"
         if strategy is None:
@@ -101,6 +107,8 @@ class CompressedTensors:
             ]
             if not spec.symmetric:
                 found.append(("weight_zero_point", torch.int32, (math.ceil(scales[0] * bits / 32), scales[1])))
+            if spec.ordered:
+                found.append(("weight_g_idx", torch.int32, (cols,)))
         elif kind in (NVFP4, MXFP4):
             dtype = torch.uint8 if kind == MXFP4 else torch.float8_e4m3fn
             found = [("weight_packed", torch.uint8, (rows, cols // 2)), ("weight_scale", dtype, scales)]
@@ -170,17 +178,20 @@ class CompressedTensors:
             else:
                 scale = stored.view(torch.float8_e8m0fnu)
             return [PackedMatrix(get("weight_packed"), scale, None, spec, layer.shape)]
-        scale, zero = get("weight_scale").reshape(down, across), None
+        scale, zero, order = get("weight_scale").reshape(down, across), None, None
         if kind == PACKED:
             words, bits, offset = get("weight_packed"), spec.format.bits, spec.format.code_offset
             if not spec.symmetric:
                 zero = _signed(unpack(get("weight_zero_point"), bits, down, axis=0), offset, spec)
+            if spec.ordered:
+                order = order_of(get("weight_g_idx"), spec.granularity.cols or 1, f"{layer.module}.weight_g_idx")
+                words = in_order(words, order, bits)
         else:
             words = get("weight").view(torch.uint8)
             if tuple(words.shape) != layer.shape:
                 raise CheckpointError(f"{layer.module}: codes of shape {tuple(words.shape)}, {layer.shape} is needed")
             words = _unsigned(words, spec.format.code_offset)
-        return [PackedMatrix(words, scale, zero, spec, layer.shape)]
+        return [PackedMatrix(words, scale, zero, spec, layer.shape, order=order)]
 
     def decode_columns(self, layer: StoredLayer, read: Read) -> list[Tensor]:
         return []
@@ -255,8 +266,7 @@ def _format(scheme: Scheme) -> str | None:
             if plain == (known.format, known.granularity, known.scale):
                 return name
         return None
-    # the scale's dtype is the decoded dtype
-    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point in ("real", "minimum"):
+    if spec.scale not in (FP32, FP16, BF16) or spec.zero_point in ("real", "minimum"):  # scales tell the decoded dtype
         return None
     if spec.format == FP8_E4M3:
         return FLOAT

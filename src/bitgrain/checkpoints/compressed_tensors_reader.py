@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Len
 
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.checkpoints.reader import Checkpoint, StoredTensor
+from bitgrain.checkpoints.linear_layers import kept_dtype
+from bitgrain.checkpoints.patterns import name_matches
+from bitgrain.checkpoints.reader import Checkpoint
+from bitgrain.checkpoints.settings import Lenient, parse
 from bitgrain.errors import CheckpointError, SchemeError
 from bitgrain.numerics import IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
 from bitgrain.numerics.formats import BF16, FP8_E4M3, FP16, FP32, FloatFormat, Format
 from bitgrain.recipes import Scheme
+
+
+class _Arguments(Lenient):
+    """QuantizationArgs of compressed-tensors, what of it is read."""
+
+    num_bits: int
+    type: Literal["int", "float"]
+    strategy: str
+    symmetric: bool = True
+    dynamic: bool | Literal["local"] = False
+    group_size: int | None = None
+    block_structure: Annotated[list[int], Len(2, 2)] | None = None
+
+
+class _Group(Lenient):
+    """QuantizationScheme of compressed-tensors."""
+
+    targets: list[str]
+    weights: _Arguments
+    input_activations: _Arguments | None = None
+
+
+class _Settings(Lenient):
+    """QuantizationConfig of compressed-tensors."""
+
+    config_groups: dict[str, _Group]
+
 
 _STORAGE = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 
@@ -24,22 +55,28 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
     Raises CheckpointError for a module that no group targets, or a group that bitgrain cannot express.
     """
     entries = checkpoint.entries
+    settings = parse(_Settings, config, "quantization_config")
     layers: list[StoredLayer] = []
     schemes: dict[tuple[str, FloatFormat, FloatFormat], Scheme] = {}
     for name, entry in entries.items():
         if not name.endswith(".weight_scale"):
             continue
         module = name.removesuffix(".weight_scale")
-        key = _group_of(module, config)
+        key = _group_of(module, settings)
         storage = _STORAGE.get(entry.dtype, BF16)
         static = entries.get(f"{module}.input_scale")
         kind = (key, storage, FP32 if static is None else _STORAGE.get(static.dtype, FP32))
         if kind not in schemes:
-            schemes[kind] = _scheme(key, config["config_groups"][key], *kind[1:])
+            schemes[kind] = _scheme(key, settings.config_groups[key], *kind[1:])
         inputs = schemes[kind].input
         if inputs is not None and not inputs.dynamic and static is None:
             raise CheckpointError(f"{module}.input_scale is missing: its inputs have a static scale")
         rows, cols = _shape(module, checkpoint)
+        scheme = schemes[kind]
+        if (order := entries.get(f"{module}.weight_g_idx")) is not None:
+            if tuple(order.shape) != (cols,) or order.dtype != torch.int32 or scheme.weight.granularity.cols is None:
+                raise CheckpointError(f"{module}.weight_g_idx is {order.dtype} {list(order.shape)}, for {cols} inputs")
+            scheme = replace(scheme, weight=replace(scheme.weight, ordered=True))
         layers.append(
             StoredLayer(
                 tensor=f"{module}.weight",
@@ -51,46 +88,38 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
                 in_features=cols,
                 experts=1,
                 transposed=False,
-                dtype=_dense_dtype(entry.dtype, entries),
-                scheme=schemes[kind],
+                dtype=entry.dtype if entry.dtype in _STORAGE else kept_dtype(entries) or torch.bfloat16,
+                scheme=scheme,
             )
         )
     return layers
 
 
-def _dense_dtype(scale: torch.dtype, entries: Mapping[str, StoredTensor]) -> torch.dtype:
-    """What the original was: the dtype of the scale, or (FP4) that of the tensors that were kept."""
-    if scale in _STORAGE:
-        return scale
-    kept = [entry.dtype for name, entry in entries.items() if name.endswith((".weight", ".bias"))]
-    floats = [dtype for dtype in kept if dtype in _STORAGE]
-    return max(set(floats), key=floats.count) if floats else torch.bfloat16
-
-
 def _shape(module: str, checkpoint: Checkpoint) -> tuple[int, int]:
     entries = checkpoint.entries
     plain = entries.get(f"{module}.weight")
-    if plain is not None:
+    if plain is not None and len(plain.shape) == 2:
         return plain.shape[0], plain.shape[1]
     packed = entries.get(f"{module}.weight_packed")
-    if packed is None:
+    if packed is None or len(packed.shape) != 2:
         raise CheckpointError(
-            f"{module} has a scale but neither weight nor weight_packed: the checkpoint is incomplete"
+            f"{module} has a scale but neither weight nor weight_packed as a matrix: the checkpoint is incomplete"
         )
     if packed.dtype == torch.uint8:
         return packed.shape[0], packed.shape[1] * 2
-    shape = checkpoint.read(f"{module}.weight_shape").tolist()
-    if len(shape) != 2 or shape[0] != packed.shape[0]:
-        raise CheckpointError(f"{module}.weight_shape is {shape}, but weight_packed has {packed.shape[0]} rows")
+    shape = checkpoint.read(f"{module}.weight_shape")
+    if shape.is_floating_point() or shape.numel() != 2 or int(shape[0]) != packed.shape[0] or int(shape[1]) < 1:
+        raise CheckpointError(
+            f"{module}.weight_shape is {shape.tolist()}, but weight_packed has {packed.shape[0]} rows"
+        )
     return int(shape[0]), int(shape[1])
 
 
-def _group_of(module: str, config: Mapping[str, Any]) -> str:
-    groups: Mapping[str, Any] = config.get("config_groups", {})
+def _group_of(module: str, settings: _Settings) -> str:
     by_class: str | None = None
-    for key, group in groups.items():
-        for target in group["targets"]:
-            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+    for key, group in settings.config_groups.items():
+        for target in group.targets:
+            if target == module or (target.startswith("re:") and name_matches(target[3:], module)):
                 return key
             if target == "Linear":
                 by_class = key
@@ -99,44 +128,43 @@ def _group_of(module: str, config: Mapping[str, Any]) -> str:
     return by_class
 
 
-def _scheme(name: str, group: Mapping[str, Any], storage: FloatFormat, input_storage: FloatFormat) -> Scheme:
-    inputs = group.get("input_activations")
+def _scheme(name: str, group: _Group, storage: FloatFormat, input_storage: FloatFormat) -> Scheme:
+    inputs = group.input_activations
     try:
         return Scheme(
-            name, _spec(group["weights"], storage), _spec(inputs, input_storage, activation=True) if inputs else None
+            name, _spec(group.weights, storage), _spec(inputs, input_storage, activation=True) if inputs else None
         )
     except SchemeError as error:
         raise CheckpointError(f"quantization_config, {name}: {error}") from error
 
 
-def _spec(arguments: Mapping[str, Any], storage: FloatFormat, activation: bool = False) -> QuantSpec:
-    strategy, bits = arguments["strategy"], arguments["num_bits"]
-    dynamic = arguments.get("dynamic") in (True, "local")
-    if arguments["type"] == "float" and bits == 4:
+def _spec(arguments: _Arguments, storage: FloatFormat, activation: bool = False) -> QuantSpec:
+    strategy, bits = arguments.strategy, arguments.num_bits
+    dynamic = arguments.dynamic in (True, "local")
+    if arguments.type == "float" and bits == 4:
         return nvfp4(dynamic) if strategy == "tensor_group" else mxfp4(dynamic)
     format: Format
-    if arguments["type"] == "float":
+    if arguments.type == "float":
         if bits != 8:
             raise SchemeError(f"floats of {bits} bits")
         format = FP8_E4M3
     else:
         format = IntFormat(bits)
-    group = int(arguments.get("group_size") or 0)
+    block = arguments.block_structure or [0, 0]
     granularity = {
         "tensor": per_tensor,
         "channel": per_channel,
         "token": per_channel,
-        "group": lambda: per_group(group),
-        "block": lambda: per_block(*arguments["block_structure"]),
+        "group": lambda: per_group(arguments.group_size or 0),
+        "block": lambda: per_block(block[0], block[1]),
     }.get(strategy)
     if granularity is None:
         raise SchemeError(f"strategy {strategy!r}")
-    symmetric = arguments.get("symmetric", True)
     return QuantSpec(
         format,
         granularity(),
-        zero_point="none" if symmetric else "integer",
-        restricted=activation and symmetric and isinstance(format, IntFormat),
+        zero_point="none" if arguments.symmetric else "integer",
+        restricted=activation and arguments.symmetric and isinstance(format, IntFormat),
         scale=storage,
         dynamic=dynamic,
     )

@@ -61,6 +61,8 @@ def read_scheme(config: Mapping[str, Any]) -> CacheScheme | None:
     given = config.get("kv_cache_scheme")
     if not given:
         return None
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"kv_cache_scheme is {given!r}, not a scheme")
     wanted = config_of(SCHEMES["fp8"])
     told = {key: given.get(key, wanted[key]) for key in wanted if key != "observer"}
     if told != {key: value for key, value in wanted.items() if key != "observer"}:

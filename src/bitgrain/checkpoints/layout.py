@@ -125,7 +125,8 @@ class Layout(Protocol):
         ...
 
     def config(self, layers: Sequence[StoredLayer], kept: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
-        """What config.json says under `keys`; `kept`: (module, memory module, class) of matrices kept."""
+        """What config.json says under `keys`; `kept`: (module, memory module, class) of matrices kept. Raises
+        SchemeError for layers that it holds, but not in one checkpoint."""
         ...
 
 

@@ -6,21 +6,42 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from bitgrain.checkpoints.awq import AWQ
 from bitgrain.checkpoints.bitgrain_layout import BitgrainLayout
+from bitgrain.checkpoints.bitsandbytes import Bitsandbytes4Bit, BitsandbytesInt8
+from bitgrain.checkpoints.bitsandbytes_reader import FP4, NF4
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
+from bitgrain.checkpoints.gptq import GPTQ
 from bitgrain.checkpoints.layout import Layout
+from bitgrain.checkpoints.mlx import MLX
+from bitgrain.checkpoints.torchao import READ_ONLY, TorchAO
 from bitgrain.errors import SchemeError
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (CompressedTensors(), BitgrainLayout())}
+_ALL: tuple[Layout, ...] = (
+    CompressedTensors(),
+    BitgrainLayout(),
+    GPTQ(1),
+    GPTQ(2),
+    AWQ(),
+    Bitsandbytes4Bit("bnb-nf4", NF4, "transformers with bitsandbytes: NF4, double quantized or not"),
+    Bitsandbytes4Bit("bnb-fp4", FP4, "transformers with bitsandbytes: its FP4, double quantized or not"),
+    BitsandbytesInt8(),
+    MLX(),
+    TorchAO(),
+)
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
+WRITABLE: dict[str, Layout] = {name: layout for name, layout in LAYOUTS.items() if not isinstance(layout, TorchAO)}
 
 
 def get_layout(name: str) -> Layout:
-    """The layout called `name`. Raises SchemeError that lists all."""
-    found = LAYOUTS.get(name.lower())
+    """The layout called `name`, to be written. Raises SchemeError that lists all, or for one that is only read."""
+    found = WRITABLE.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name, LAYOUTS, n=1)
+        if name.lower() in LAYOUTS:
+            raise SchemeError(READ_ONLY)
+        near = difflib.get_close_matches(name, WRITABLE, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise SchemeError(f"unknown layout {name!r}: {hint}known layouts: {', '.join(LAYOUTS)}")
+        raise SchemeError(f"unknown layout {name!r}: {hint}known layouts: {', '.join(WRITABLE)}")
     return found
 
 

@@ -125,7 +125,7 @@ class Checkpoint:
             return torch.empty(shape, dtype=entry.dtype)
         source = self._files[entry.file]
         raw = torch.empty(nbytes, dtype=torch.uint8)
-        with _opened(source.path) as fd:
+        with opened(source.path) as fd:
             got = pread_into(fd, raw.numpy().data, entry.offset + skip)
             now = os.fstat(fd)
         if got < nbytes or (now.st_size, now.st_mtime_ns, now.st_ino) != (source.size, source.mtime_ns, source.inode):
@@ -236,7 +236,7 @@ def _check_owners(folder: Path, files: Mapping[str, _SourceFile], weight_map: Ma
 
 
 def _open_file(path: Path) -> _SourceFile:
-    with _opened(path) as fd:
+    with opened(path) as fd:
         info = os.fstat(fd)
         label = str(path)
         first = os.pread(fd, 8, 0)
@@ -251,12 +251,12 @@ def _open_file(path: Path) -> _SourceFile:
 
 
 def _read_whole(path: Path) -> bytes:
-    with _opened(path) as fd, open(fd, "rb", closefd=False) as file:
+    with opened(path) as fd, open(fd, "rb", closefd=False) as file:
         return file.read()
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[int, None, None]:
+def opened(path: Path) -> Generator[int, None, None]:
     """A read-only descriptor of a regular file; an `OSError` of the body becomes a CheckpointError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # non-blocking: opening a pipe must not hang

@@ -35,11 +35,12 @@ _PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to come: its name, dtype and shape."""
+    """A tensor to come: its name, dtype and shape. any_size: that of another writer may be longer or shorter (text)."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    any_size: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -56,15 +57,17 @@ class PlacedTensor:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One file to come: `header` are its first bytes as they are; `nbytes` is its whole length."""
+    """One file to come: `header` are its first bytes as they are; `nbytes` is its whole length; `padding` bytes of it,
+    zeros, belong to no tensor."""
 
     file: str
     header: bytes
     tensors: tuple[PlacedTensor, ...]
+    padding: int = 0
 
     @cached_property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.spec.nbytes for tensor in self.tensors)
+        return len(self.header) + sum(tensor.spec.nbytes for tensor in self.tensors) + self.padding
 
 
 def plan_shards(

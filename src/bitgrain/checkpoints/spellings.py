@@ -37,6 +37,7 @@ def near_spellings(
             scale=scale,
             minimum=storage,
             restricted=spec.restricted and zero == "none",
+            ordered=spec.ordered and tile.cols is not None,
         )
 
 

@@ -27,6 +27,7 @@ from bitgrain.cli import (
     plan,
     quantize,
     schemes,
+    show,
     train,
     verify,
 )
@@ -39,6 +40,7 @@ COMMANDS = {
     "eval": eval,
     "inspect": inspect,
     "convert": convert,
+    "show": show,
     "verify": verify,
     "train": train,
     "calibrate": calibrate,

@@ -23,7 +23,7 @@ from torch import Tensor
 from bitgrain.errors import KernelError
 from bitgrain.kernels.float_inputs import FloatInputs
 from bitgrain.kernels.native import DTYPES, native
-from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros
+from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros, kind_of_zeros, panel_bits
 from bitgrain.kernels.words import check_words
 
 CodeTable = Sequence[float] | torch.dtype | None
@@ -51,6 +51,7 @@ class CodeLinear(PackedLinear):
         group: int | None = None,
         scale_dtype: torch.dtype = torch.float32,
         zeros: Zeros = "constant",
+        zero: float = 0.0,
         outer: float = 1.0,
         bias: Tensor | None = None,
         panels: Tensor | None = None,
@@ -62,10 +63,10 @@ class CodeLinear(PackedLinear):
         kind = _kind(bits, table)
         self.n, self.k, self.bits, self.group = n, k, bits, group or k
         self.table = tuple(float(number) for number in table) if isinstance(table, Sequence) else table
-        self.scale_dtype, self.zeros, self.outer, self.inputs = scale_dtype, zeros, outer, inputs
+        self.scale_dtype, self.zeros, self.zero, self.outer, self.inputs = scale_dtype, zeros, zero, outer, inputs
         numbers = list(self.table) if isinstance(self.table, tuple) else []
         handle = native().CodeWeight(
-            n, k, self.group, bits, kind, numbers, SCALE_DTYPES[scale_dtype], ZEROS[zeros], outer
+            n, k, self.group, bits, kind, numbers, SCALE_DTYPES[scale_dtype], ZEROS[zeros], zero, outer
         )
         if inputs is not None:
             handle.round_inputs(*inputs.arguments())
@@ -84,24 +85,27 @@ class CodeLinear(PackedLinear):
         table: CodeTable,
         *,
         group: int | None = None,
-        zero: Tensor | None = None,
+        zero: Tensor | float | None = None,
+        minimum: Tensor | None = None,
         outer: float = 1.0,
         bias: Tensor | None = None,
         inputs: FloatInputs | None = None,
     ) -> CodeLinear:
-        """w = (table[code] - zero) * scale * outer; for integers of 8 bits (code - zero) * scale * outer.
+        """w = ((table[code] - zero) * scale - minimum) * outer; for integers of 8 bits the code stands for table[code].
 
         codes  [n, k]: uint8 (int8 for integers of 8 bits)
         scale  [n, ceil(k / group)]: float32, bfloat16, float16, float8_e8m0fnu or float8_e4m3fn, kept as they are
         table  what codes mean, see CodeTable
         group  inputs that share a scale; the last group of a row may be shorter; None: one for the row
-        zero   None, or shaped as scale: uint8 codes or floats. What is one number for all belongs into the table.
+        zero   None, or shaped as scale: uint8 codes or floats. What is one number for all belongs into the table
+               (beside minima it may be here)
+        minimum  None, or shaped as scale: floats, which are kept in the scales' dtype (float32, bfloat16 or float16)
         outer  one more scale for all (NVFP4)
         inputs how x is rounded before it is multiplied; None: not
         Raises KernelError for shapes that do not fit.
         """
-        made = cls._for(codes.shape[0], codes.shape[1], scale, bits, table, group, zero, outer, bias, inputs)
-        made._fill(codes, scale, zero)
+        made = cls._for(codes.shape[0], codes.shape[1], scale, bits, table, group, zero, minimum, outer, bias, inputs)
+        made._fill(codes, scale, zero if isinstance(zero, Tensor) else minimum)
         return made
 
     @classmethod
@@ -114,7 +118,8 @@ class CodeLinear(PackedLinear):
         *,
         k: int,
         group: int | None = None,
-        zero: Tensor | None = None,
+        zero: Tensor | float | None = None,
+        minimum: Tensor | None = None,
         outer: float = 1.0,
         bias: Tensor | None = None,
         inputs: FloatInputs | None = None,
@@ -129,9 +134,10 @@ class CodeLinear(PackedLinear):
         Raises KernelError for shapes that do not fit.
         """
         stride = check_words(words, bits, k)
-        wide = min(b for b in BITS if b >= bits)
-        made = cls._for(words.shape[0], k, scale, wide, table, group, zero, outer, bias, inputs)
-        made._fill_from_words(words, stride, bits, scale, zero)
+        run = group or k
+        wide = panel_bits(bits, [run] * (k // run) + [k % run])
+        made = cls._for(words.shape[0], k, scale, wide, table, group, zero, minimum, outer, bias, inputs)
+        made._fill_from_words(words, stride, bits, scale, zero if isinstance(zero, Tensor) else minimum)
         return made
 
     @classmethod
@@ -143,26 +149,27 @@ class CodeLinear(PackedLinear):
         bits: int,
         table: CodeTable,
         group: int | None,
-        zero: Tensor | None,
+        zero: Tensor | float | None,
+        minimum: Tensor | None,
         outer: float,
         bias: Tensor | None,
         inputs: FloatInputs | None,
     ) -> CodeLinear:
         """With panels that are not filled yet."""
-        kind: Zeros = "constant" if zero is None else "codes" if zero.dtype == torch.uint8 else "real"
-        if scale.shape != (n, -(-k // (group or k))) or (zero is not None and zero.shape != scale.shape):
-            shapes = f"{tuple(scale.shape)} beside zero points {None if zero is None else tuple(zero.shape)}"
-            raise KernelError(f"scales {shapes} do not fit codes {(n, k)} in groups of {group or k}")
+        if scale.shape != (n, -(-k // (group or k))):
+            raise KernelError(f"scales {tuple(scale.shape)} do not fit codes {(n, k)} in groups of {group or k}")
+        kind, constant = kind_of_zeros(scale, zero, minimum), 0.0 if isinstance(zero, Tensor) else float(zero or 0)
         return cls(
-            n, k, bits, table, group=group, scale_dtype=scale.dtype, zeros=kind, outer=outer, bias=bias, inputs=inputs
-        )
+            n, k, bits, table, group=group, scale_dtype=scale.dtype, zeros=kind, zero=constant, outer=outer, bias=bias,
+            inputs=inputs,
+        )  # fmt: skip
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """codes [n, k], scale and zero points [n, groups] (None if there are none), as they were packed."""
+        """codes [n, k], scale and zero points or minima [n, groups] (None without), as they were packed."""
         return self._read(-(-self.k // self.group), self.scale_dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = (self.scale_dtype, self.zeros, self.outer, self.bias, self.panels, self.inputs)
+        settings = (self.scale_dtype, self.zeros, self.zero, self.outer, self.bias, self.panels, self.inputs)
         return _restore, (self.n, self.k, self.bits, self.table, self.group, *settings)
 
 
@@ -188,12 +195,13 @@ def _restore(
     group: int,
     scale_dtype: torch.dtype,
     zeros: Zeros,
+    zero: float,
     outer: float,
     bias: Tensor | None,
     panels: Tensor,
     inputs: FloatInputs | None,
 ) -> CodeLinear:
     return CodeLinear(
-        n, k, bits, table, group=group, scale_dtype=scale_dtype, zeros=zeros, outer=outer, bias=bias, panels=panels,
-        inputs=inputs,
+        n, k, bits, table, group=group, scale_dtype=scale_dtype, zeros=zeros, zero=zero, outer=outer, bias=bias,
+        panels=panels, inputs=inputs,
     )  # fmt: skip

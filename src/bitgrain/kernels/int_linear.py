@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.native import DTYPES, native
-from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros
+from bitgrain.kernels.packed_linear import BITS, ZEROS, PackedLinear, Zeros, kind_of_zeros, panel_bits
 from bitgrain.kernels.words import check_words
 
 
@@ -89,19 +89,21 @@ class IntLinear(PackedLinear):
         *,
         lengths: Sequence[int] | None = None,
         zero: int | Tensor = 0,
+        minimum: Tensor | None = None,
         scale_dtype: torch.dtype | None = None,
         bias: Tensor | None = None,
     ) -> IntLinear:
-        """w = scale * (code - zero).
+        """w = scale * (code - zero) - minimum.
 
         codes    [n, k]: uint8 (int8 for 8 bits)
         scale    [n, spans]: float32, bfloat16 or float16
         zero     one integer for all, or [n, spans]: uint8 codes (in fewer than 8 bits) or floats
+        minimum  None, or [n, spans] beside one zero point for all; kept in the scales' dtype
         lengths  of the spans; None: all equal
         Raises KernelError for shapes that do not fit.
         """
-        made = cls._for(codes.shape[0], codes.shape[1], scale, bits, inputs, lengths, zero, scale_dtype, bias)
-        made._fill(codes, scale.to(torch.float32), None if isinstance(zero, int) else zero)
+        made = cls._for(codes.shape[0], codes.shape[1], scale, bits, inputs, lengths, zero, minimum, scale_dtype, bias)
+        made._fill(codes, scale.to(torch.float32), minimum if isinstance(zero, int) else zero)
         return made
 
     @classmethod
@@ -115,26 +117,29 @@ class IntLinear(PackedLinear):
         k: int,
         lengths: Sequence[int] | None = None,
         zero: int | Tensor | None = None,
+        minimum: Tensor | None = None,
         scale_dtype: torch.dtype | None = None,
         bias: Tensor | None = None,
     ) -> IntLinear:
-        """w = scale * (code - zero), straight from densely packed rows: no more is unpacked than a panel of 32 rows.
+        """w = scale * (code - zero) - minimum, straight from densely packed rows, of which 32 are unpacked at a time.
 
         words    [n, ...], uint8 or int32: rows of unsigned codes as `numerics.packing.pack` has them (and the formats
                  pack-quantized of compressed-tensors)
-        bits     of one code in `words`, 1 to 8; the panels have 2, 3, 4 or 8
+        bits     of one code in `words`, 1 to 8; the panels have 2, 3, 4 or 8 (`panel_bits`)
         k        codes of a row
         zero     what the unsigned code of a 0 is: None for signed codes stored as code + 2**(bits - 1); or as of `pack`
         The others as of `pack`. Raises KernelError for shapes that do not fit.
         """
         stride = check_words(words, bits, k)
-        wide = min(b for b in BITS if b >= bits)
+        runs = [k // scale.shape[1]] * scale.shape[1] if lengths is None else lengths
+        wide = panel_bits(bits, runs)
         point: int | Tensor = 1 << (bits - 1) if zero is None else zero
         if wide == 8:  # these panels are signed
             half = 1 << (bits - 1)
             point = point - half if isinstance(point, int) else point.to(torch.float32) - half
-        made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, point, scale_dtype, bias)
-        made._fill_from_words(words, stride, bits, scale.to(torch.float32), None if isinstance(point, int) else point)
+        made = cls._for(words.shape[0], k, scale, wide, inputs, lengths, point, minimum, scale_dtype, bias)
+        more = minimum if isinstance(point, int) else point
+        made._fill_from_words(words, stride, bits, scale.to(torch.float32), more)
         return made
 
     @classmethod
@@ -147,25 +152,24 @@ class IntLinear(PackedLinear):
         inputs: IntInputs,
         lengths: Sequence[int] | None,
         zero: int | Tensor,
+        minimum: Tensor | None,
         scale_dtype: torch.dtype | None,
         bias: Tensor | None,
     ) -> IntLinear:
         """With panels that are not filled yet."""
         spans = scale.shape[1]
         lengths = [k // spans] * spans if lengths is None else lengths
-        kind: Zeros = "constant" if isinstance(zero, int) else "codes" if zero.dtype == torch.uint8 else "real"
+        kind = kind_of_zeros(scale, zero, minimum)
         made = cls(
             n, lengths, bits, inputs, scale_dtype=scale_dtype or scale.dtype, zeros=kind,
             zero=zero if isinstance(zero, int) else 0, bias=bias,
         )  # fmt: skip
         if made.k != k or scale.shape != (n, len(lengths)):
             raise KernelError(f"codes {(n, k)} and scales {tuple(scale.shape)} do not fit spans {list(lengths)}")
-        if isinstance(zero, Tensor) and zero.shape != scale.shape:
-            raise KernelError(f"zero points {tuple(zero.shape)} beside scales {tuple(scale.shape)}")
         return made
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """codes [n, k], scale [n, spans] float32 and zero points [n, spans] (None if constant), as they were packed."""
+        """codes [n, k], scale [n, spans] float32, zero points or minima [n, spans] (None without), as packed."""
         return self._read(len(self.lengths), torch.float32)
 
     def dequantize_features(self, index: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,13 @@ from bitgrain.errors import KernelError
 from bitgrain.kernels.memory import weight_memory
 from bitgrain.kernels.native import DTYPES, address_of, rows_of
 
-Zeros = Literal["constant", "codes", "real"]
-ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2}
+Zeros = Literal["constant", "codes", "real", "minima"]
+ZEROS: dict[Zeros, int] = {"constant": 0, "codes": 1, "real": 2, "minima": 3}
 """Kinds of zero points, as native/linear/int_weights.h numbers them."""
 BITS = (2, 3, 4, 8)
 """Of codes in panels."""
+_CHUNKS = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}
+"""Features of a chunk and its vectors, see native/linear/int_weights.h."""
 
 
 class PackedLinear:
@@ -59,7 +61,7 @@ class PackedLinear:
         return torch.int8 if self.bits == 8 else torch.uint8
 
     def _read(self, spans: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """codes [n, k], scale and zero points [n, spans] (None if constant), as they were packed."""
+        """codes [n, k], scale and zero points or minima [n, spans] (None without), as they were packed."""
         codes = torch.empty(self.n, self.k, dtype=self.code_dtype)
         scale = torch.empty(self.n, spans, dtype=scale_dtype)
         zero = None if self.zeros == "constant" else torch.empty(self.n, spans)
@@ -98,6 +100,33 @@ def gather_rows(run: Callable[..., int], ids: Tensor, n: int, k: int, dtype: tor
     if bad >= 0:
         raise KernelError(f"{int(wanted.view(-1)[bad])} is no row of an embedding of {n}")
     return y
+
+
+def panel_bits(bits: int, lengths: Iterable[int]) -> int:
+    """Of the panels that take the least for codes of `bits` bits in runs of these lengths, which are padded to whole
+    chunks: 3 bits in groups of 16 lie closer in 4."""
+
+    def size(wide: int) -> int:
+        return sum(-(-length // _CHUNKS[wide][0]) * _CHUNKS[wide][1] for length in lengths)
+
+    lengths = list(lengths)
+    return min((wide for wide in BITS if wide >= bits and (wide < 8 or bits > 4)), key=lambda wide: (size(wide), wide))
+
+
+def kind_of_zeros(scale: Tensor, zero: Tensor | float | None, minimum: Tensor | None) -> Zeros:
+    """How panels hold them. Raises KernelError for shapes and dtypes that do not fit the scales."""
+    if minimum is not None:
+        if isinstance(zero, Tensor) or minimum.shape != scale.shape or scale.dtype not in DTYPES:
+            raise KernelError(
+                f"minima {tuple(minimum.shape)} take scales of that shape in float32, bfloat16 or float16, and one "
+                f"zero point for all: not {tuple(scale.shape)} {scale.dtype}"
+            )
+        return "minima"
+    if not isinstance(zero, Tensor):
+        return "constant"
+    if zero.shape != scale.shape:
+        raise KernelError(f"zero points {tuple(zero.shape)} do not fit scales {tuple(scale.shape)}")
+    return "codes" if zero.dtype == torch.uint8 else "real"
 
 
 def _floats(zero: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from bitgrain.numerics.granularity import (
     per_channel,
     per_group,
     per_row_group,
+    per_run,
     per_tensor,
     per_token,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "per_channel",
     "per_group",
     "per_row_group",
+    "per_run",
     "per_tensor",
     "per_token",
     "quantize",

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitgrain.errors import SchemeError
+from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics.dynamic_code import dynamic_values
 
 
@@ -349,7 +349,9 @@ class CodebookFormat(Format):
         return self._index(x).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
-        index = codes.to(torch.int32).reshape(-1)
+        index, count = codes.to(torch.int32).reshape(-1), len(self.values)
+        if count < 2**self.bits and index.numel() and int(index.amax()) >= count:
+            raise NumericsError(f"{self.name} has the codes 0 to {count - 1}, not {int(index.amax())}: a damaged file")
         return self.grid().to(codes.device).index_select(0, index).view(codes.shape)
 
 
@@ -357,15 +359,33 @@ def _normal_float(bits: int) -> tuple[float, ...]:
     """NormalFloat: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 
     2**(bits-1) quantiles on the negative side and 2**(bits-1) + 1 on the positive side share the zero; the tail
-    offset is the mean of 1 - 1/(2*15) and 1 - 1/(2*16), as for the published NF4.
+    offset is the mean of 1 - 1/(2*15) and 1 - 1/(2*16), in seven digits as for the published NF4. Rounded to float32
+    where its authors did, which gives their numbers to the bit.
     """
     half = 2 ** (bits - 1)
-    offset = (1 - 1 / (4 * half) + 1 - 1 / (4 * half - 2)) / 2
+    offset = round((1 - 1 / (4 * half) + 1 - 1 / (4 * half - 2)) / 2, 7)
+    positive = _quantiles(offset, half + 1)[:-1]
+    negative = -_quantiles(offset, half)[:-1]
+    values = torch.cat([positive, torch.zeros(1, dtype=torch.float64), negative]).sort().values.to(torch.float32)
+    return tuple((values / values.abs().max()).tolist())
+
+
+def _quantiles(offset: float, count: int) -> torch.Tensor:
+    """Quantiles of N(0, 1), float64, at `count` float32 numbers evenly spaced from `offset` to 0.5, each counted from
+    the end that is nearer."""
+    first, last = (torch.tensor(end, dtype=torch.float32).double() for end in (offset, 0.5))
+    step = ((last - first).float() / (count - 1)).double()
+    index = torch.arange(count, dtype=torch.float64)
+    points = torch.where(index < count // 2, first + step * index, last - step * (count - 1 - index))
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
-    positive = normal.icdf(torch.linspace(offset, 0.5, half + 1, dtype=torch.float64))[:-1]
-    negative = -normal.icdf(torch.linspace(offset, 0.5, half, dtype=torch.float64))[:-1]
-    values = torch.cat([positive, torch.zeros(1, dtype=torch.float64), negative]).sort().values
-    return tuple((values / values.abs().max()).to(torch.float32).tolist())
+    return normal.icdf(points.float().double())
+
+
+def _bnb_fp4() -> tuple[float, ...]:
+    """The numbers of bitsandbytes' FP4, which is not E2M1: 2 bits of exponent and 1 of mantissa, divided by 12."""
+    positive = [0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0]
+    values = torch.tensor([*(-value for value in reversed(positive)), 0.0, *positive], dtype=torch.float32)
+    return tuple((values / 12).tolist())
 
 
 FP32 = FloatFormat("float32", 8, 23, "ieee")
@@ -395,6 +415,7 @@ def _named_formats() -> dict[str, Format]:
     ints = {f.name: f for bits in (*range(1, 9), 16) for f in (IntFormat(bits), IntFormat(bits, False))}
     books = {
         "nf4": CodebookFormat("nf4", _normal_float(4)),
+        "bnb_fp4": CodebookFormat("bnb_fp4", _bnb_fp4()),
         "ternary": CodebookFormat("ternary", (-1.0, 0.0, 1.0)),
         "binary": CodebookFormat("binary", (-1.0, 1.0)),
         "iq4_nl": CodebookFormat("iq4_nl", _IQ4_NL),
@@ -406,7 +427,7 @@ def _named_formats() -> dict[str, Format]:
 
 def get_format(name: str | Format) -> Format:
     """A format by name (case-insensitive): int1..int8, int16, uint1..uint8, uint16, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4,
-    iq4_nl, ternary, binary, dynamic8, udynamic8, and the scale dtypes float32, float16, bfloat16, e8m0.
+    bnb_fp4, iq4_nl, ternary, binary, dynamic8, udynamic8, and the scale dtypes float32, float16, bfloat16, e8m0.
 
     Raises SchemeError for an unknown name, listing all.
     """
@@ -417,3 +438,8 @@ def get_format(name: str | Format) -> Format:
     if found is None:
         raise SchemeError(f"unknown format {name!r}; known formats: {', '.join(formats)}")
     return found
+
+
+def is_named(format: Format) -> bool:
+    """Whether `get_format` gives it by its name: files can say then which it is."""
+    return _named_formats().get(format.name) == format

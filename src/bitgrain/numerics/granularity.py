@@ -19,19 +19,26 @@ from bitgrain.errors import SchemeError
 
 @dataclass(frozen=True)
 class Granularity:
-    """A tile of `rows` x `cols` elements; None means "all of them"."""
+    """A tile of `rows` x `cols` elements; None means "all of them".
+
+    run  other than None: so many consecutive elements, row after row, over the ends of rows; for scales of scales only
+         (bitsandbytes), which `rows` and `cols` say nothing of
+    """
 
     rows: int | None
     cols: int | None
+    run: int | None = None
 
     def __post_init__(self) -> None:
-        for size in (self.rows, self.cols):
+        for size in (self.rows, self.cols, self.run):
             if size is not None and size < 1:
                 raise SchemeError(f"a tile needs at least one row and one column, not {self.rows} x {self.cols}")
 
     @property
     def name(self) -> str:
         """The field's name of this tile, readable back by `parse_granularity`."""
+        if self.run is not None:
+            return f"per_run({self.run})"
         match (self.rows, self.cols):
             case (None, None):
                 return "per_tensor"
@@ -50,21 +57,27 @@ class Granularity:
         return self.name
 
     def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns of one tile on a tensor of `shape` (at least 1 x 1)."""
+        """Rows and columns of one tile on a tensor of `shape` (at least 1 x 1); of runs, as on one long row."""
+        if self.run is not None:
+            return 1, self.run
         rows, cols = matrix_shape(shape)
         return max(1, self.rows or rows), max(1, self.cols or cols)
 
     def tiles(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many tiles down and across: the shape of the scales. The last tiles may be cut by the edge."""
-        rows, cols = matrix_shape(shape)
+        rows, cols = self.matrix(shape)
         tile_rows, tile_cols = self.tile(shape)
         return math.ceil(rows / tile_rows), math.ceil(cols / tile_cols)
 
     def divides(self, shape: tuple[int, ...]) -> bool:
         """Whether every tile is whole."""
-        rows, cols = matrix_shape(shape)
+        rows, cols = self.matrix(shape)
         tile_rows, tile_cols = self.tile(shape)
         return rows % tile_rows == 0 and cols % tile_cols == 0
+
+    def matrix(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """What tiles lie on: the matrix, or the one row that runs go along."""
+        return matrix_shape(shape) if self.run is None else (1, math.prod(shape))
 
 
 def per_tensor() -> Granularity:
@@ -99,6 +112,11 @@ def per_block(rows: int, cols: int) -> Granularity:
     return Granularity(rows, cols)
 
 
+def per_run(size: int) -> Granularity:
+    """Runs of `size` consecutive elements of the flattened matrix."""
+    return Granularity(1, None, size)
+
+
 _SIMPLE = {
     "per_tensor": per_tensor(),
     "tensor": per_tensor(),
@@ -109,8 +127,12 @@ _SIMPLE = {
 }
 
 
+_OF_SIZE = {"per_channel": per_channel, "per_group": per_group, "per_row_group": per_row_group, "per_run": per_run}
+
+
 def parse_granularity(text: str | Granularity) -> Granularity:
-    """Reads per_tensor, per_channel, per_channel(1), per_token, per_group(128), per_row_group(4), per_block(128, 128).
+    """Reads per_tensor, per_channel, per_channel(1), per_token, per_group(128), per_row_group(4), per_block(128, 128),
+    per_run(256).
 
     Raises SchemeError that lists these forms.
     """
@@ -119,7 +141,7 @@ def parse_granularity(text: str | Granularity) -> Granularity:
     plain = text.strip().lower().replace(" ", "")
     if plain in _SIMPLE:
         return _SIMPLE[plain]
-    if match := re.fullmatch(r"(per_channel|per_group|per_row_group|per_block)\((\w+)(?:,(\w+))?\)", plain):
+    if match := re.fullmatch(r"(per_channel|per_group|per_row_group|per_block|per_run)\((\w+)(?:,(\w+))?\)", plain):
         name, *sizes = match.groups()
         numbers = [None if s == "all" else int(s) for s in sizes if s is not None and (s == "all" or s.isdigit())]
         given = len([s for s in sizes if s is not None])
@@ -127,8 +149,7 @@ def parse_granularity(text: str | Granularity) -> Granularity:
             if name == "per_block":
                 return Granularity(numbers[0], numbers[1])
             if (size := numbers[0]) is not None:
-                makers = {"per_channel": per_channel, "per_group": per_group, "per_row_group": per_row_group}
-                return makers[name](size)
+                return _OF_SIZE[name](size)
     forms = "per_tensor, per_channel, per_channel(1), per_token, per_group(128), per_row_group(4), per_block(128, 128)"
     raise SchemeError(f"unknown granularity {text!r}; write one of: {forms}")
 
@@ -142,7 +163,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def to_tiles(x: Tensor, granularity: Granularity, fill: float = 0.0) -> Tensor:
     """[tiles down, tiles across, elements of one tile]; a view where the layout allows. Cut tiles are filled up."""
-    rows, cols = matrix_shape(tuple(x.shape))
+    rows, cols = granularity.matrix(tuple(x.shape))
     tile_rows, tile_cols = granularity.tile(tuple(x.shape))
     down, across = granularity.tiles(tuple(x.shape))
     matrix = x.reshape(rows, cols)
@@ -154,7 +175,7 @@ def to_tiles(x: Tensor, granularity: Granularity, fill: float = 0.0) -> Tensor:
 
 def from_tiles(tiles: Tensor, granularity: Granularity, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `to_tiles`: a tensor of `shape`, what was filled up is dropped."""
-    rows, cols = matrix_shape(shape)
+    rows, cols = granularity.matrix(shape)
     tile_rows, tile_cols = granularity.tile(shape)
     down, across = granularity.tiles(shape)
     matrix = tiles.reshape(down, across, tile_rows, tile_cols).transpose(1, 2)

@@ -64,6 +64,7 @@ def has_rows_of_its_own(spec: QuantSpec) -> bool:
         and nested.symmetric
         and isinstance(nested.format, IntFormat)
         and nested.granularity.rows == 1
+        and nested.granularity.run is None
         and isinstance(nested.scale, FloatFormat)
         and nested.scale.is_signed
         for nested in storages

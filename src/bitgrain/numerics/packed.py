@@ -2,7 +2,8 @@
 
 codes           uint8 [out, ceil(in * bits / 8)], low bits first, as code + offset; int32 [out, in] above 8 bits
 scale           storage dtype [tiles down, tiles across]; nested scales: their codes, packed like `codes`
-outer_scale     only for nested scales: the scale of the scales; outer_zero: only for asymmetric ones
+outer_scale     only for nested scales: the scale of the scales; outer_zero: only for asymmetric ones, outer_minimum:
+                only for ones with minima
 zero            only with zero points: codes packed like `codes`, or numbers in the storage dtype
 minimum         only with minima: as scale; nested ones: minimum_scale, their scale
 order           only with an order of the columns: int32 [in]
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitgrain.errors import NumericsError
 from bitgrain.numerics.columns import INDEX_DTYPE, Columns
 from bitgrain.numerics.formats import FloatFormat, Format
 from bitgrain.numerics.outliers import VALUE_DTYPE, Outliers, column_dtype
@@ -34,7 +36,9 @@ def packed_specs(spec: QuantSpec, shape: tuple[int, int]) -> list[tuple[str, tor
     if isinstance(spec.scale, QuantSpec):
         inner = spec.scale.granularity.tiles(tiles)
         found += [("scale", *_packed(spec.scale.format, tiles)), ("outer_scale", scale_dtype(spec.scale), inner)]
-        if not spec.scale.symmetric:
+        if isinstance(spec.scale.minimum, Format):
+            found.append(("outer_minimum", float_dtype(spec.scale.minimum), inner))
+        elif not spec.scale.symmetric:
             found.append(("outer_zero", *_zeros(spec.scale, inner)))
     else:
         found.append(("scale", scale_dtype(spec), tiles))
@@ -93,6 +97,8 @@ def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
         found["outer_scale"] = q.scale.scale
         if q.scale.zero is not None:
             found["outer_zero"] = _pack_zero(q.scale.zero, q.scale.spec)
+        if isinstance(q.scale.minimum, Tensor):
+            found["outer_minimum"] = q.scale.minimum
     else:
         found["scale"] = q.scale
     if q.zero is not None:
@@ -161,18 +167,36 @@ def packed_matrix(stored: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[in
         values = _unpack(stored["scale"], inner.format, across)
         outer_across = inner.granularity.tiles(tuple(values.shape))[1]
         outer_zero = _unpack_zero(stored.get("outer_zero"), inner, outer_across)
-        scale = QTensor(values, stored["outer_scale"], outer_zero, inner)
+        scale = QTensor(values, stored["outer_scale"], outer_zero, inner, minimum=stored.get("outer_minimum"))
     outliers = None
     if spec.outliers:
         outliers = Outliers(stored["outlier_starts"], stored["outlier_columns"], stored["outlier_values"])
+        steps = outliers.starts.diff()
+        whole = int(outliers.starts[0]) == 0 and int(outliers.starts[-1]) == len(outliers.columns)
+        if not whole or bool((steps < 0).any().item()) or not _within(outliers.columns, shape[1]):
+            raise NumericsError(f"outliers lie outside of the {shape[0]} x {shape[1]} matrix: the file is damaged")
     columns = Columns(stored["column_index"], stored["column_values"]) if spec.columns else None
+    if columns is not None and not _within(columns.index, shape[1]):
+        raise NumericsError(f"kept columns lie outside of the {shape[0]} x {shape[1]} matrix: the file is damaged")
     zero = _unpack_zero(stored.get("zero"), spec, across)
     minimum: Tensor | QTensor | None = stored["minimum"] if spec.minimum is not None else None
     if isinstance(spec.minimum, QuantSpec):
         codes = _unpack(stored["minimum"], spec.minimum.format, across)
         minimum = QTensor(codes, stored["minimum_scale"], None, spec.minimum)
     order = stored["order"] if spec.ordered else None
+    if order is not None:
+        check_order(order, shape[1], "a matrix")
     return PackedMatrix(stored["codes"], scale, zero, spec, shape, outliers, columns, minimum, order)
+
+
+def check_order(order: Tensor, cols: int, name: str) -> None:
+    """NumericsError unless `order` names each of `cols` columns once."""
+    if not torch.equal(order.to(torch.int64).sort().values, torch.arange(cols, device=order.device)):
+        raise NumericsError(f"{name}: the order of its {cols} columns does not name each once: the file is damaged")
+
+
+def _within(index: Tensor, cols: int) -> bool:
+    return not index.numel() or 0 <= int(index.amin()) <= int(index.amax()) < cols
 
 
 def _pack(unsigned_codes: Tensor, format: Format) -> Tensor:

@@ -6,7 +6,7 @@ bits that are left over are 0. This is the layout of compressed-tensors' `pack-q
 uint8 words that of its FP4 formats (the first element in the low nibble).
 
 Eight codes at a time are handled as one 64-bit integer whose fields are moved together in three steps, so that all
-widths share one path and no element is touched by Python.
+widths share one path and no element is touched by Python; 4 bits have a shorter one over pairs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def _pack_rows(codes: Tensor, bits: int, word: torch.dtype) -> Tensor:
     """`pack` of a few rows uint8 [m, length], checked and not empty."""
     rows, length = codes.shape
     stream = _aligned(codes)
-    if bits < 8:
+    if bits == 4 and not length % 2:
+        pairs = stream.view(torch.int16)
+        stream = (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
+    elif bits < 8:
         if length % _EIGHT:
             stream = F.pad(stream, (0, -length % _EIGHT))
         stream = _squeeze(stream.view(torch.int64), bits).view(rows, -1)
@@ -90,7 +93,10 @@ def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
     if not words.numel():
         return torch.zeros(*words.shape[:-1], length, dtype=torch.uint8, device=words.device)
     stream = _aligned(words).view(torch.uint8)
-    if bits < 8:
+    if bits == 4:
+        pairs = stream.to(torch.int16)
+        stream = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)
+    elif bits < 8:
         groups = math.ceil(length / _EIGHT)
         if stream.shape[-1] != groups * bits:
             stream = F.pad(stream, (0, groups * bits - stream.shape[-1])).contiguous()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import NumericsError, SchemeError
+from bitgrain.numerics.about_mean import quantize_about_mean
 from bitgrain.numerics.affine import as_zero, store_zero, to_codes
 from bitgrain.numerics.formats import FloatFormat, Format, IntFormat
 from bitgrain.numerics.granularity import from_tiles, matrix_shape, to_tiles
@@ -115,6 +116,8 @@ def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Ten
     """
     if isinstance(spec.scale, Format):
         return encode_scale(scale, spec, name)
+    if spec.scale.minimum is not None:
+        return quantize_about_mean(scale, spec.scale, f"{name} (scales)")
     inner = quantize(scale, spec.scale, name=f"{name} (scales)", scale=outer)
     if isinstance(spec.scale.format, FloatFormat):  # a scale is divided by: none may be 0
         smallest = torch.full_like(scale, spec.scale.format.smallest_positive)

@@ -25,7 +25,9 @@ def respell(q: QTensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> 
     """
     if spec.outliers != q.spec.outliers or spec.columns != q.spec.columns:
         raise SchemeError("outliers and columns in 16 bits stay what they are")
-    order = q.order
+    order, codes = q.order, q.codes
+    if order is not None and spec.granularity.cols is None:  # rows that share one scale may lie in any order
+        codes, order = torch.empty_like(codes).index_copy_(1, order.to(torch.int64), codes), None
     if spec.ordered and order is None:
         order = torch.arange(q.shape[1], dtype=torch.int32, device=q.codes.device)
     elif not spec.ordered and order is not None:
@@ -43,7 +45,7 @@ def respell(q: QTensor, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> 
     zero = None if q.zero is None else retiled(q.zero.to(torch.float32), "zero points")
     lows = None if q.minimum is None else retiled(scale_values(q.minimum), "minima")
     stored_zero, minimum, shift = _offsets(zero, lows, steps, q, spec)
-    codes = _recode(q.codes, q.spec.format, spec.format, shift)
+    codes = _recode(codes, q.spec.format, spec.format, shift)
     found = QTensor(codes, scale, stored_zero, spec, q.outliers, q.columns, minimum, order)
     if not torch.equal(found.dequantize(dtype), q.dequantize(dtype)):
         raise SchemeError(f"{spec.describe()} rounds these numbers differently in {dtype}")
@@ -91,13 +93,25 @@ def _offsets(
     zero: Tensor | None, lows: Tensor | None, steps: Tensor, q: QTensor, spec: QuantSpec
 ) -> tuple[Tensor | None, Tensor | QTensor | None, int]:
     """Zero points and minima as `spec` stores them, and by how much every code's number grows."""
+    integers = isinstance(spec.format, IntFormat) and isinstance(q.spec.format, IntFormat)
+    shift = int(spec.format.minimum - q.spec.format.minimum) if integers else 0
     if spec.zero_point == "minimum":
         assert spec.minimum is not None
-        if q.minimum is not None and q.spec.minimum == spec.minimum and q.spec.granularity == spec.granularity:
+        if (
+            q.minimum is not None
+            and not shift
+            and (q.spec.minimum, q.spec.granularity)
+            == (
+                spec.minimum,
+                spec.granularity,
+            )
+        ):
             return None, q.minimum, 0
         if lows is None:
-            lows = torch.zeros_like(steps) if zero is None else steps * zero
-        return None, _store(lows, spec.minimum, spec, "minima"), 0
+            lows = steps * (torch.zeros_like(steps) if zero is None else zero).add(shift)
+        else:
+            lows = lows + steps * shift
+        return None, _store(lows, spec.minimum, spec, "minima"), shift
     if lows is not None:
         zero = torch.where(lows == 0, torch.zeros_like(lows), lows / steps)
         if not torch.equal(zero * steps, lows):
@@ -112,7 +126,6 @@ def _offsets(
         if bool((zero != first).any().item()) or first != int(first):
             raise SchemeError("there are zero points, which a symmetric layer has none of")
         return None, None, -int(first)
-    shift = int(spec.format.minimum - q.spec.format.minimum) if isinstance(q.spec.format, IntFormat) else 0
     zero = (torch.zeros_like(steps) if zero is None else zero) + shift
     if not torch.equal(zero.round().clamp(spec.format.minimum, spec.format.maximum), zero):
         raise SchemeError(f"zero points are not all numbers of {spec.format}")

@@ -26,7 +26,7 @@ from bitgrain.numerics.formats import (
     IntFormat,
     get_format,
 )
-from bitgrain.numerics.granularity import Granularity, matrix_shape, per_channel, per_group, per_tensor
+from bitgrain.numerics.granularity import Granularity, matrix_shape, per_channel, per_group, per_run, per_tensor
 from bitgrain.numerics.outliers import VALUE_DTYPE, column_dtype
 from bitgrain.numerics.ranges.base import Range
 from bitgrain.numerics.ranges.minmax import MinMax
@@ -109,10 +109,14 @@ class QuantSpec:
         if isinstance(self.minimum, QuantSpec) and not self.minimum.symmetric:
             raise SchemeError("minima that are quantized themselves have no zero points")
         for nested in (self.scale, self.minimum):
-            if isinstance(nested, QuantSpec) and (nested.outliers or nested.ordered or nested.minimum):
-                raise SchemeError("scales of scales have no outliers, minima or order of their own")
+            if isinstance(nested, QuantSpec) and (nested.outliers or nested.ordered):
+                raise SchemeError("scales of scales have no outliers or order of their own")
+            if isinstance(nested, QuantSpec) and isinstance(nested.minimum, QuantSpec):
+                raise SchemeError("minima of scales of scales are stored plainly")
             if self.columns and (self.dynamic or (isinstance(nested, QuantSpec) and nested.columns)):
                 raise SchemeError("columns are kept of weights, not of inputs or of scales")
+        if self.granularity.run is not None and (self.dynamic or self.columns or not isinstance(self.scale, Format)):
+            raise SchemeError(f"{self.granularity} is for scales of scales")
         if self.ordered and (self.dynamic or self.outliers or self.columns or self.granularity.cols is None):
             raise SchemeError("an order of the columns is for weights in groups, without outliers or kept columns")
 
@@ -228,6 +232,16 @@ def nf4_double_quantized(group: int = 64) -> QuantSpec:
     """NF4 whose scales are themselves 8-bit in groups of 256 (QLoRA, arXiv 2305.14314, section 3)."""
     inner = QuantSpec(IntFormat(8, is_signed=False), per_group(256), zero_point="integer", scale=FP32)
     return QuantSpec(get_format("nf4"), per_group(group), scale=inner)
+
+
+def bnb_4bit(format: str = "nf4", group: int = 64, *, double: bool = True) -> QuantSpec:
+    """What bitsandbytes stores: `nf4` or `bnb_fp4` in blocks with float32 scales.
+
+    double: these, less their mean, in the dynamic 8-bit code in runs of 256, which go on over the ends of rows: scale =
+    code * scale of the run + mean, as in QLoRA (arXiv 2305.14314, section 3).
+    """
+    nested = QuantSpec(get_format("dynamic8"), per_run(256), zero_point="minimum", minimum=FP32)
+    return QuantSpec(get_format(format), per_group(group), scale=nested if double else FP32)
 
 
 def int_weight(bits: int, group: int | None = None, *, asymmetric: bool = False, scale: Format = FP32) -> QuantSpec:

@@ -9,13 +9,32 @@ from bitgrain.models.skeleton import build_skeleton
 from bitgrain.pipeline.execution import why_no_kernels
 from bitgrain.pipeline.plan import Plan
 
+_BITSANDBYTES = """```python
+from transformers import AutoModelForCausalLM   # needs the packages bitsandbytes and accelerate
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+```"""
 _ELSEWHERE = {
+    "bnb-nf4": _BITSANDBYTES,
+    "bnb-fp4": _BITSANDBYTES,
+    "bnb-int8": _BITSANDBYTES,
+    "mlx": """```sh
+mlx_lm.generate --model {folder} --prompt "Once"
+```""",
     "compressed-tensors": """```python
 from transformers import AutoModelForCausalLM   # needs the package compressed-tensors
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```
 
 vLLM: `vllm serve {folder}`""",
+    **dict.fromkeys(
+        ("gptq", "gptq-v2", "awq"),
+        """```python
+from gptqmodel import GPTQModel
+model = GPTQModel.load("{folder}")
+```
+
+vLLM: `vllm serve {folder}`""",
+    ),
     "bitgrain": "This checkpoint uses `quant_method: bitgrain`, which other engines refuse.",
 }
 
@@ -26,7 +45,8 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
     worst = sorted((layer for layer in done if layer["sqnr_db"] is not None), key=lambda layer: layer["sqnr_db"])
     schemes = {layer["scheme"]: layer for layer in done}
     engines = [
-        f"| {v['engine']} | {'yes' if v['loads'] else 'no'} | {'; '.join(v['reasons'])} |" for v in manifest["engines"]
+        f"| {v['engine']} {v['version']} | {'yes' if v['loads'] else 'no'} | {'; '.join(v['reasons'])} |"
+        for v in manifest["engines"]
     ]
     lines = [
         "---",
@@ -63,7 +83,7 @@ def model_card(plan: Plan, manifest: dict[str, Any]) -> str:
         "|---|---|---|",
         *engines,
         "",
-        "By the engines' documented rules; `bitgrain verify` checks this folder with transformers.",
+        "By the rules that these versions were read for; `bitgrain verify` checks this folder with transformers.",
         "",
         "## What it cost",
         "",

@@ -63,12 +63,13 @@ def convert(
     """Write the quantized checkpoint `model` to the new folder `out` in the layout called `to`.
 
     Raises PlanError with every layer that the target cannot hold exactly, and why; CheckpointError, SchemeError (no
-    such layout), OutputError.
+    such layout, or layers that cannot stand in one checkpoint), OutputError.
     """
     target, out = get_layout(to), Path(out)
     stored = QuantizedCheckpoint(resolve_model(model).path)
     progress = progress or make_progress("quiet")
     layers = _spell_all(stored, target, progress)
+    target.config(list(layers.values()), _kept(stored))  # what cannot stand in one checkpoint is said now
     outputs: list[TensorSpec] = []
     for name in stored.originals():
         if name in layers:
@@ -130,6 +131,7 @@ def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout) -> St
     """`layer` under the first spec of the target that says the same numbers, or why there is none."""
     parts: list[QTensor] | None = None
     reasons: list[str] = []
+    inexact: list[str] = []
     for spec in dict.fromkeys(target.spellings(layer)):
         candidate = replace(layer, scheme=replace(layer.scheme, weight=spec))
         refusal = target.refusal(candidate)
@@ -142,9 +144,10 @@ def spell(stored: QuantizedCheckpoint, layer: StoredLayer, target: Layout) -> St
                     respell(part, spec, layer.dtype)
                 return candidate
             except SchemeError as error:
-                refusal = f"{layer.module}: as {spec.describe()}: {error}"
+                inexact.append(f"{layer.module}: as {spec.describe()}: {error}")
+                continue
         reasons.append(refusal)
-    return reasons[-1] if parts is not None else reasons[0]
+    return (inexact or reasons)[0]
 
 
 def _written(stored: QuantizedCheckpoint, target: Layout, layer: StoredLayer | None, name: str) -> dict[str, Tensor]:
@@ -154,8 +157,7 @@ def _written(stored: QuantizedCheckpoint, target: Layout, layer: StoredLayer | N
     with torch.inference_mode():
         spec = layer.scheme.weight
         parts = [q if q.spec == spec else respell(q, spec, layer.dtype) for q in stored.quantized(name)]
-        inputs = stored.layout.decode_inputs(stored.layers[name], stored.checkpoint.read)
-        return target.encode(layer, parts, inputs)
+        return target.encode(layer, parts, stored.inputs(name))
 
 
 def _fingerprint(stored: QuantizedCheckpoint, target: Layout) -> dict[str, Any]:

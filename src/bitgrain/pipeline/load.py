@@ -6,40 +6,38 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from bitgrain.checkpoints.layouts import layout_of
 from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError, ModelError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
-from bitgrain.models.fused_blocks import fuse_blocks
 from bitgrain.models.materialize import Weightless, load_dense_into
 from bitgrain.models.naming import natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.observers import StaticInput, shared_input
+from bitgrain.pipeline.equip import equip
 from bitgrain.pipeline.execution import Execution, KernelChoice, choose_execution, choose_kernels, run_packed_
 from bitgrain.pipeline.places import Place, find_places
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE, Scheme
 from bitgrain.runtime.activations import InputQuantizer, Rounding, quantize_expert_inputs
-from bitgrain.runtime.attention import AttentionScheme, set_attention
+from bitgrain.runtime.attention import AttentionScheme
 from bitgrain.runtime.channel_order import attach_orders
 from bitgrain.runtime.convolutions import quantize_layer_inputs
-from bitgrain.runtime.dense_head import multiply_few_rows_natively
 from bitgrain.runtime.device import resolve_device
-from bitgrain.runtime.kv_cache import CacheScheme, KVCache, get_cache_scheme, use_cache
-from bitgrain.runtime.kv_cache.growing import GrowingCache
+from bitgrain.runtime.kv_cache import CacheScheme
 from bitgrain.runtime.low_bit_linear import hold_low_bit_
 from bitgrain.runtime.memory import no_holes
 from bitgrain.runtime.online import attach_rotations
-from bitgrain.runtime.saving import refuse_to_save_packed
 
 
 def load(
@@ -74,60 +72,29 @@ def load(
     no kernel for some layers), KernelError (the native module is not here).
     """
     chosen = choose_execution(execution, low_bit)
-    model = _load(folder, device, dtype, trust_remote_code, rounding, low_bit, chosen, activations)
-    refuse_to_save_packed(model)
-    scheme = cache_for(folder, kv_cache, trust_remote_code)
-    if scheme is not None:
-        config = model.config
-        KVCache(scheme, config)  # what cannot be is said now
-        use_cache(model, partial(KVCache, scheme, config))
-    if attention is not None:
-        set_attention(model, attention)
-    if chosen == "kernels" and fuse_blocks(model):
-        parts: Any = model
-        multiply_few_rows_natively(parts.get_output_embeddings())
-        plain = parts.config
-        if scheme is None:
-            use_cache(model, partial(GrowingCache, plain))
+    model = load_layers(folder, device, dtype, trust_remote_code, rounding, low_bit, chosen, activations)
+    equip(model, folder, trust_remote_code, kv_cache, attention, chosen)
     return model
 
 
-def cache_for(
-    model: str | Path | nn.Module, wanted: str | CacheScheme | None, trust_remote_code: bool = False
-) -> CacheScheme | None:
-    """The scheme `wanted`, with the scales of the checkpoint `model` if those are of it; None: that of the checkpoint.
-
-    "none", or a checkpoint without: None. Raises SchemeError for an unknown name, CheckpointError for lost scales.
-    """
-    if wanted == "none":
-        return None
-    known = None if wanted is None else get_cache_scheme(wanted)
-    if isinstance(wanted, CacheScheme) or isinstance(model, nn.Module):
-        return known
-    path = resolve_model(model).path
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not (raw.get("quantization_config") or {}).get("kv_cache_scheme"):
-        return known
-    stored = QuantizedCheckpoint(path).cache(trust_remote_code)
-    return stored if known is None or (stored is not None and known.name == stored.name) else known
-
-
-def _load(
+def load_layers(
     folder: str | Path,
     device: str,
-    dtype: torch.dtype | None,
-    trust_remote_code: bool,
-    rounding: Rounding,
-    low_bit: bool,
-    execution: Execution,
-    activations: Literal["int8"] | None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    rounding: Rounding = "vllm",
+    low_bit: bool = False,
+    execution: Execution = "kernels",
+    activations: Literal["int8"] | None = None,
+    config: PretrainedConfig | None = None,
 ) -> nn.Module:
+    """What `load` returns before `equip`. config: in place of the folder's own, without its quantization."""
     source = resolve_model(folder)
-    config = load_config(source, trust_remote_code, drop_quantization=True)
+    config = config or load_config(source, trust_remote_code, drop_quantization=True)
     skeleton = build_skeleton(config, trust_remote_code)
     where = resolve_device(device)
     raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    if not raw.get("quantization_config"):
+    if not raw.get("quantization_config") and layout_of(raw) is None:
         plain = open_checkpoint(source.path)
         known = read_anatomy(skeleton, plain.entries)
         tensors = ((name, plain.read(name)) for name in natural_order(plain.entries) if name not in known.unexpected)

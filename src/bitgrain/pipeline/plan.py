@@ -38,6 +38,8 @@ _TILE_BYTES = 80
 """For each element of one row of tiles, the least that is rounded at once."""
 _PACKING_BYTES = {"compressed-tensors": 2, "bitgrain": 2}
 """For each element of one matrix while its codes are packed."""
+_TURNED_BYTES = 3
+"""The same in layouts that pack along the outputs, or turn what is packed."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ class Plan:
                 coded, packing = result, 0
             else:
                 coded = layer.elements * spec.format.code_dtype.itemsize + result
-                packing = _PACKING_BYTES[self.layout.name] * matrix + (result if layer.experts > 1 else 0)
+                packing = _PACKING_BYTES.get(self.layout.name, _TURNED_BYTES) * matrix + (
+                    result if layer.experts > 1 else 0
+                )
             peak = max(peak, held + coded + max(rounding, packing))
             held += result
         return peak

@@ -33,7 +33,10 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             }
             for planned in plan.layers
         ],
-        "engines": [{"engine": v.engine, "loads": v.loads, "reasons": list(v.reasons)} for v in plan.engines],
+        "engines": [
+            {"engine": v.engine, "version": v.version, "loads": v.loads, "reasons": list(v.reasons)}
+            for v in plan.engines
+        ],
         "problems": list(plan.problems),
         "notes": list(plan.notes),
     }

@@ -21,6 +21,7 @@ from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
 from bitgrain.models.naming import StoredTensor, natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
+from bitgrain.numerics import QuantSpec
 from bitgrain.pipeline.cache_plan import CachePlan, plan_cache
 from bitgrain.pipeline.clusters import cluster_problems
 from bitgrain.pipeline.cost import cost_notes
@@ -216,7 +217,20 @@ def _plan_layer(
         scheme=scheme,
         original=tuple(entry.shape) if weight.role == "conv" else (),
     )
+    near = None if layout is None or layout.refusal(layer) is None else _near(layer, layout)
+    if near is not None:
+        layer = replace(layer, scheme=replace(layer.scheme, weight=near))
+        note = "; ".join([*([note] if note else []), f"{near.describe()}, which {layout.name} holds"])
     return PlannedLayer(weight, layer, note)
+
+
+def _near(layer: StoredLayer, layout: Layout) -> QuantSpec | None:
+    """The nearest spec of as many bits that the layout holds in the place of one that it refuses, or None."""
+    for spec in layout.spellings(layer):
+        same = spec.format.bits == layer.scheme.weight.format.bits
+        if same and layout.refusal(replace(layer, scheme=replace(layer.scheme, weight=spec))) is None:
+            return spec
+    return None
 
 
 def _different_columns(layers: Sequence[PlannedLayer]) -> list[str]:
@@ -257,6 +271,11 @@ def _choose_layout(
     reasons = [reason for layer in layers if (reason := first.refusal(layer))]
     steps = [read_step(step) for step in recipe.transforms if first.name != own.name]
     reasons += [f"{step.name} rotates inputs at run time, which others would not do" for step in steps if step.online]
+    if not reasons and wanted is not None and layers:
+        try:
+            wanted.config(layers, [])
+        except SchemeError as error:
+            reasons.append(str(error))
     if not reasons:
         return first, []
     if wanted is not None:
@@ -269,7 +288,8 @@ def _choose_layout(
 def _outputs(name: str, quantized: dict[str, StoredLayer], layout: Layout, checkpoint: Checkpoint) -> list[TensorSpec]:
     """The tensors on disk that the source's tensor `name` becomes."""
     if name in quantized:
-        return layout.tensors(quantized[name])
+        layer = quantized[name]  # a layer that was refused is a problem of the plan, whose size is shown all the same
+        return (layout if layout.refusal(layer) is None else get_layout("bitgrain")).tensors(layer)
     entry = checkpoint.entries[name]
     return [TensorSpec(name, entry.dtype, entry.shape)]
 

@@ -5,6 +5,8 @@
    kept tensor equals the original's bytes (with the original at hand), but those that transforms or tuning changed.
 3. transformers loads the folder, and its logits equal those of `bitgrain.load`. It passes over scales of keys and
    values, which vLLM reads, so both run with keys and values as they are; the scales are looked at by themselves.
+
+Last it tells, unchecked, what the engines' rules say.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
+from bitgrain.pipeline.engines import judge_stored
 from bitgrain.pipeline.load import load
 from bitgrain.pipeline.output_files import MANIFEST
 from bitgrain.pipeline.stored import QuantizedCheckpoint
@@ -59,7 +62,9 @@ def verify(
     if foreign:
         checks.append(_check_layers(stored))
     else:
-        checks.append(Check("layers", None, "no other library reads quant_method bitgrain"))
+        own = stored.layout.name == "bitgrain"
+        untold = "no other library reads quant_method bitgrain" if own else f"{stored.layout.name} is not checked here"
+        checks.append(Check("layers", None, untold))
     if stored.config.get("kv_cache_scheme"):
         checks.append(_check_cache(stored, trust_remote_code))
     if against is not None:
@@ -70,7 +75,20 @@ def verify(
             checks.append(_check_logits(source.path, stored, device, trust_remote_code))
         else:
             checks.append(Check("logits", None, f"transformers, as the plan said: {refusal}"))
+    checks.append(_engines(stored))
     return checks
+
+
+def _engines(stored: QuantizedCheckpoint) -> Check:
+    """What the engines' rules say: nothing that was run."""
+    kept = {name: stored.checkpoint.entries[name].shape for name in stored.kept()}
+    verdicts = judge_stored(list(stored.layers.values()), kept, stored.layout.name)
+    told = [
+        f"{verdict.title} {'loads it' if verdict.loads else 'does not load it'}"
+        + (f" ({'; '.join(verdict.reasons[:2])})" if verdict.reasons else "")
+        for verdict in verdicts
+    ]
+    return Check("engines", None, f"by their rules: {', '.join(told)}")
 
 
 def _known_refusal(folder: Path) -> str | None:

@@ -27,7 +27,7 @@ from bitgrain.numerics.columns import ColumnChoice
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
 from bitgrain.numerics.gguf_types import GGUF_TYPES, block_size, fits_gguf
 from bitgrain.numerics.ranges import OutputSearch
-from bitgrain.numerics.spec import int_weight, nf4_double_quantized
+from bitgrain.numerics.spec import bnb_4bit, int_weight, nf4_double_quantized
 
 # NVFP4 activations choose a scale for each 16 values at run time, in E4M3, times one constant. A quarter lets them
 # reach blocks with maxima from 0.004 to 672 without calibration data.
@@ -48,6 +48,8 @@ class Scheme:
     prescribed: bool = False
 
     def __post_init__(self) -> None:
+        if any(s is not None and s.granularity.run is not None for s in (self.weight, self.input, self.output)):
+            raise SchemeError(f"{self.name}: runs over the ends of rows are for scales of scales")
         if self.weight.clusters:
             raise SchemeError(f"{self.name}: clusters of channels are for static inputs, weights have groups")
         if isinstance(self.weight.range, OutputSearch):
@@ -160,6 +162,8 @@ PRESETS: dict[str, Scheme] = {
         Scheme("NVFP4A16", nvfp4()),
         Scheme("NVFP4", nvfp4(), nvfp4(dynamic=True)),
         Scheme("NF4", nf4_double_quantized()),
+        Scheme("NF4_BNB", bnb_4bit("nf4")),
+        Scheme("FP4_BNB", bnb_4bit("bnb_fp4")),
         *(Scheme(f"GGUF_{name}", spec, prescribed=True) for name, spec in GGUF_TYPES.items()),
     )
 }

@@ -89,7 +89,7 @@ def render_short_plan(plan: Plan, console: Console) -> None:
     covered = [
         f"{name} on {percent_text(count / parameters)}" for name, count in plan.coverage().items() if name != "kept"
     ]
-    engines = ", ".join(verdict.engine for verdict in plan.engines if verdict.loads)
+    engines = ", ".join(verdict.title for verdict in plan.engines if verdict.loads)
     facts(
         console,
         [
@@ -136,7 +136,7 @@ def engine_lines(engines: Sequence[Verdict]) -> list[tuple[str, str]]:
     for verdict in engines:
         reasons = "; ".join(_join_reasons(verdict.reasons))
         text = "yes" if verdict.loads else "no"
-        names.setdefault(f"{text}: {reasons}" if reasons else text, []).append(verdict.engine)
+        names.setdefault(f"{text}: {reasons}" if reasons else text, []).append(verdict.title)
     return [(", ".join(those), text) for text, those in names.items()]
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from bitgrain.checkpoints.compressed_tensors import CompressedTensors
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.numerics import Format, Granularity, QuantSpec
+from bitgrain.pipeline.engine_rules import VLLM
 from bitgrain.pipeline.engines import judge
 from bitgrain.recipes import ALIASES, PRESETS, Scheme
 from bitgrain.report.tables import markdown_table, new_table, say, show, table_row
@@ -21,6 +22,7 @@ __all__ = [
     "format_text",
     "granularity_text",
     "render_schemes",
+    "sample_layer",
     "scheme_table_markdown",
     "short_text",
 ]
@@ -29,7 +31,7 @@ FEATURES = 4096
 _COLUMNS = ("scheme", "weights", "activations", "bits", "on disk", "vLLM", "text")
 _NOTE = (
     f"bits: stored per weight, scales included, of a {FEATURES}x{FEATURES} bfloat16 layer. "
-    "(e8m0): how scales are stored. vLLM: by its documented rules, and SGLang's are the same here. "
+    f"(e8m0): how scales are stored. vLLM: by the rules of version {VLLM.version}; docs/engines.md has every engine. "
     "text: needs one to calibrate static scales of activations, or to choose columns."
 )
 
@@ -123,7 +125,7 @@ def _cells() -> list[list[str]]:
 
 
 def _describe(scheme: Scheme) -> SchemeRow:
-    layer = _layer(scheme)
+    layer = sample_layer(scheme)
     layout = CompressedTensors()
     if layout.refusal(layer) is None:
         nbytes = sum(tensor.nbytes for tensor in layout.tensors(layer))
@@ -138,12 +140,12 @@ def _describe(scheme: Scheme) -> SchemeRow:
         activations=activation_text(scheme),
         bits_per_weight=bits,
         on_disk=kind,
-        vllm=next(verdict.loads for verdict in judge([layer], [], name) if verdict.engine == "vLLM"),
+        vllm=next(verdict.loads for verdict in judge([layer], [], name) if verdict.engine == VLLM.name),
         needs_calibration=scheme.needs_calibration,
     )
 
 
-def _layer(scheme: Scheme) -> StoredLayer:
+def sample_layer(scheme: Scheme) -> StoredLayer:
     """A layer of a large model under `scheme`."""
     return StoredLayer(
         tensor="layer.weight",

@@ -30,9 +30,11 @@ class EmbeddingKernel:
         given = row_scales(weight)
         assert given.table is not None
         assert not isinstance(given.table, torch.dtype)
+        assert given.zero is None or isinstance(given.zero, Tensor)
         self._embedding = CodeEmbedding(
             weight.words, given.scale, weight.spec.format.bits, given.table, k=weight.shape[1],
-            group=weight.spec.granularity.tile(weight.shape)[1], zero=given.zero, outer=given.outer,
+            group=weight.spec.granularity.tile(weight.shape)[1], zero=given.zero, minimum=given.minimum,
+            outer=given.outer,
         )  # fmt: skip
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,8 +47,10 @@ class EmbeddingKernel:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What it holds, as bytes; the scales of scales apart."""
-        scale = self._weight.scale
-        found = {"words": self._weight.words, "scale": scale if isinstance(scale, Tensor) else scale.codes}
+        found = {"words": self._weight.words}
+        for name, part in (("scale", self._weight.scale), ("minimum", self._weight.minimum)):
+            if part is not None:
+                found[name] = part if isinstance(part, Tensor) else part.codes
         if self._weight.zero is not None:
             found["zero"] = self._weight.zero
         return {name: tensor.view(torch.uint8) for name, tensor in found.items()}
@@ -79,7 +83,7 @@ class EmbeddingTwin(EmbeddingKernel):
         codes = unpack_words(self._weight.words, bits, self.shape[1])
         return look_up(
             codes, given.scale, given.table, ids, dtype, group=self.spec.granularity.tile(self.shape)[1],
-            zero=given.zero, outer=given.outer,
+            zero=given.zero, minimum=given.minimum, outer=given.outer,
         )  # fmt: skip
 
 

@@ -26,23 +26,14 @@ _AS_INTEGERS = {"ternary": 1, "binary": 0.5}
 
 def refuse_codes(spec: QuantSpec) -> str | None:
     """Why no kernel looks up weights of such a spec, or None."""
-    if (reason := _refuse_parts(spec)) is not None:
-        return reason
     fits = (isinstance(spec.format, IntFormat) and spec.format.bits <= 8) or spec.format.bits <= 4
     return None if fits or _float8(spec.format) is not None else f"weights in {spec.format}"
 
 
-def _refuse_parts(spec: QuantSpec) -> str | None:
-    """Why no kernel reads the parts that such a weight consists of, or None."""
-    if spec.minimum is not None:
-        return "weights with minima"
-    return "weights with an order of their columns" if spec.ordered else None
-
-
 def refuse_integers(spec: QuantSpec) -> str | None:
     """Why no integer kernel multiplies by weights of such a spec, or None."""
-    if (reason := _refuse_parts(spec)) is not None:
-        return f"{reason} and quantized inputs"
+    if spec.format.name == "binary" and spec.minimum is not None:
+        return "binary weights with minima and quantized inputs"
     if spec.format.name not in _AS_INTEGERS and not (isinstance(spec.format, IntFormat) and spec.format.bits <= 8):
         return f"weights in {spec.format} and quantized inputs"
     return f"weights with {100 * spec.outliers:g} % outliers and quantized inputs" if spec.outliers else None
@@ -57,6 +48,14 @@ def refuse_inputs(spec: QuantSpec) -> str | None:
         return None if fits else f"static inputs {spec.describe()}"
     token = spec.granularity == per_token() and spec.symmetric and spec.restricted and spec.scale == FP32
     return None if token else f"dynamic inputs {spec.describe()}"
+
+
+def refuse_ordered(weight: QuantSpec, inputs: QuantSpec) -> str | None:
+    """Why inputs cannot be gathered in the order of such a weight's columns before they are quantized, or None."""
+    whole = inputs.clusters == 0 and (not inputs.dynamic or inputs.granularity.cols is None)
+    if whole or not weight.ordered:
+        return None
+    return f"weights with an order of their columns beside inputs in groups of channels, {inputs.describe()}"
 
 
 def refuse_float_inputs(spec: QuantSpec, weight: QuantSpec) -> str | None:
@@ -82,8 +81,8 @@ def refuse_rows(spec: QuantSpec) -> str | None:
     """Why no kernel looks up rows of an embedding of such a spec, or None."""
     if spec.format.bits > 8:
         return f"embeddings in {spec.format}"
-    if (reason := _refuse_parts(spec)) is not None:
-        return reason
+    if spec.ordered:
+        return "embeddings with an order of their columns"
     return "embeddings with outliers or columns apart" if spec.outliers or spec.columns else None
 
 
@@ -146,20 +145,22 @@ def float_inputs(quantizer: InputQuantizer) -> FloatInputs:
     return FloatInputs(spec.format.name, "e8m0" if spec.scale == E8M0 else "float32", groups)
 
 
-def integer_scales(weight: PackedMatrix, spans: Spans) -> tuple[Tensor, int | Tensor]:
-    """Scales and zero points of `IntLinear.pack_words`, a row for each output and a column for each span."""
+def integer_scales(weight: PackedMatrix, spans: Spans) -> tuple[Tensor, int | Tensor, Tensor | None]:
+    """Scales, zero points and minima of `IntLinear.pack_words`, a row for each output and a column for each span."""
     spec = weight.spec
     index = torch.tensor(spans.groups)
-    scale = _rows(_plain(weight.scale, DTYPES), weight).index_select(1, index)
+    tiles, minimum = _scale_and_minimum(weight, _plain(weight.scale, DTYPES))
+    scale = _rows(tiles, weight).index_select(1, index)
+    minimum = None if minimum is None else _rows(minimum, weight).index_select(1, index)
     if spec.format.name == "binary":  # -1 and 1 are 2 (code - 1/2)
-        return scale * 2, torch.full(scale.shape, 0.5)
+        return scale * 2, torch.full(scale.shape, 0.5), None
     offset = int(_AS_INTEGERS.get(spec.format.name, spec.format.code_offset))
     if weight.zero is None:
-        return scale, offset
+        return scale, offset, minimum
     zero = _rows(weight.zero, weight).index_select(1, index)
     if spec.zero_point == "integer":
-        return scale, unsigned(zero, spec.format)
-    return scale, zero.to(torch.float32) + offset
+        return scale, unsigned(zero, spec.format), None
+    return scale, zero.to(torch.float32) + offset, None
 
 
 @dataclass(frozen=True)
@@ -168,18 +169,25 @@ class CodeScales:
 
     scale: Tensor
     table: CodeTable
-    zero: Tensor | None
+    zero: Tensor | float | None
+    minimum: Tensor | None
     outer: float
 
 
 def code_scales(weight: PackedMatrix) -> CodeScales:
     """For a weight that `refuse_codes` does not refuse."""
     spec, format = weight.spec, weight.spec.format
+    if weight.minimum is not None:
+        tiles, minimum = _scale_and_minimum(weight, _plain(weight.scale, DTYPES))
+        assert minimum is not None
+        table = _float8(format) or (_table(format) if format.bits <= 4 else None)
+        half = -float(2 ** (format.bits - 1)) if table is None and not format.signed else 0.0
+        return CodeScales(_rows(tiles, weight), table, half, _rows(minimum, weight), 1.0)
     scale, outer = _scale_and_outer(weight)
     rows = _rows(_plain(scale, SCALE_DTYPES), weight)
     zero = None if weight.zero is None else _rows(weight.zero, weight)
     if (dtype := _float8(format)) is not None:
-        return CodeScales(rows, dtype, None if zero is None else zero.to(torch.float32), outer)
+        return CodeScales(rows, dtype, None if zero is None else zero.to(torch.float32), None, outer)
     if format.bits > 4:  # signed bytes
         if zero is not None:
             zero = zero.to(torch.float32)
@@ -187,17 +195,18 @@ def code_scales(weight: PackedMatrix) -> CodeScales:
             zero = torch.zeros(rows.shape)
         if zero is not None and not format.signed:
             zero = zero - 2 ** (format.bits - 1)
-        return CodeScales(rows, None, zero, outer)
+        return CodeScales(rows, None, zero, None, outer)
     if zero is not None and spec.zero_point == "integer":
-        return CodeScales(rows, [float(code) for code in range(2**format.bits)], unsigned(zero, format), outer)
-    return CodeScales(rows, _table(format), None if zero is None else zero.to(torch.float32), outer)
+        return CodeScales(rows, [float(code) for code in range(2**format.bits)], unsigned(zero, format), None, outer)
+    return CodeScales(rows, _table(format), None if zero is None else zero.to(torch.float32), None, outer)
 
 
 def row_scales(weight: PackedMatrix) -> CodeScales:
-    """The same for the look-up of rows, which `refuse_rows` does not refuse: any table, zero points as they are."""
+    """The same for the look-up of rows that `refuse_rows` does not refuse: any table, zeros and minima as they are."""
     scale, outer = _scale_and_outer(weight)
     zero = None if weight.zero is None else _rows(weight.zero, weight)
-    return CodeScales(_rows(_plain(scale, SCALE_DTYPES), weight), _table(weight.spec.format), zero, outer)
+    minimum = None if weight.minimum is None else _rows(_plain(weight.minimum, SCALE_DTYPES), weight)
+    return CodeScales(_rows(_plain(scale, SCALE_DTYPES), weight), _table(weight.spec.format), zero, minimum, outer)
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
@@ -215,17 +224,26 @@ def stored_tiles(
     return tiles.index_select(1, torch.tensor([groups.index(i) for i in range(weight.granularity.tiles(shape)[1])]))
 
 
-def plain_scale_dtype(spec: QuantSpec) -> torch.dtype | None:
-    """The dtype of scales that are stored plainly."""
-    return spec.scale.torch_dtype if isinstance(spec.scale, FloatFormat) else None
+def plain_dtype(storage: Format | QuantSpec) -> torch.dtype | None:
+    """The dtype of scales or minima that are stored plainly."""
+    return storage.torch_dtype if isinstance(storage, FloatFormat) else None
 
 
 def _scale_and_outer(weight: PackedMatrix) -> tuple[Tensor | QTensor, float]:
-    """Scales, and the scale of the scales where those are kept as they are (NVFP4)."""
-    scale = weight.scale
-    if isinstance(scale, QTensor) and _is_nvfp4(weight.spec) and isinstance(scale.scale, Tensor):
+    """Scales, and the scale of the scales where those are kept as they are (NVFP4); minima have no such one."""
+    scale, nested = weight.scale, _is_nvfp4(weight.spec) and weight.minimum is None
+    if isinstance(scale, QTensor) and nested and isinstance(scale.scale, Tensor):
         return scale.codes.view(torch.float8_e4m3fn), float(scale.scale.to(torch.float32))
     return scale, 1.0
+
+
+def _scale_and_minimum(weight: PackedMatrix, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scales and minima as panels hold them: in one dtype, theirs where they share it, else float32."""
+    if weight.minimum is None:
+        return scale, None
+    if isinstance(weight.minimum, Tensor) and weight.minimum.dtype == scale.dtype:
+        return scale, weight.minimum
+    return scale.to(torch.float32), scale_values(weight.minimum)
 
 
 def _plain(scale: Tensor | QTensor, known: dict[torch.dtype, int]) -> Tensor:

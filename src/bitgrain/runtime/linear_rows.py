@@ -10,7 +10,13 @@ from collections.abc import Callable
 
 from bitgrain.numerics import IntFormat, QuantSpec, per_token
 from bitgrain.numerics.formats import FloatFormat
-from bitgrain.runtime.kernel_arguments import refuse_codes, refuse_float_inputs, refuse_inputs, refuse_integers
+from bitgrain.runtime.kernel_arguments import (
+    refuse_codes,
+    refuse_float_inputs,
+    refuse_inputs,
+    refuse_integers,
+    refuse_ordered,
+)
 from bitgrain.runtime.operators import ANY, NOT_MINE, Operator, find_serving, register_operator
 from bitgrain.runtime.packed_kernels import CodeKernel, CodeTwin, IntKernel, IntTwin, PackedKernel
 
@@ -32,7 +38,7 @@ def _floats(mine: Callable[[QuantSpec], bool]) -> Refusal:
     def refuse(weight: QuantSpec, inputs: QuantSpec | None) -> str | None:
         if inputs is None or not isinstance(inputs.format, FloatFormat):
             return NOT_MINE
-        reason = refuse_float_inputs(inputs, weight) or refuse_codes(weight)
+        reason = refuse_float_inputs(inputs, weight) or refuse_codes(weight) or refuse_ordered(weight, inputs)
         return reason or (None if mine(inputs) else NOT_MINE)
 
     return refuse
@@ -44,7 +50,7 @@ def _integers(mine: Callable[[QuantSpec], bool]) -> Refusal:
             return refuse_codes(weight) or "inputs in 16 bits"
         if isinstance(inputs.format, FloatFormat):
             return NOT_MINE
-        reason = refuse_inputs(inputs) or refuse_integers(weight)
+        reason = refuse_inputs(inputs) or refuse_integers(weight) or refuse_ordered(weight, inputs)
         return reason or (None if mine(inputs) else NOT_MINE)
 
     return refuse

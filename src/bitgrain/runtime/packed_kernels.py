@@ -27,9 +27,12 @@ from bitgrain.runtime.kernel_arguments import (
     integer_inputs,
     integer_scales,
     packed_codes,
-    plain_scale_dtype,
+    plain_dtype,
     stored_tiles,
 )
+
+_CALLED = {"linear", "call", "_ungathered"}
+"""What layers hold, or is made from it."""
 
 
 class PackedKernel(ABC):
@@ -37,6 +40,7 @@ class PackedKernel(ABC):
 
     Beside the kernel's product, in the dtype of the inputs: columns that the weight keeps in 16 bits, sparse outliers,
     and channels of the inputs that reach a threshold (LLM.int8(), arXiv 2208.07339), with those columns dequantized.
+    Inputs of a weight with an order of its columns are gathered first.
 
     linear  the kernel
     call    x [.., in] -> x W^T + bias: `linear` itself where there is nothing beside
@@ -49,20 +53,26 @@ class PackedKernel(ABC):
         self.spec, self.shape, self.quantizer = weight.spec, weight.shape, quantizer
         # what panels cannot give back as it was stored
         self._scale: Tensor | QTensor | None = weight.scale
-        self._zero = weight.zero
+        self._zero, self._minimum = weight.zero, weight.minimum
+        self._order = weight.order
         self._columns, self._sparse = weight.columns, None
         if weight.outliers is not None:
             self._sparse = _sparse(weight.outliers, weight.shape)
 
     @abstractmethod
-    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None]:
-        """Unsigned codes, scales and zero points (None where there are none), as a QTensor stores them."""
+    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None, Tensor | QTensor | None]:
+        """Unsigned codes, scales, zero points and minima (None where there are none), as a QTensor stores them."""
 
-    def _stored_zero(self, zero: Tensor | None, groups: Sequence[int] | None = None) -> Tensor | None:
-        """Zero points as a QTensor has them: those that are kept, or `zero` of the panels."""
-        if self.spec.symmetric or zero is None or self._zero is not None:
-            return self._zero
-        return _signed(stored_tiles(zero, self.spec, self.shape, groups), self.spec.format)
+    def _stored_zeros(
+        self, found: Tensor | None, groups: Sequence[int] | None = None
+    ) -> tuple[Tensor | None, Tensor | QTensor | None]:
+        """Zero points and minima as a QTensor has them: those that are kept, or what the panels gave back."""
+        if self.spec.symmetric or found is None or self._zero is not None or self._minimum is not None:
+            return self._zero, self._minimum
+        tiles = stored_tiles(found, self.spec, self.shape, groups)
+        if self.spec.minimum is not None:
+            return None, tiles.to(plain_dtype(self.spec.minimum))
+        return _signed(tiles, self.spec.format), None
 
     def _settle(self) -> None:
         """To be called once `linear` is there."""
@@ -74,6 +84,12 @@ class PackedKernel(ABC):
             self.call = self._with_threshold
         else:
             self.call = self.linear
+        if self._order is not None:
+            self._ungathered, self.call = self.call, self._with_order
+
+    def _with_order(self, x: Tensor) -> Tensor:
+        assert self._order is not None
+        return self._ungathered(x.index_select(-1, self._order))
 
     def _with_columns(self, x: Tensor) -> Tensor:
         assert self._columns is not None
@@ -105,13 +121,16 @@ class PackedKernel(ABC):
         found = {"panels": self.linear.panels}
         if self._columns is not None:
             found["column_values"] = self._columns.values.view(torch.uint8)
+        if self._order is not None:
+            found["order"] = self._order.view(torch.uint8)
         return found
 
     def qtensor(self) -> QTensor:
         """The weight as it was given, unpacked."""
-        codes, scale, zero = self.unpacked()
+        codes, scale, zero, minimum = self.unpacked()
         outliers = None if self._sparse is None else _outliers(self._sparse)
-        return QTensor(_signed(codes, self.spec.format), scale, zero, self.spec, outliers, self._columns)
+        more = (outliers, self._columns, minimum, self._order)
+        return QTensor(_signed(codes, self.spec.format), scale, zero, self.spec, *more)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, for ids [...]: [..., in], what `QTensor.dequantize` gives, bit for bit. Only of weights
@@ -127,7 +146,7 @@ class PackedKernel(ABC):
         fresh = self.repacked(weight)
         fresh.set_bias(self.linear.bias)
         vars(self.linear).update(vars(fresh.linear))  # the layers hold what is called
-        vars(self).update({name: vars(fresh)[name] for name in vars(fresh).keys() - {"linear", "call"}})
+        vars(self).update({name: vars(fresh)[name] for name in vars(fresh).keys() - _CALLED})
 
     def describe(self) -> str:
         """For the printed model."""
@@ -135,7 +154,7 @@ class PackedKernel(ABC):
         return self.spec.describe() + inputs
 
     def __getstate__(self) -> dict[str, object]:
-        state = {name: value for name, value in self.__dict__.items() if name != "call"}
+        state = {name: value for name, value in self.__dict__.items() if name not in _CALLED - {"linear"}}
         return state if self._sparse is None else {**state, "_sparse": _outliers(self._sparse)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -155,25 +174,27 @@ class IntKernel(PackedKernel):
         assert quantizer is not None
         self._spans = Spans.of(weight.spec, weight.shape, quantizer)
         inputs = integer_inputs(quantizer, self._spans.lengths)
-        scale, zero = integer_scales(weight, self._spans)
+        scale, zero, minimum = integer_scales(weight, self._spans)
         bits = weight.spec.format.bits
         self.linear = self.linear_type.pack_words(
-            weight.words, scale, bits, inputs, k=weight.shape[1], lengths=self._spans.lengths, zero=zero
-        )
+            weight.words, scale, bits, inputs, k=weight.shape[1], lengths=self._spans.lengths, zero=zero,
+            minimum=minimum,
+        )  # fmt: skip
         if isinstance(weight.scale, Tensor) and weight.scale.dtype == scale.dtype and bits > 1:
             self._scale = None
         if isinstance(zero, Tensor) and zero.dtype == torch.uint8 and bits <= 4:
             self._zero = None
+        if minimum is not None and isinstance(weight.minimum, Tensor) and weight.minimum.dtype == minimum.dtype:
+            self._minimum = None
         self._settle()
 
-    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None]:
+    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None, Tensor | QTensor | None]:
         codes, scale, zero = self.linear.unpack()
         if self._scale is None:
-            dtype = plain_scale_dtype(self.spec)
-            stored = stored_tiles(scale, self.spec, self.shape, self._spans.groups).to(dtype)
+            stored = stored_tiles(scale, self.spec, self.shape, self._spans.groups).to(plain_dtype(self.spec.scale))
         else:
             stored = self._scale
-        return packed_codes(codes, self.spec.format.bits), stored, self._stored_zero(zero, self._spans.groups)
+        return packed_codes(codes, self.spec.format.bits), stored, *self._stored_zeros(zero, self._spans.groups)
 
 
 class CodeKernel(PackedKernel):
@@ -189,24 +210,26 @@ class CodeKernel(PackedKernel):
         bits, group = weight.spec.format.bits, weight.spec.granularity.tile(weight.shape)[1]
         self.linear = self.linear_type.pack_words(
             weight.words, given.scale, bits, given.table, k=weight.shape[1], group=group, zero=given.zero,
-            outer=given.outer, inputs=inputs,
+            minimum=given.minimum, outer=given.outer, inputs=inputs,
         )  # fmt: skip
         if isinstance(weight.scale, Tensor) and weight.scale.dtype == given.scale.dtype:
             self._scale = None
         elif isinstance(weight.scale, QTensor) and given.scale.dtype == torch.float8_e4m3fn:
             self._scale = replace(weight.scale, codes=weight.scale.codes[:0])  # its codes are in the panels
-        if given.zero is not None and given.zero.dtype == torch.uint8:
+        if isinstance(given.zero, Tensor) and given.zero.dtype == torch.uint8:
             self._zero = None
+        if given.minimum is not None and isinstance(weight.minimum, Tensor):
+            self._minimum = weight.minimum if weight.minimum.dtype != given.minimum.dtype else None
         self._settle()
 
-    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None]:
+    def unpacked(self) -> tuple[Tensor, Tensor | QTensor, Tensor | None, Tensor | QTensor | None]:
         codes, scale, zero = self.linear.unpack()
         stored = stored_tiles(scale, self.spec, self.shape)
         if isinstance(self._scale, QTensor) and not self._scale.codes.numel():
             stored = replace(self._scale, codes=stored.view(torch.uint8))
         elif self._scale is not None:
             stored = self._scale
-        return packed_codes(codes, self.spec.format.bits), stored, self._stored_zero(zero)
+        return packed_codes(codes, self.spec.format.bits), stored, *self._stored_zeros(zero)
 
 
 class IntTwin(IntKernel):

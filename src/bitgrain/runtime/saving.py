@@ -17,16 +17,25 @@ class SavePretrained(OwnedBy):
     Raises SchemeError while one is.
     """
 
+    method = "save_pretrained"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.owner
         if any(isinstance(part, PackedWeight) for part in model.modules()):
             raise SchemeError(
-                "save_pretrained cannot write packed weights: copy the folder that the model was loaded from, or load "
+                f"{self.method} cannot write packed weights: copy the folder that the model was loaded from, or load "
                 "it with execution='dequantize' to write dense ones"
             )
-        return cast(Any, type(model)).save_pretrained(model, *args, **kwargs)
+        return getattr(type(model), self.method)(model, *args, **kwargs)
+
+
+class PushToHub(SavePretrained):
+    """The same of `push_to_hub`, before anything is asked of the hub."""
+
+    method = "push_to_hub"
 
 
 def refuse_to_save_packed(model: nn.Module) -> None:
-    """Let `save_pretrained` of a model say so."""
-    cast(Any, model).save_pretrained = SavePretrained(model)
+    """Let `save_pretrained` and `push_to_hub` of a model say so."""
+    own = cast(Any, model)
+    own.save_pretrained, own.push_to_hub = SavePretrained(model), PushToHub(model)

@@ -1,7 +1,7 @@
 """Which ways of storing a layer a search may choose from, for each engine: data, and one function that reads it.
 
-What vLLM, SGLang and transformers load is told in `bitgrain.pipeline.engines`, which judges the result; what is listed
-here is within that. A bit more or less costs about four times the error, a group half as large saves about a tenth:
+What engines load is told in `bitgrain.pipeline.engine_rules`, by which the result is judged; what is listed here is
+within that. A bit more or less costs about four times the error, a group half as large saves about a tenth:
 groups are the small change with which a budget is filled.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from bitgrain.errors import SchemeError
@@ -46,7 +46,8 @@ ENGINES: dict[str, tuple[Kinds, ...]] = {
     # whatever compressed-tensors can hold
     "compressed-tensors": (Kinds((2, 3, 4, 5, 6, 7, 8), _GROUPS, True),),
     "vllm": _SERVING,
-    "sglang": _SERVING,
+    # it does not pad layers of 8 bits either
+    "sglang": tuple(replace(kinds, out_multiple=64, in_multiple=128) for kinds in _SERVING),
     # it does not load packed zero points beside another scheme
     "transformers": (Kinds((2, 3, 4, 5, 6, 7, 8), _GROUPS, False),),
 }

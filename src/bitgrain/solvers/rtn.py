@@ -95,7 +95,7 @@ def _piece_rows(rows: int, cols: int, spec: QuantSpec) -> int:
 
 def _by_row(nested: QuantSpec) -> bool:
     """Whether each row of nested scales stands for itself, so that rows can be quantized apart."""
-    return nested.granularity.rows == 1
+    return nested.granularity.rows == 1 and nested.granularity.run is None
 
 
 def _tile_rows(start: int, stop: int, spec: QuantSpec) -> slice:

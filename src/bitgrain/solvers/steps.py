@@ -51,6 +51,8 @@ def fit(
 def per_element(tiles: Tensor, granularity: Granularity, shape: tuple[int, int]) -> Tensor:
     """One number for each tile [down, across] -> one for each element of a matrix of `shape`."""
     tile_rows, tile_cols = granularity.tile(shape)
+    if granularity.run is not None:
+        return tiles.reshape(-1).repeat_interleave(granularity.run)[: shape[0] * shape[1]].view(shape)
     return per_row(tiles, tile_rows, shape[0]).repeat_interleave(tile_cols, dim=1)[:, : shape[1]]
 
 

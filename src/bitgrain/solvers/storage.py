@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat, QTensor, QuantSpec
+from bitgrain.numerics.about_mean import about
 from bitgrain.numerics.affine import from_grid, store_zero, to_grid
 from bitgrain.numerics.formats import E8M0, FloatFormat, Format
 from bitgrain.numerics.granularity import to_tiles
@@ -25,14 +26,15 @@ from bitgrain.solvers.steps import Steps, per_element
 
 @dataclass(frozen=True)
 class Nested:
-    """The grid of nested scales or minima [down, across]: their own scale and zero point stay what they are.
+    """The grid of nested scales or minima [down, across]: their own scale, zero point and minimum stay what they are.
 
-    stored  as they are packed; outer, zero: of `stored`, one for each of its elements
+    stored  as they are packed; outer, zero, minimum: of `stored`, one for each of its elements
     """
 
     stored: QTensor
     outer: Tensor
-    zero: Tensor | None
+    zero: Tensor | None = None
+    minimum: Tensor | None = None
 
     @staticmethod
     def of(stored: Tensor | QTensor | None) -> Nested | None:
@@ -41,24 +43,29 @@ class Nested:
             return None
         granularity, shape = stored.spec.granularity, (stored.shape[0], stored.shape[1])
         zero = None if stored.zero is None else per_element(stored.zero.to(torch.float32), granularity, shape)
-        return Nested(stored, per_element(scale_values(stored.scale), granularity, shape), zero)
+        minimum = None if stored.minimum is None else per_element(scale_values(stored.minimum), granularity, shape)
+        return Nested(stored, per_element(scale_values(stored.scale), granularity, shape), zero, minimum)
 
     def round(self, ideal: Tensor, rows: slice, columns: slice, lost: bool) -> Tensor:
         """The nearest that can be stored, in these rows and columns; `lost`: whether numbers may become 0."""
         outer, spec = self.outer[rows, columns], self.stored.spec
         zero = None if self.zero is None else self.zero[rows, columns]
-        numbers = to_grid(ideal.unsqueeze(-1), outer, zero, spec).squeeze(-1)
-        if not lost and zero is None and isinstance(spec.format, IntFormat):
+        shifted = ideal if self.minimum is None else ideal + self.minimum[rows, columns]
+        numbers = to_grid(shifted.unsqueeze(-1), outer, zero, spec).squeeze(-1)
+        if not lost and spec.symmetric and isinstance(spec.format, IntFormat):
             numbers = not_lost(numbers, ideal, spec)
         return self.mean(numbers, rows, columns)
 
     def mean(self, numbers: Tensor, rows: slice, columns: slice) -> Tensor:
         """What numbers of the nested format stand for in these rows and columns."""
         zero = None if self.zero is None else self.zero[rows, columns]
-        return from_grid(numbers.clone().unsqueeze(-1), self.outer[rows, columns], zero).squeeze(-1)
+        values = from_grid(numbers.clone().unsqueeze(-1), self.outer[rows, columns], zero).squeeze(-1)
+        return values if self.minimum is None else values - self.minimum[rows, columns]
 
     def pack(self, values: Tensor, name: str) -> QTensor:
         """[down, across], each one that can be stored."""
+        if isinstance(self.stored.minimum, Tensor) and isinstance(self.stored.scale, Tensor):
+            return about(values, self.stored.spec, self.stored.scale, self.stored.minimum)
         return quantize(values, self.stored.spec, scale=self.stored.scale, zero=self.stored.zero, name=name)
 
     def chosen(self, other: Nested, where: Tensor) -> Nested:
@@ -68,7 +75,7 @@ class Nested:
         assert isinstance(its, Tensor)
         mask = where.unsqueeze(1)
         stored = replace(self.stored, scale=torch.where(mask, its, mine))
-        return Nested(stored, torch.where(mask, other.outer, self.outer), None)
+        return Nested(stored, torch.where(mask, other.outer, self.outer))
 
 
 class Storage:

@@ -19,7 +19,8 @@ def dequantize(
     table: CodeTable,
     *,
     group: int | None = None,
-    zero: Tensor | None = None,
+    zero: Tensor | float | None = None,
+    minimum: Tensor | None = None,
     outer: float = 1.0,
     rounded: bool = False,
 ) -> Tensor:
@@ -36,7 +37,10 @@ def dequantize(
     def spread(x: Tensor) -> Tensor:
         return x.to(torch.float32).double().repeat_interleave(group or k, 1)[:, :k]
 
-    return (numbers if zero is None else numbers - spread(zero)) * spread(scale) * outer
+    if zero is not None:
+        numbers = numbers - (spread(zero) if isinstance(zero, Tensor) else zero)
+    scaled = numbers * spread(scale)
+    return (scaled if minimum is None else scaled - spread(minimum)) * outer
 
 
 def code_linear(
@@ -46,7 +50,8 @@ def code_linear(
     table: CodeTable,
     *,
     group: int | None = None,
-    zero: Tensor | None = None,
+    zero: Tensor | float | None = None,
+    minimum: Tensor | None = None,
     outer: float = 1.0,
     bias: Tensor | None = None,
     inputs: FloatInputs | None = None,
@@ -55,10 +60,11 @@ def code_linear(
     """Arguments as of `CodeLinear.pack`, x [m, k]; computed in float64 and rounded once to the dtype of x.
 
     rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does; that changes no FP8 or FP4
-    The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| (|table| + |zero|) |scale|, and one
-    rounding to its dtype. With 1 or 2 rows avx512bf16 multiplies 8-bit codes in two parts: 512 stands for the table.
+    The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| ((|table| + |zero|) |scale| + |minimum|),
+    and one rounding to its dtype. Minima are taken off as they are, times the sum of a group's inputs: no division by a
+    scale, which may be 0. With 1 or 2 rows avx512bf16 multiplies 8-bit codes in two parts: 512 stands for the table.
     """
-    weight = dequantize(codes, scale, table, group=group, zero=zero, outer=outer, rounded=rounded)
+    weight = dequantize(codes, scale, table, group=group, zero=zero, minimum=minimum, outer=outer, rounded=rounded)
     if inputs is not None:
         values, steps = round_inputs(x, inputs, group)
         seen = values.double() * steps
@@ -72,11 +78,11 @@ class CodeLinearTwin:
     """`CodeLinear` without the native module: the same face; panels are the unsigned codes [n, k]."""
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, table: CodeTable, group: int | None, zero: Tensor | None, outer: float,
-        inputs: FloatInputs | None,
+        self, codes: Tensor, scale: Tensor, table: CodeTable, group: int | None, zero: Tensor | float | None,
+        minimum: Tensor | None, outer: float, inputs: FloatInputs | None,
     ) -> None:  # fmt: skip
         self.panels, self.scale, self.table, self.group, self.zero, self.outer = codes, scale, table, group, zero, outer
-        self.inputs = inputs
+        self.minimum, self.inputs = minimum, inputs
         self.bias: Tensor | None = None
 
     @classmethod
@@ -89,24 +95,26 @@ class CodeLinearTwin:
         *,
         k: int,
         group: int | None = None,
-        zero: Tensor | None = None,
+        zero: Tensor | float | None = None,
+        minimum: Tensor | None = None,
         outer: float = 1.0,
         inputs: FloatInputs | None = None,
     ) -> CodeLinearTwin:
         """See `CodeLinear.pack_words`."""
         numbers = [float(code - 2 ** (bits - 1)) for code in range(2**bits)] if table is None else table
-        return cls(unpack_words(words, bits, k), scale, numbers, group, zero, outer, inputs)
+        return cls(unpack_words(words, bits, k), scale, numbers, group, zero, minimum, outer, inputs)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `CodeLinear.unpack`."""
-        return self.panels, self.scale, self.zero
+        return self.panels, self.scale, self.zero if isinstance(self.zero, Tensor) else self.minimum
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `PackedLinear.rows`."""
         assert self.table is not None  # `pack_words` says what integers are
         return look_up(
-            self.panels, self.scale, self.table, ids, dtype, group=self.group, zero=self.zero, outer=self.outer
-        )
+            self.panels, self.scale, self.table, ids, dtype, group=self.group, zero=self.zero, minimum=self.minimum,
+            outer=self.outer,
+        )  # fmt: skip
 
     def set_bias(self, bias: Tensor | None) -> None:
         """See `CodeLinear.set_bias`."""
@@ -122,6 +130,7 @@ class CodeLinearTwin:
             self.table,
             group=self.group,
             zero=self.zero,
+            minimum=self.minimum,
             outer=self.outer,
             bias=self.bias,
             inputs=self.inputs,

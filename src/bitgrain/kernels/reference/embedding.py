@@ -16,11 +16,12 @@ def look_up(
     dtype: torch.dtype = torch.float32,
     *,
     group: int | None = None,
-    zero: Tensor | None = None,
+    zero: Tensor | float | None = None,
+    minimum: Tensor | None = None,
     outer: float = 1.0,
 ) -> Tensor:
-    """Rows `ids` of (table[code] - zero) * (scale * outer), in float32 and rounded once; equal to the kernel's, bit for
-    bit.
+    """Rows `ids` of (table[code] - zero) * (scale * outer) - minimum * outer, in float32 and rounded once; equal to the
+    kernel's, bit for bit.
 
     codes [n, k] unsigned, or of FP8 numbers of the dtype `table`; the others as of `CodeEmbedding`.
     """
@@ -33,4 +34,7 @@ def look_up(
         numbers = codes[ids].view(table).to(torch.float32)
     else:
         numbers = torch.tensor(list(table), dtype=torch.float32)[codes[ids].long()]
-    return ((numbers if zero is None else numbers - spread(zero)) * (spread(scale) * outer)).to(dtype)
+    if zero is not None:
+        numbers = numbers - (spread(zero) if isinstance(zero, Tensor) else zero)
+    scaled = numbers * (spread(scale) * outer)
+    return (scaled if minimum is None else scaled - spread(minimum) * outer).to(dtype)

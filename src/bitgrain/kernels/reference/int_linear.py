@@ -38,15 +38,19 @@ def int_linear(
     *,
     lengths: Sequence[int],
     zero: int | Tensor = 0,
+    minimum: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Arguments as of `IntLinear.pack`, x [m, k]; computed in float64 and rounded once to the dtype of x.
 
-    The kernel's distance: |y - twin| <= (spans + 4) 2^-23 sum_k |x q| |w|, and one rounding to its dtype.
+    The kernel's distance: |y - twin| <= (spans + 4) 2^-23 sum_k |x q| ((|code| + |zero|) |scale| + |minimum|), and one
+    rounding to its dtype.
     """
     sizes = torch.tensor(list(lengths))
     shift = zero if isinstance(zero, int) else zero.double().repeat_interleave(sizes, 1)
     weight = (codes.double() - shift) * scale.double().repeat_interleave(sizes, 1)
+    if minimum is not None:
+        weight -= minimum.double().repeat_interleave(sizes, 1)
     q, row, column = quantize_inputs(x, inputs, lengths)
     y = (q * column.double()) @ weight.T * row.double()
     return (y if bias is None else y + bias.double()).to(x.dtype)
@@ -56,9 +60,10 @@ class IntLinearTwin:
     """`IntLinear` without the native module: the same face; panels are the unsigned codes [n, k]."""
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, zero: int | Tensor, lengths: tuple[int, ...], inputs: IntInputs
-    ) -> None:
-        self.scale, self.zero, self.lengths, self.inputs = scale, zero, lengths, inputs
+        self, codes: Tensor, scale: Tensor, zero: int | Tensor, minimum: Tensor | None, lengths: tuple[int, ...],
+        inputs: IntInputs,
+    ) -> None:  # fmt: skip
+        self.scale, self.zero, self.minimum, self.lengths, self.inputs = scale, zero, minimum, lengths, inputs
         self.panels = codes
         self.bias: Tensor | None = None
 
@@ -73,19 +78,21 @@ class IntLinearTwin:
         k: int,
         lengths: Sequence[int],
         zero: int | Tensor = 0,
+        minimum: Tensor | None = None,
     ) -> IntLinearTwin:
         """See `IntLinear.pack_words`."""
-        return cls(unpack_words(words, bits, k), scale, zero, tuple(lengths), inputs)
+        return cls(unpack_words(words, bits, k), scale, zero, minimum, tuple(lengths), inputs)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `IntLinear.unpack`."""
-        return self.panels, self.scale.to(torch.float32), None if isinstance(self.zero, int) else self.zero
+        return self.panels, self.scale.to(torch.float32), self.minimum if isinstance(self.zero, int) else self.zero
 
     def dequantize_features(self, index: Tensor) -> Tensor:
         """See `IntLinear.dequantize_features`."""
         span = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))[index]
         zero = self.zero if isinstance(self.zero, int) else self.zero[:, span].to(torch.float32)
-        return ((self.panels[:, index].to(torch.float32) - zero) * self.scale[:, span].to(torch.float32)).T
+        found = (self.panels[:, index].to(torch.float32) - zero) * self.scale[:, span].to(torch.float32)
+        return (found if self.minimum is None else found - self.minimum[:, span].to(torch.float32)).T
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """See `PackedLinear.rows`."""
@@ -95,7 +102,8 @@ class IntLinearTwin:
             return x[ids].to(torch.float32).repeat_interleave(sizes, -1)
 
         zero = self.zero if isinstance(self.zero, int) else spread(self.zero)
-        return ((self.panels[ids].to(torch.float32) - zero) * spread(self.scale)).to(dtype)
+        found = (self.panels[ids].to(torch.float32) - zero) * spread(self.scale)
+        return (found if self.minimum is None else found - spread(self.minimum)).to(dtype)
 
     def set_bias(self, bias: Tensor | None) -> None:
         """See `IntLinear.set_bias`."""
@@ -104,5 +112,8 @@ class IntLinearTwin:
     def __call__(self, x: Tensor) -> Tensor:
         """See `IntLinear`."""
         rows = rows_of(x, self.panels.shape[1])
-        y = int_linear(rows, self.panels, self.scale, self.inputs, lengths=self.lengths, zero=self.zero, bias=self.bias)
+        y = int_linear(
+            rows, self.panels, self.scale, self.inputs, lengths=self.lengths, zero=self.zero, minimum=self.minimum,
+            bias=self.bias,
+        )  # fmt: skip
         return y.view(*x.shape[:-1], -1)

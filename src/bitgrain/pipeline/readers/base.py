@@ -1,0 +1,48 @@
+"""What a foreign reader is: it loads a checkpoint with none of bitgrain's code, and gives logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reader:
+    """name     as `verify --with` has it
+    package     that must be installed; imports: the name of its module
+    layouts     that it reads
+    logits      (folder or file, ids int64 [texts, tokens]) -> float32 [texts, tokens, vocabulary]; raises ReaderError
+    exact       False for an engine that rounds activations to 8 bits of its own accord: then only KL is looked at
+    """
+
+    name: str
+    package: str
+    imports: str
+    layouts: tuple[str, ...]
+    logits: Callable[[Path, Tensor], Tensor]
+    exact: bool = True
+
+    def missing(self) -> str | None:
+        """Why it cannot be asked here, or None."""
+        try:
+            import_module(self.imports)
+        except ImportError:
+            return f"{self.package} is not installed: pip install {self.package}"
+        return None
+
+    @property
+    def title(self) -> str:
+        """With its version."""
+        try:
+            return f"{self.name} ({self.package} {version(self.package)})"
+        except PackageNotFoundError:
+            return self.name
+
+
+class ReaderError(Exception):
+    """The engine does not load the file, or cannot run it; the text is its own."""

@@ -1,0 +1,40 @@
+"""Two sets of logits for the same tokens: how far apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SPREAD_TOLERANCE = 1e-3
+"""Largest difference, relative to the standard deviation of the logits."""
+KL_TOLERANCE = 1e-4
+"""Nats a token, mean: either of the two is enough."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """largest  difference, in standard deviations of ours; kl: of ours from theirs, nats a token, mean."""
+
+    largest: float
+    kl: float
+
+    @staticmethod
+    def of(ours: Tensor, theirs: Tensor) -> Apart:
+        """Both float [texts, tokens, vocabulary]; what engines add to the vocabulary as padding does not count."""
+        theirs = theirs[..., : ours.shape[-1]]
+        if theirs.shape != ours.shape:
+            return Apart(float("inf"), float("inf"))
+        ours, theirs = ours.double(), theirs.double()
+        largest = float((ours - theirs).abs().max() / ours.std())
+        log_p, log_q = torch.log_softmax(ours, -1), torch.log_softmax(theirs, -1)
+        return Apart(largest, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+
+    @property
+    def equal(self) -> bool:
+        """Within either tolerance."""
+        return self.largest <= SPREAD_TOLERANCE or self.kl <= KL_TOLERANCE
+
+    def __str__(self) -> str:
+        return f"largest difference {self.largest:.2g} of the logits' spread, KL {self.kl:.2g}"
