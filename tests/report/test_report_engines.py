@@ -39,8 +39,8 @@ def test_reasons_say_nothing_of_the_sample():
 
 
 def test_a_file_format_is_a_holder(monkeypatch: pytest.MonkeyPatch):
-    def only_blocks_of_32(layer: StoredLayer) -> str | None:
-        return None if layer.scheme.weight.granularity.cols == 32 else f"gguf has blocks, {layer.module} has none"
+    def only_blocks_of_32(layer: StoredLayer) -> StoredLayer | str:
+        return layer if layer.scheme.weight.granularity.cols == 32 else f"gguf has blocks, {layer.module} has none"
 
     monkeypatch.setitem(HOLDERS, "gguf", only_blocks_of_32)
     rows = {row.scheme: row for row in rows_of("gguf")}
