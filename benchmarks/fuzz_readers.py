@@ -29,8 +29,10 @@ import torch
 
 import bitgrain
 from bitgrain.checkpoints.layouts import WRITABLE
+from bitgrain.checkpoints.onnx.forms import FORMS
+from bitgrain.checkpoints.onnx.reader import OnnxFile
 from bitgrain.errors import BitgrainError
-from bitgrain.pipeline.stored import QuantizedCheckpoint
+from bitgrain.pipeline.stored import open_stored
 
 SLACK = 96 << 20
 """Bytes that Python, torch and their pools take whatever the file holds."""
@@ -54,12 +56,15 @@ SOURCES = ("W4A16", "W8A16", "W4A16_ASYM", "NF4", "MXFP4A16", "W8A8", "NVFP4A16"
 
 def read_everything(path: Path) -> None:
     """What an untrusted checkpoint goes through: opened, every tensor read, every quantized one dequantized."""
-    stored = QuantizedCheckpoint(path)
+    if (path / "model.onnx").exists():
+        file = OnnxFile(path / "model.onnx")
+        for name in file.matrices:
+            file.read(name).dequantize()
+        file.kept()
+        return
+    stored = open_stored(next(path.glob("*.gguf"), path))
     for name in stored.originals():
-        if name in stored.layers:
-            stored.dense(name)
-        else:
-            stored.checkpoint.read(name)
+        stored.dense(name)
     stored.static_inputs()
     stored.columns()
 
@@ -81,7 +86,12 @@ def make_seeds(where: Path) -> dict[str, Path]:
                 shutil.rmtree(where / name, ignore_errors=True)
                 continue
             made[name] = where / name
-    return made
+    source = where / "source-W4A16"
+    (where / "gguf").mkdir()
+    bitgrain.convert(source, "gguf", where / "gguf" / "model.gguf")
+    for form in FORMS:
+        bitgrain.convert(source, form, where / form)
+    return made | {name: where / name for name in ("gguf", *FORMS)}
 
 
 def _tiny_model(folder: Path) -> None:

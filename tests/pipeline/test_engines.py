@@ -156,7 +156,7 @@ def test_formats_of_each_layout(layout: str, spec: QuantSpec, engines: list[str]
         ("awq", "transformers", layer(int_weight(4, 64), role="lm_head"), "output layers stay in full precision there"),
         ("gguf", "llama.cpp", layer(int_weight(4, 32)), "its scales are float16, not float32"),
         ("gguf", "llama.cpp", layer(Q4_K, (64, 384), name="y"), "4-bit kernels need inputs % 256 = 0, y is (64, 384)"),
-        ("onnx-nbits", "onnxruntime", layer(int_weight(4)), "weight-only kernels need scales per group"),
+        ("onnx-nbits", "onnxruntime", layer(int_weight(5, 32)), "no kernel for 5-bit weights, only 2, 4 and 8"),
         ("bnb-nf4", "transformers", layer(int_weight(4, 64)), "no kernel for 4-bit weights, only 8"),
     ],
 )

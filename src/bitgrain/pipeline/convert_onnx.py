@@ -207,9 +207,9 @@ def _write_side_files(
         job.write_bytes(name, data)
         hashes[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    for path in [*side_files(stored.folder, with_code), *stored.folder.glob("recipe.yaml")]:
+    for path in [*side_files(stored.path, with_code), *stored.path.glob("recipe.yaml")]:
         put(path.name, path.read_bytes())
-    config: dict[str, Any] = json.loads((stored.folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads((stored.path / "config.json").read_text(encoding="utf-8"))
     for key in stored.layout.keys:
         config.pop(key, None)
     put("config.json", as_json(config))
