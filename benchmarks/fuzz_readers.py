@@ -36,7 +36,7 @@ from bitgrain.pipeline.stored import open_stored
 
 SLACK = 96 << 20
 """Bytes that Python, torch and their pools take whatever the file holds."""
-SECONDS_EACH = 10
+SECONDS_EACH = 30
 TELLING = (0, 1, -1, 2, 7, 8, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**63 - 1, 2**64 - 1)
 WORDS = (
     "",
@@ -50,7 +50,7 @@ WORDS = (
     "\0",
     "x" * 5000,
 )
-SOURCES = ("W4A16", "W8A16", "W4A16_ASYM", "NF4", "MXFP4A16", "W8A8", "NVFP4A16", "W8A16INT16")
+SOURCES = ("W4A16", "W8A16", "W4A16_ASYM", "NF4_BNB", "FP4_BNB", "NF4", "MXFP4A16", "W8A8", "NVFP4A16", "W8A16INT16")
 """Schemes that some layout may hold: the first that it does is its seed."""
 
 
