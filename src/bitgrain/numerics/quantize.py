@@ -145,7 +145,7 @@ def store_minimum(minimum: Tensor, storage: Format | QuantSpec, name: str = "ten
         return quantize(minimum, storage, name=f"{name} (minima)")
     assert isinstance(storage, FloatFormat)
     assert storage.torch_dtype is not None
-    largest = float(minimum.abs().max())
+    largest = float(minimum.detach().abs().max())
     if largest > storage.maximum:
         raise NumericsError(f"{name}: minima overflow {storage} (largest {largest:.4g}, limit {storage.maximum:.4g})")
     return minimum.to(storage.torch_dtype)
