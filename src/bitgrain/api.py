@@ -16,6 +16,7 @@ from bitgrain.evaluation.inspection.job import inspect_model as inspect
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.models.batch_norms import fold_batch_norms_
 from bitgrain.models.source import resolve_model
+from bitgrain.numerics.formats import FP16
 from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.contents import Contents
 from bitgrain.pipeline.contents import read_contents as show
@@ -121,7 +122,7 @@ def plan(
     include: Sequence[str] = (),
     bits: float | None = None,
     kv_cache: str | None = None,
-    engine: str = "compressed-tensors",
+    engine: str | None = None,
     layout: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -144,6 +145,7 @@ def plan(
     include      layers that no scheme reaches by itself (lm_head, embeddings) to be quantized too, named likewise
     bits         stored bits a weight on average, allocated by sensitivity, which is measured now (`pipeline.mixed`);
                  `scheme` then only says how activations are quantized; engine: whose formats may be chosen
+                 (None: those of the layout, gguf's or compressed-tensors')
     kv_cache     "fp8": keys and values get static scales from calibration, which vLLM reads
     layout       how the files are laid out (`checkpoints.layouts`); None: compressed-tensors, or bitgrain's own where
                  that cannot hold everything; "gguf" or "gguf:TYPE": one file for llama.cpp
@@ -174,16 +176,21 @@ def plan(
         "max_shard_bytes": max_shard_bytes,
         "workers": workers,
     }
+    gguf = layout is not None and is_gguf(layout)
+    default = "gguf" if gguf else "compressed-tensors"
     notes: tuple[str, ...] = ()
     measuring: dict[str, Any] = {"device": device, "cache": cache, "progress": progress or make_progress("quiet")}
     if bits is not None:
-        mix = allocate_bits(model, chosen, bits, engine=engine, **measuring, **settings)
+        mix = allocate_bits(model, chosen, bits, engine=engine or default, **measuring, **settings)
         chosen, notes = mix.recipe, mix.notes
     elif kept or fallen:
         spared = spare_layers(model, chosen, keep=kept, fallback=fallen, **measuring, **settings)
         chosen, notes = spared.recipe, spared.notes
-    folder = "bitgrain" if layout is not None and is_gguf(layout) else layout  # which becomes the file
-    return make_plan(model, chosen, notes=notes, statistics=statistics, layout=folder, **settings)
+    if gguf:  # the folder that becomes the file; its blocks have scales in half precision
+        settings |= {"layout": "bitgrain", "scales": FP16}
+    else:
+        settings["layout"] = layout
+    return make_plan(model, chosen, notes=notes, statistics=statistics, **settings)
 
 
 def quantize(

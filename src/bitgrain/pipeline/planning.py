@@ -21,7 +21,7 @@ from bitgrain.models.anatomy import Anatomy, Weight, read_anatomy
 from bitgrain.models.naming import StoredTensor, natural_order
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
-from bitgrain.numerics import QuantSpec
+from bitgrain.numerics import Format, QuantSpec
 from bitgrain.pipeline.cache_plan import CachePlan, plan_cache
 from bitgrain.pipeline.clusters import cluster_problems
 from bitgrain.pipeline.cost import cost_notes
@@ -61,6 +61,7 @@ def make_plan(
     statistics: str | Path | None = None,
     notes: Sequence[str] = (),
     layout: str | None = None,
+    scales: Format | None = None,
 ) -> Plan:
     """Plan `recipe` on `model` (a folder or a hub name).
 
@@ -69,6 +70,8 @@ def make_plan(
     statistics a folder that `bitgrain calibrate` wrote, used in place of text
     layout     how the files are laid out (`checkpoints.layouts`); None: compressed-tensors, or bitgrain's own where
                that cannot hold everything
+
+    scales     storage of plain scales whatever the checkpoint's dtype; None: that dtype, or what the layout holds
 
     Problems are collected in the plan, so that all are seen at once. Raises ModelError and CheckpointError for a model
     that cannot be read, RecipeError for a rule that matches nothing, StatisticsError for statistics of another model.
@@ -97,7 +100,7 @@ def make_plan(
         for name in _integer_weights(skeleton, anatomy, checkpoint)
     )
     layers = [
-        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor], recipe, wanted, problems)
+        _plan_layer(weight, scheme, checkpoint.entries[weight.tensor], recipe, wanted, scales, problems)
         for weight, scheme in zip(anatomy.weights, schemes, strict=True)
     ]
     problems.extend(_different_columns(layers))
@@ -171,6 +174,7 @@ def _plan_layer(
     entry: StoredTensor,
     recipe: Recipe,
     layout: Layout | None,
+    scales: Format | None,
     problems: list[str],
 ) -> PlannedLayer:
     if scheme is None:
@@ -186,6 +190,8 @@ def _plan_layer(
     if weight.role == "conv":
         problems.extend(_not_for_convolutions(weight, scheme, recipe))
     scheme, note = scheme.for_dtype(dtype), ""
+    if scales is not None:
+        scheme = replace(scheme, weight=scheme.weight.with_scale_dtype(scales))
     if layout is not None and layout.storages and scheme.weight.scale not in layout.storages:
         scheme = replace(scheme, weight=scheme.weight.with_scale_dtype(layout.storages[0]))
     reason = scheme.indivisible(weight.out_features, weight.in_features)

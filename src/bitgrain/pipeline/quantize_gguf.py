@@ -55,5 +55,11 @@ def run_plan_into(
         progress=progress or make_progress("quiet"),
     )
     shutil.rmtree(folder)
-    notes = [*manifest["notes"], *made.notes]
-    return QuantizeResult(out, plan, {**manifest, "layout": "gguf", "notes": notes, "bytes_after": made.nbytes})
+    written, elements = open_stored(out), sum(layer.elements for layer in made.layers.values())
+    told = {
+        "layout": "gguf",
+        "notes": [*manifest["notes"], *made.notes],
+        "bytes_after": made.nbytes,
+        "bits_per_weight": 8 * sum(written.nbytes(name) for name in made.layers) / elements,
+    }
+    return QuantizeResult(out, plan, {**manifest, **told})
