@@ -77,6 +77,17 @@ def _pack_rows(codes: Tensor, bits: int, word: torch.dtype) -> Tensor:
     return stream.reshape(-1).view(word).view(rows, -1)
 
 
+def rewrap(words: Tensor, bits: int, length: int, word: torch.dtype) -> Tensor:
+    """The words [.., n] that hold `length` codes of `bits` bits along the last axis, as words of another dtype; a view
+    where that is possible."""
+    if words.dtype is word:
+        return words
+    stream, nbytes = words.contiguous().view(torch.uint8), packed_length(length, bits, word) * _WORDS[word]
+    if stream.shape[-1] < nbytes:
+        stream = F.pad(stream, (0, nbytes - stream.shape[-1]))
+    return _aligned(stream[..., :nbytes]).view(word)
+
+
 def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
     """The `length` unsigned codes (uint8) that `pack` put into `words` along `axis`.
 
