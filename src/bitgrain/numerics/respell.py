@@ -16,7 +16,7 @@ from torch import Tensor
 from bitgrain.errors import SchemeError
 from bitgrain.numerics.formats import Format, IntFormat
 from bitgrain.numerics.granularity import Granularity
-from bitgrain.numerics.packed import PackedMatrix, float_dtype
+from bitgrain.numerics.packed import PackedMatrix, float_dtype, zero_dtype
 from bitgrain.numerics.qtensor import QTensor, scale_values
 from bitgrain.numerics.quantize import quantize, store_scale
 from bitgrain.numerics.spec import QuantSpec
@@ -180,7 +180,7 @@ def _offsets(
         proven = integers and _exact_products(steps, bits)
     if spec.zero_point == "real":
         zero = torch.zeros_like(steps) if zero is None else zero
-        stored = zero.to(float_dtype(spec.scale_format))
+        stored = zero.to(zero_dtype(spec))
         return stored, None, 0, lows is None and torch.equal(stored.to(torch.float32), zero)
     if spec.zero_point == "none":
         if zero is None:

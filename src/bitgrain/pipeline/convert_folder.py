@@ -3,7 +3,6 @@ thread; killed at any moment, it goes on where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ from bitgrain.errors import CheckpointError
 from bitgrain.pipeline.converted import Converted, as_json, changed, write_side_files
 from bitgrain.pipeline.spelling import respelled, spell_all
 from bitgrain.pipeline.stored_model import StoredModel
-from bitgrain.pipeline.threads import work_through
+from bitgrain.pipeline.units import write_units
 from bitgrain.progress import Progress
-
-UNIT_BYTES = 32_000_000
 
 
 def convert_folder(
@@ -47,56 +44,19 @@ def convert_folder(
     shards = plan_shards([spec for specs in outputs.values() for spec in specs], max_shard_bytes)
     total = sum(shard.nbytes for shard in shards)
     check_disk_space(out, total)
-    sizes = {name: sum(spec.nbytes for spec in specs) for name, specs in outputs.items()}
     with JobFolder.open(out, _fingerprint(stored, target), shards, restart=restart) as job:
 
-        def work(unit: tuple[str, ...]) -> tuple[str, ...]:
-            tensors: dict[str, Tensor] = {}
-            for name in unit:
-                tensors |= _written(stored, target, layers.get(name), name)
-            job.commit_unit(unit[0], tensors)
-            return unit
+        def make(name: str) -> dict[str, Tensor]:
+            return _written(stored, target, layers.get(name), name)
 
-        write_units(units_of(sizes), work, job, target.name, progress)
+        hashes = write_units(job, shards, outputs, make, target.name, progress)
         for key in ("kv_cache_scheme", "online_rotations", "reordered_norms"):
             if stored.config.get(key):
                 settings[key] = stored.config[key]
-        config = {**stored.model_config, **dict.fromkeys(target.keys, settings)}
-        files = {"config.json": as_json(config)}
-        write_side_files(stored, target.name, layers.values(), job, shards, files, trust_remote_code)
+        files = {"config.json": as_json({**stored.model_config, **dict.fromkeys(target.keys, settings)})}
+        write_side_files(stored, target.name, layers.values(), job, files, hashes, trust_remote_code)
         job.finish()
     return Converted(out, target.name, layers, changed(stored, layers), total)
-
-
-def units_of(sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """Tensors in their order, about `UNIT_BYTES` together: the same for the same sizes, so that a job can be resumed.
-    The first one's name is the unit's."""
-    units: list[list[str]] = []
-    held = 0
-    for name, size in sizes.items():
-        if not units or held + size > UNIT_BYTES:
-            units.append([])
-            held = 0
-        units[-1].append(name)
-        held += size
-    return [tuple(unit) for unit in units]
-
-
-def write_units(
-    units: Sequence[tuple[str, ...]],
-    work: Callable[[tuple[str, ...]], tuple[str, ...]],
-    job: JobFolder,
-    target: str,
-    progress: Progress,
-) -> None:
-    """Do `work`, which commits a unit, for those that are not done yet."""
-    todo = [unit for unit in units if unit[0] not in job.done]
-    progress.start(sum(map(len, todo)), "tensors", f"writing {target}")
-    try:
-        for unit in work_through(work, todo):
-            progress.advance(len(unit), unit[-1])
-    finally:
-        progress.finish()
 
 
 def _written(stored: StoredModel, target: Layout, layer: StoredLayer | None, name: str) -> dict[str, Tensor]:

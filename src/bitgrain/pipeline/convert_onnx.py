@@ -32,10 +32,10 @@ from bitgrain.models.onnx_trace import parameter_names, trace_onnx
 from bitgrain.models.past import find_past
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource
-from bitgrain.pipeline.convert_folder import units_of, write_units
 from bitgrain.pipeline.converted import Converted, as_json, changed, write_side_files
 from bitgrain.pipeline.spelling import respelled, spell_all
 from bitgrain.pipeline.stored_model import StoredModel
+from bitgrain.pipeline.units import write_units
 from bitgrain.progress import Progress
 from bitgrain.runtime.kv_cache import past_argument
 
@@ -77,19 +77,14 @@ def convert_onnx(
     notes = {NOTES: json.dumps(BitgrainLayout().config(list(layers.values()), ()))}
     graph = surgeon.finish(form, {one.spec.name: one.offset for one in shard.tensors}, notes)
     data = graph.SerializeToString(deterministic=True)
-    sizes = {name: sum(one.nbytes for one in constants) for name, constants in units.items()}
     with JobFolder.open(out, _fingerprint(stored, form, data), [shard], restart=restart) as job:
 
-        def work(unit: tuple[str, ...]) -> tuple[str, ...]:
-            tensors: dict[str, Tensor] = {}
-            for name in unit:
-                tensors |= _written(stored, form, layers.get(name), units[name], name)
-            job.commit_unit(unit[0], tensors)
-            return unit
+        def make(name: str) -> dict[str, Tensor]:
+            return _written(stored, form, layers.get(name), units[name], name)
 
-        write_units(units_of(sizes), work, job, form.name, progress)
+        hashes = write_units(job, [shard], units, make, form.name, progress)
         files = {"config.json": as_json(stored.model_config), GRAPH_FILE: data}
-        write_side_files(stored, form.name, layers.values(), job, [shard], files, trust_remote_code)
+        write_side_files(stored, form.name, layers.values(), job, files, hashes, trust_remote_code)
         job.finish()
     return Converted(out, form.name, layers, changed(stored, layers), shard.nbytes + len(data), tracing_s=tracing)
 

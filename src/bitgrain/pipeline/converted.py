@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +12,6 @@ from typing import Any
 
 from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.checkpoints.reader import INDEX_FILE
-from bitgrain.checkpoints.shard_writer import PART
-from bitgrain.checkpoints.shards import ShardLayout, index_bytes
 from bitgrain.pipeline.output_files import MANIFEST
 from bitgrain.pipeline.stored_model import StoredModel
 
@@ -52,17 +49,17 @@ def write_side_files(
     to: str,
     layers: Collection[StoredLayer],
     job: JobFolder,
-    shards: Sequence[ShardLayout],
     files: Mapping[str, bytes],
+    weights: Mapping[str, dict[str, Any]],
     with_code: bool,
 ) -> None:
-    """Tokenizer, recipe, `files` (config.json among them), and a manifest with everything's hash."""
-    hashes: dict[str, dict[str, Any]] = {}
+    """Tokenizer, recipe, `files` (config.json among them), and a manifest with everything's size and hash, those of
+    `weights` as given."""
+    hashes = dict(weights)
     beside = {name: data for name, data in stored.side_files(with_code).items() if name not in _ROUND_TRIP}
     for name, data in {**beside, **files}.items():
         job.write_bytes(name, data)
         hashes[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    hashes |= dict(_weight_hashes(job, shards))
     left_out = sorted(stored.layers.keys() - {layer.tensor for layer in layers})
     manifest = {
         "format": 1,
@@ -75,15 +72,6 @@ def write_side_files(
         "files": dict(sorted(hashes.items())),
     }
     job.write_bytes(MANIFEST, as_json(manifest))
-
-
-def _weight_hashes(job: JobFolder, shards: Sequence[ShardLayout]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for shard in shards:
-        path = job.files / (shard.file + PART)
-        with (path if path.exists() else job.files / shard.file).open("rb") as file:
-            yield shard.file, {"bytes": shard.nbytes, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    if (index := index_bytes(shards)) is not None:
-        yield INDEX_FILE, {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
 
 
 def as_json(data: Any) -> bytes:
