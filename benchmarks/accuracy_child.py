@@ -146,7 +146,8 @@ def quantize_row(job: Job, settings: dict[str, Any], calibration: Path, out: Pat
     base = settings["recipe"].get("base")
     recipe = make_recipe(**keys) if base is None else load_recipe(base, **keys)
     began, used = time.perf_counter(), cpu_seconds()
-    result = quantize(job.model, out, recipe=recipe, bits=settings.get("bits"), workers=1, device="cpu")
+    result = quantize(job.model, out, recipe=recipe, bits=settings.get("bits"), workers=1, device="cpu",
+                      engine=settings.get("engine", "compressed-tensors"))  # fmt: skip
     cost = {"cpu_s": cpu_seconds() - used, "wall_s": time.perf_counter() - began}
     if settings["recipe"].get("calibrated") and result.plan.calibration is None:
         raise ValueError("no calibration text was read, so this is not the method that its name says")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from common import machine, machine_line, table, write_results
+
+Page = Callable[[Mapping[str, Any]], str]
+"""Results -> Markdown."""
 
 
 class Store:
@@ -18,8 +21,11 @@ class Store:
     ValueError, unless `again`. Files of another kind are replaced.
     """
 
-    def __init__(self, folder: Path, name: str, model: str, described: Mapping[str, Any], again: bool) -> None:
-        self._folder, self._name, self._lock = folder, name, Lock()
+    def __init__(
+        self, folder: Path, name: str, model: str, described: Mapping[str, Any], again: bool, shown: Page | None = None
+    ) -> None:
+        """shown: what makes the Markdown, `page` if None."""
+        self._folder, self._name, self._lock, self._shown = folder, name, Lock(), shown or page
         self._data: dict[str, Any] = {"model": model, "measured_on": dict(described), "texts": [], "rows": []}
         path = folder / f"{name}.json"
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -57,11 +63,11 @@ class Store:
 
     def write(self) -> None:
         """Both files."""
-        write_results(self._name, self._data, page(self._data), self._folder, show=False)
+        write_results(self._name, self._data, self.page(), self._folder, show=False)
 
     def page(self) -> str:
         """The Markdown."""
-        return page(self._data)
+        return self._shown(self._data)
 
 
 def page(data: Mapping[str, Any]) -> str:

@@ -29,12 +29,14 @@ import torch
 
 import bitgrain
 from bitgrain.checkpoints.layouts import WRITABLE
+from bitgrain.checkpoints.onnx.forms import FORMS
+from bitgrain.checkpoints.onnx.reader import OnnxFile
 from bitgrain.errors import BitgrainError
-from bitgrain.pipeline.stored import QuantizedCheckpoint
+from bitgrain.pipeline.stored import open_stored
 
 SLACK = 96 << 20
 """Bytes that Python, torch and their pools take whatever the file holds."""
-SECONDS_EACH = 10
+SECONDS_EACH = 30
 TELLING = (0, 1, -1, 2, 7, 8, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**63 - 1, 2**64 - 1)
 WORDS = (
     "",
@@ -48,18 +50,21 @@ WORDS = (
     "\0",
     "x" * 5000,
 )
-SOURCES = ("W4A16", "W8A16", "W4A16_ASYM", "NF4", "MXFP4A16", "W8A8", "NVFP4A16", "W8A16INT16")
+SOURCES = ("W4A16", "W8A16", "W4A16_ASYM", "NF4_BNB", "FP4_BNB", "NF4", "MXFP4A16", "W8A8", "NVFP4A16", "W8A16INT16")
 """Schemes that some layout may hold: the first that it does is its seed."""
 
 
 def read_everything(path: Path) -> None:
     """What an untrusted checkpoint goes through: opened, every tensor read, every quantized one dequantized."""
-    stored = QuantizedCheckpoint(path)
+    if (path / "model.onnx").exists():
+        file = OnnxFile(path / "model.onnx")
+        for name in file.matrices:
+            file.read(name).dequantize()
+        file.kept()
+        return
+    stored = open_stored(next(path.glob("*.gguf"), path))
     for name in stored.originals():
-        if name in stored.layers:
-            stored.dense(name)
-        else:
-            stored.checkpoint.read(name)
+        stored.dense(name)
     stored.static_inputs()
     stored.columns()
 
@@ -81,7 +86,12 @@ def make_seeds(where: Path) -> dict[str, Path]:
                 shutil.rmtree(where / name, ignore_errors=True)
                 continue
             made[name] = where / name
-    return made
+    source = where / "source-W4A16"
+    (where / "gguf").mkdir()
+    bitgrain.convert(source, "gguf", where / "gguf" / "model.gguf")
+    for form in FORMS:
+        bitgrain.convert(source, form, where / form)
+    return made | {name: where / name for name in ("gguf", *FORMS)}
 
 
 def _tiny_model(folder: Path) -> None:

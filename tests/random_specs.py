@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_tensor
 from bitgrain.numerics.clusters import Clusters
 from bitgrain.numerics.columns import ColumnChoice, Columns
+from bitgrain.numerics.gguf_types import GGUF_TYPES
 from bitgrain.numerics.observers import StaticInput, start, static_input, update
 from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.ranges import MinMax, get_range
@@ -28,6 +31,7 @@ FORMATS = (
     *(f"uint{bits}" for bits in range(1, 9)),
     *("int16", "uint16", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "bnb_fp4", "ternary", "binary"),
 )
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 RANGES = ("minmax", "mse", "percentile")
 SHARES = (0.0, 0.0, 0.02, 0.3)
 KEPT = (None, None, ColumnChoice(0.02), ColumnChoice(0.3, "weight"), ColumnChoice(0.1, "random", 5))
@@ -49,9 +53,14 @@ def specs(
     ranges: tuple[str, ...] = ("minmax",),
     outliers: tuple[float, ...] = (0.0,),
     columns: tuple[ColumnChoice | None, ...] = (None,),
+    minima: bool = True,
 ) -> QuantSpec:
-    """Any combination that a QuantSpec accepts; `nested` also draws double quantization."""
-    return draw(_candidates(nested, ranges, outliers, columns).filter(lambda spec: spec is not None))
+    """Any combination that a QuantSpec accepts; `nested` also draws double quantization, and k-quants."""
+    if nested and minima and draw(st.integers(0, 7)) == 0:
+        k = GGUF_TYPES[draw(st.sampled_from(K_QUANTS))]
+        return replace(k, range=get_range(draw(st.sampled_from(ranges))), outliers=draw(st.sampled_from(outliers)),
+                       columns=draw(st.sampled_from(columns)))  # fmt: skip
+    return draw(_candidates(nested, ranges, outliers, columns, minima).filter(lambda spec: spec is not None))
 
 
 @st.composite
@@ -61,15 +70,25 @@ def _candidates(
     ranges: tuple[str, ...],
     outliers: tuple[float, ...],
     columns: tuple[ColumnChoice | None, ...],
+    minima: bool,
 ) -> QuantSpec | None:
     scale = get_format(draw(st.sampled_from(PLAIN_SCALES)))
     if nested and draw(st.integers(0, 3)) == 0:
-        scale = draw(specs(nested=False).filter(_quantizes_scales))
+        scale = draw(specs(nested=False, minima=False).filter(_quantizes_scales))
+    zero_point = draw(
+        st.sampled_from(["none", "integer", "real", "minimum"] if minima else ["none", "integer", "real"])
+    )
+    minimum = None
+    if zero_point == "minimum":
+        minimum = get_format(draw(st.sampled_from(PLAIN_SCALES)))
+        if nested and isinstance(scale, QuantSpec):
+            minimum = draw(specs(nested=False, minima=False).filter(_quantizes_scales))
     try:
         return QuantSpec(
             format=get_format(draw(st.sampled_from(FORMATS))),
             granularity=Granularity(*draw(st.sampled_from(TILES))),
-            zero_point=draw(st.sampled_from(["none", "integer", "real"])),
+            zero_point=zero_point,
+            minimum=minimum,
             restricted=draw(st.booleans()),
             range=get_range(draw(st.sampled_from(ranges))),
             scale=scale,
@@ -162,14 +181,19 @@ def same_inputs(a: list[StaticInput], b: list[StaticInput]) -> bool:
 
 
 def same(a: QTensor, b: QTensor) -> bool:
-    """Every code, scale and zero point, with their dtypes."""
-    if isinstance(a.scale, QTensor) or isinstance(b.scale, QTensor):
-        scales = isinstance(a.scale, QTensor) and isinstance(b.scale, QTensor) and same(a.scale, b.scale)
-    else:
-        scales = same_bits(a.scale, b.scale)
-    zeros = a.zero is b.zero is None or (a.zero is not None and b.zero is not None and same_bits(a.zero, b.zero))
+    """Every code, scale, zero point and minimum, with their dtypes."""
     kept = same_outliers(a.outliers, b.outliers) and same_columns(a.columns, b.columns)
-    return same_bits(a.codes, b.codes) and scales and zeros and kept
+    stored = ((a.scale, b.scale), (a.zero, b.zero), (a.minimum, b.minimum))
+    return same_bits(a.codes, b.codes) and all(same_stored(*pair) for pair in stored) and kept
+
+
+def same_stored(a: torch.Tensor | QTensor | None, b: torch.Tensor | QTensor | None) -> bool:
+    """Scales, zero points or minima, plain or nested."""
+    if isinstance(a, QTensor) and isinstance(b, QTensor):
+        return same(a, b)
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return same_bits(a, b)
+    return a is b
 
 
 def same_outliers(a: Outliers | None, b: Outliers | None) -> bool:
@@ -191,4 +215,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """dtype, shape and bytes."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype).copy_(x).reshape(-1).view(torch.uint8)

@@ -20,6 +20,7 @@ from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import QuantSpec, get_format, per_block, per_channel, per_group, per_row_group, per_tensor
+from bitgrain.numerics.formats import FP16
 from bitgrain.numerics.ranges import MinMax
 from bitgrain.numerics.spec import int_weight
 from bitgrain.recipes import PRESETS, Scheme
@@ -27,7 +28,7 @@ from random_specs import ASYMMETRIC_INPUT, LAWS, any_scheme, layers, quantized_p
 
 LAYOUT = CompressedTensors()
 OWN = ("W8A16INT16", "LLM_INT8", "LLM_INT8_STATIC", "NF4", "NF4_BNB", "FP4_BNB", "W4A4", "TERNARY")
-WRITABLE = [name for name in PRESETS if name not in OWN and not name.endswith("_RPTQ")]
+WRITABLE = [name for name in PRESETS if name not in OWN and not name.endswith("_RPTQ") and "GGUF" not in name]
 
 
 def layer_of(scheme: Scheme, out: int = 128, into: int = 256, **changes: Any) -> StoredLayer:
@@ -60,7 +61,8 @@ def check(layer: StoredLayer, seed: int) -> None:
     theirs = library_decodes(layer, stored)
     # the library decodes FP4 to bfloat16, everything else to the dtype of the scale
     fp4 = layer.scheme.weight.format == get_format("fp4_e2m1")
-    assert theirs.dtype == (torch.bfloat16 if fp4 else layer.dtype)
+    stored = torch.float16 if layer.scheme.prescribed else layer.dtype
+    assert theirs.dtype == (torch.bfloat16 if fp4 else stored)
     assert torch.equal(theirs, parts[0].dequantize(theirs.dtype))
 
 
@@ -71,6 +73,12 @@ def test_presets_are_decoded_alike_by_the_library(name: str, shape: tuple[int, i
     layer = layer_of(PRESETS[name], *shape, dtype=dtype)
     assert LAYOUT.refusal(layer) is None
     check(layer, 3)
+
+
+@pytest.mark.parametrize("format", ["int4", "uint4"])
+def test_minima_are_refused(format: str):
+    spec = QuantSpec(get_format(format), per_group(32), zero_point="minimum", scale=FP16, minimum=FP16)
+    assert "no format for weights" in (LAYOUT.refusal(layer_of(Scheme("own", spec))) or "")
 
 
 @pytest.mark.parametrize("name", ["W8A16", "W8A8", "W4A16_CHANNEL", "INT8_TENSOR", "FP8_DYNAMIC", "W8A16_TENSOR"])

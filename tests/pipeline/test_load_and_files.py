@@ -159,8 +159,14 @@ def damaged(tiny: Tiny, tmp_path: Path, change: Callable[[dict[str, Any]], None]
 
 
 def test_load_refuses_other_methods(tiny: Tiny, tmp_path: Path):
-    out = damaged(tiny, tmp_path, lambda config: config.update(quant_method="gptq"))
-    with pytest.raises(CheckpointError, match=r"is quantized with gptq; bitgrain\.load reads what"):
+    out = damaged(tiny, tmp_path, lambda config: config.update(quant_method="eetq"))
+    with pytest.raises(CheckpointError, match=r"is quantized with eetq; bitgrain reads the layouts compressed-"):
+        bitgrain.load(out, execution="dequantize")
+
+
+def test_load_refuses_a_layout_of_which_there_is_nothing(tiny: Tiny, tmp_path: Path):
+    out = damaged(tiny, tmp_path, lambda config: config.update(quant_method="gptq", bits=4, group_size=128))
+    with pytest.raises(CheckpointError, match="says gptq, but nothing is stored so"):
         bitgrain.load(out, execution="dequantize")
 
 

@@ -26,6 +26,7 @@ def logits(model: Any) -> torch.Tensor:
     [
         ("llama", "NF4", 14),
         ("llama", "W8A8", 14),
+        ("llama", "GGUF_Q4_1", 14),
         ("gpt2", "W4A16", 8),
         ("phi3", "NF4", 8),
         ("mixtral", "NF4", 8),  # experts are 3-D in memory

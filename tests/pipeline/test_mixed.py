@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 
 import bitgrain
 import zoo
 from bitgrain.errors import BitgrainError, PlanError
 from bitgrain.numerics.formats import FP16
+from bitgrain.numerics.gguf_types import GGUF_TYPES
 from bitgrain.pipeline import mixed, weigh
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
@@ -71,6 +73,23 @@ def test_engines_limit_the_choice(readable: Make, text: Path):
     assert {x.scheme.weight.format.bits for x in plan.quantized.values()} <= {4, 8}
     with pytest.raises(BitgrainError, match="vllm"):
         planned(readable("llama"), text, bits=6.0, engine="vlllm")
+
+
+def test_gguf_types_are_mixed_written_and_read(readable: Make, text: Path, tmp_path: Path):
+    calibration = {"text": str(text), "windows": 5, "seqlen": 24}
+    settings: dict[str, Any] = {"recipe": "balanced", "calibration": calibration, "device": "cpu"}
+    result = bitgrain.quantize(readable("llama"), tmp_path / "out", bits=4.7, engine="gguf", **settings)
+    plan = result.plan
+    assert 4.4 < bits_of(plan) <= 4.7
+    assert plan.layout.name == "bitgrain"  # compressed-tensors holds no such codebook
+    schemes = {x.scheme.name: x.scheme for x in plan.quantized.values()}
+    assert len(schemes) > 1
+    assert all(scheme.weight == GGUF_TYPES[name] and scheme.prescribed for name, scheme in schemes.items())
+    original, loaded = bitgrain.load(readable("llama")), bitgrain.load(tmp_path / "out", execution="dequantize")
+    ids = torch.arange(1, 25)[None]
+    with torch.no_grad():
+        wanted, found = original(input_ids=ids).logits, loaded(input_ids=ids).logits
+    assert 0 < (found - wanted).norm() < 0.2 * wanted.norm()
 
 
 def test_kept_layers_and_those_with_a_scheme_stay_so(readable: Make, text: Path):

@@ -18,7 +18,7 @@ from bitgrain.runtime.activations import InputQuantizer
 
 Make = Callable[[str], Path]
 IDS = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
-DYNAMIC = [name for name, scheme in PRESETS.items() if not scheme.needs_calibration]
+DYNAMIC = [name for name, one in PRESETS.items() if not one.needs_calibration and one.indivisible(256, 128) is None]
 
 
 def sequential() -> nn.Sequential:

@@ -98,7 +98,8 @@ def test_every_reader_gives_the_same_logits(reference: Any, tmp_path: Path, name
 
     if name != "llama-outliers" or scheme in ("W4A16", "W8A8"):  # it has the layers of llama: verify takes a second
         checks = {check.name: check for check in bitgrain.verify(out, against=model.folder)}
-        assert set(checks) == {"files", "layers", "kept tensors", "logits"}
+        assert set(checks) == {"files", "layers", "kept tensors", "logits", "engines"}
+        assert checks.pop("engines").ok is None
         assert all(check.ok for check in checks.values()), [c for c in checks.values() if not c.ok]
     del loaded, like_theirs
     gc.collect()

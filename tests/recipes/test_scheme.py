@@ -7,7 +7,9 @@ import torch
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat, QuantSpec, get_format, per_block, per_channel, per_group, per_tensor
+from bitgrain.numerics.gguf_types import GGUF_TYPES
 from bitgrain.recipes import ALIASES, PRESETS, Scheme, get_scheme
+from bitgrain.recipes.spec_model import SchemeModel
 
 # What DESIGN.md promises, as name -> (weight format, weight tile, asymmetric, input format, input tile).
 PROMISED = {
@@ -96,11 +98,26 @@ def test_indivisible_names_the_culprit():
     assert own.indivisible(4, 48) == "input per_group(32) does not divide 48 input features"
 
 
+def test_what_a_file_type_prescribes_stays():
+    for name, spec in GGUF_TYPES.items():
+        scheme = get_scheme(f"gguf-{name}")
+        assert scheme.prescribed
+        assert scheme.for_dtype(torch.bfloat16).weight == scheme.weight == spec
+        assert SchemeModel.of(scheme).build() == scheme
+    assert get_scheme("GGUF_Q4_K").indivisible(3, 512) is None
+    assert get_scheme("GGUF_Q4_0").indivisible(3, 288) is None
+    assert get_scheme("GGUF_Q4_K").indivisible(3, 288) == "blocks of 256 weights do not divide 288 input features"
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_by_channel_fits_every_width_or_says_why_not(name: str):
     scheme = PRESETS[name]
-    if scheme.weight.format == get_format("fp4_e2m1"):
+    if scheme.weight.format == get_format("fp4_e2m1") and not scheme.prescribed:
         with pytest.raises(SchemeError, match=rf"{name}: FP4 exists only in groups.*--on-indivisible skip"):
+            scheme.by_channel()
+        return
+    if scheme.prescribed:
+        with pytest.raises(SchemeError, match=rf"{name} exists only in blocks.*--on-indivisible skip"):
             scheme.by_channel()
         return
     channel = scheme.by_channel()

@@ -4,7 +4,8 @@ import pytest
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat
-from bitgrain.numerics.formats import BF16, FP16, FP32
+from bitgrain.numerics.formats import BF16, E8M0, FP16, FP32
+from bitgrain.numerics.gguf_types import GGUF_TYPES
 from bitgrain.search.candidates import ENGINES, candidate_specs
 
 
@@ -50,14 +51,16 @@ def test_vllm_has_four_and_eight_bits():
     assert short("sglang", (64, 192)) == []
 
 
-def test_llama_cpp_has_blocks_of_32_and_half_precision_scales():
-    specs = candidate_specs("llama.cpp", (16, 256), scale=BF16)
-    assert [(spec.format.bits, spec.granularity.cols, spec.scale) for spec in specs] == [
-        (4, 32, FP16),
-        (5, 32, FP16),
-        (8, 32, FP16),
-    ]
-    assert candidate_specs("llama.cpp", (16, 172)) == []
+@pytest.mark.parametrize("engine", ["llama.cpp", "GGUF"])
+def test_gguf_has_blocks_of_32_and_of_256(engine: str):
+    assert candidate_specs(engine, (16, 512), scale=BF16) == sorted(
+        GGUF_TYPES.values(), key=lambda spec: spec.count_bits((16, 512))
+    )
+    of_32 = candidate_specs(engine, (16, 288), around=5.0)
+    assert {spec.granularity.cols for spec in of_32} == {32}
+    assert {spec.scale for spec in of_32} == {FP16, E8M0}
+    assert GGUF_TYPES["Q8_0"] not in of_32
+    assert candidate_specs(engine, (16, 172)) == []
 
 
 def test_the_scales_are_stored_as_asked():
@@ -66,5 +69,8 @@ def test_the_scales_are_stored_as_asked():
 
 
 def test_an_unknown_engine_is_named():
-    with pytest.raises(SchemeError, match=r"unknown engine 'mlx'; --bits knows compressed-tensors, vllm"):
+    with pytest.raises(
+        SchemeError,
+        match=r"unknown engine 'mlx'; --bits knows compressed-tensors, vllm, .*, llama.cpp",
+    ):
         candidate_specs("mlx", (8, 8))

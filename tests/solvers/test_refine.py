@@ -8,8 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitgrain.errors import NumericsError
-from bitgrain.numerics import Granularity, QTensor, QuantSpec, get_format, per_channel, per_group, quantize
-from bitgrain.numerics.formats import FP16
+from bitgrain.numerics import (
+    Granularity,
+    IntFormat,
+    QTensor,
+    QuantSpec,
+    get_format,
+    per_channel,
+    per_group,
+    quantize,
+)
+from bitgrain.numerics.formats import FP16, FP32
+from bitgrain.numerics.gguf_types import GGUF_TYPES
+from bitgrain.numerics.qtensor import scale_values
 from bitgrain.numerics.ranges import get_range
 from bitgrain.numerics.spec import int_weight
 from bitgrain.recipes import PRESETS
@@ -130,6 +141,46 @@ def test_real_zero_points_move_too():
     assert found.zero.dtype == torch.float16
     assert not torch.equal(found.zero, shifted.zero)
     assert layer_error(weight, found, h) < 0.3 * layer_error(weight, shifted, h)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q5_K", "Q4_1"])
+def test_minima_move_on_their_grid(name: str):
+    weight, h = layer(24, 512, seed=5)
+    spec = GGUF_TYPES[name]
+    start = quantize(weight, spec)
+    codes, both = refine(weight, start, h, scales=False, sweeps=3), refine(weight, start, h, sweeps=3)
+    assert same(replace(codes, codes=start.codes), start)
+    assert layer_error(weight, both, h) < 0.99 * layer_error(weight, codes, h)
+    assert not torch.equal(scale_values(both.minimum), scale_values(start.minimum))
+    for moved, before in ((both.scale, start.scale), (both.minimum, start.minimum)):
+        if isinstance(before, QTensor):
+            assert torch.equal(moved.scale, before.scale)
+            assert not torch.equal(moved.codes, before.codes)
+        else:
+            assert moved.dtype == before.dtype
+
+
+def test_scale_and_minimum_that_are_best_for_their_codes_are_found_together():
+    """With one group a row and codes that no sweep moves, least squares in two unknowns are solved at once."""
+    weight, h = layer(5, 16, seed=3)
+    spec = QuantSpec(IntFormat(8, False), per_group(16), zero_point="minimum", scale=FP32, minimum=FP32)
+    found = refine(weight, quantize(weight * 1.2 + 0.01, spec), h, sweeps=40)
+    for row, line in enumerate(found.codes.double()):
+        sides = torch.stack([line, -torch.ones(16, dtype=torch.float64)])
+        normal = sides @ h.double() @ sides.t()
+        best = torch.linalg.solve(normal, sides @ h.double() @ weight[row].double())
+        assert torch.allclose(best[0], found.scale[row, 0].double(), rtol=1e-4)
+        assert torch.allclose(best[1], found.minimum[row, 0].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tile_without_a_scale_keeps_its_minimum():
+    """As files of others have them: every code stands for -m."""
+    weight, h = layer(4, 256, seed=6)
+    start = quantize(weight, GGUF_TYPES["Q4_K"])
+    start.scale.codes[:, 0] = 0
+    found = refine(weight, start, h, sweeps=2)
+    assert bool((found.scale.codes[:, 0] == 0).all())
+    assert bool((row_errors(weight, found, h) < row_errors(weight, start, h)).all())
 
 
 def test_tiles_of_several_rows_keep_their_scales():

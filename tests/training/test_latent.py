@@ -1,5 +1,7 @@
 """Latent weights start where the codes are, are used as they will be written, and have LSQ's gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,7 +27,7 @@ def moved(q: QTensor, seed: int) -> QTensor:
     values = values[values >= q.spec.low]
     picks = torch.randint(len(values), q.shape, generator=torch.Generator().manual_seed(seed))
     codes = q.spec.format.encode(values[picks])
-    return QTensor(torch.where(random(*q.shape, seed=seed) > 1, codes, q.codes), q.scale, q.zero, q.spec)
+    return replace(q, codes=torch.where(random(*q.shape, seed=seed) > 1, codes, q.codes))
 
 
 def told_apart(spec: QuantSpec) -> bool:

@@ -29,7 +29,7 @@ def quantized(spec: QuantSpec, seed: int) -> tuple[torch.Tensor, QTensor]:
     x = weights(7, 20, seed)
     noise = torch.randn(7, 20, generator=torch.Generator().manual_seed(seed + 1)) * 0.03
     q = quantize(x, spec)
-    return x, replace(q, codes=quantize(x + noise, spec, scale=q.scale, zero=q.zero).codes)
+    return x, replace(q, codes=quantize(x + noise, spec, scale=q.scale, zero=q.offset).codes)
 
 
 def draw_moves(view: LearnedWeight, seed: int, size: float) -> None:

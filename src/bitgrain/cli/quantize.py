@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitgrain.cli.options import add_device, add_job, add_output_style, plan_from, progress_from
 from bitgrain.cli.terminal import hide_download_bars, make_console, print_error, print_json
@@ -57,7 +57,7 @@ def carry_out(args: argparse.Namespace, make: Callable[[argparse.Namespace, Prog
         return 1
     began = time.monotonic()
     try:
-        settings = {"device": args.device, "restart": args.restart, "progress": progress}
+        settings: dict[str, Any] = {"device": args.device, "restart": args.restart, "progress": progress}
         result = run_plan_into(plan, out, getattr(args, "layout", None), **settings)
     except KeyboardInterrupt:
         if args.debug:

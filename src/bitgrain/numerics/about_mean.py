@@ -6,6 +6,7 @@ distance from it in the tile. Computed in float32, product before sum, as bitsan
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bitgrain.numerics.granularity import from_tiles, to_tiles
@@ -25,7 +26,7 @@ def quantize_about_mean(x: Tensor, spec: QuantSpec, name: str = "scales") -> QTe
     minimum = -x.mean().to(float_dtype(spec.minimum))
     distance = to_tiles(x + minimum.float(), spec.granularity).abs().amax(dim=-1)
     scale = encode_scale(distance / spec.high, spec, name)
-    return about(x, spec, scale, minimum.expand(scale.shape).contiguous())
+    return about(x, spec, scale, minimum.expand(scale.shape).clone(memory_format=torch.contiguous_format))
 
 
 def about(x: Tensor, spec: QuantSpec, scale: Tensor, minimum: Tensor) -> QTensor:

@@ -43,11 +43,16 @@ def from_grid(values: Tensor, steps: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def store_zero(zero: Tensor | None, ideal: Tensor, actual: Tensor, spec: QuantSpec) -> Tensor | None:
-    """The zero point in its storage, adjusted from the ideal scale to the scale as stored (z counts in steps of it)."""
+    """The zero point in its storage, adjusted from the ideal scale to the scale as stored (z counts in steps of it).
+
+    Minima are in float32 still: `quantize.store_offset` stores them.
+    """
     if zero is None:
         return None
     ratio = torch.where((ideal > 0) & (actual > 0), ideal / actual, torch.ones_like(ideal))
     adjusted = spec.low + (zero - spec.low) * ratio
+    if spec.zero_point == "minimum":
+        return (adjusted * actual).clamp(min=spec.least_minimum)
     if spec.zero_point == "integer":
         # an all-zero tile: any zero point gives exact zeros as long as the codes equal it
         return spec.format.to_codes(adjusted)
@@ -59,9 +64,20 @@ def store_zero(zero: Tensor | None, ideal: Tensor, actual: Tensor, spec: QuantSp
 def as_stored(scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """What an ideal scale and zero point become in storage, as float32 steps and stored zero: for trying candidates.
 
-    A nested scale is left as it is: how it is rounded depends on all the other scales.
+    Nested scales and minima are left as they are: how they are rounded depends on all the others. Minima come as the
+    real zero points that they amount to.
     """
     steps = torch.where(scale != 0, round_scale(scale, spec), torch.ones_like(scale))
     if isinstance(spec.scale, Format) and not spec.format.has_zero:
         steps = steps.masked_fill(scale == 0, 0.0)
-    return steps, store_zero(zero, scale, steps, spec)
+    stored = store_zero(zero, scale, steps, spec)
+    if stored is not None and spec.minimum is not None:
+        if isinstance(spec.minimum, FloatFormat) and spec.minimum.mantissa_bits < 23:
+            stored = spec.minimum.round(stored)
+        stored = as_zero(stored, steps)
+    return steps, stored
+
+
+def as_zero(minimum: Tensor, steps: Tensor) -> Tensor:
+    """The real zero point that a minimum amounts to, m / s; a step of 0 counts as 1."""
+    return minimum / steps.masked_fill(steps == 0, 1.0)

@@ -219,6 +219,8 @@ def static_scale(state: State, spec: QuantSpec, name: str = "activation") -> tup
 
     Raises NumericsError if the scale overflows its storage dtype, SchemeError if nothing was seen.
     """
+    if spec.minimum is not None:
+        raise SchemeError(f"{name}: inputs have zero points, not minima: {spec.describe()}")
     scale, zero = scale_from_limits(*limits(state, spec), spec)
     stored = store_scale(scale, spec, name)
     return stored, store_zero(zero, scale, scale_values(stored), spec)

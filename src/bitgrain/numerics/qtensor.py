@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,21 @@ class QTensor:
             raise SchemeError(
                 f"{self.spec.describe()}: {'no' if self.order is None else 'there is an'} order of columns"
             )
+
+    @staticmethod
+    def of(
+        codes: Tensor, scale: Tensor | QTensor, offset: Tensor | QTensor | None, spec: QuantSpec, **more: Any
+    ) -> QTensor:
+        """`offset`: zero points or minima, whichever the spec has; `more`: other fields."""
+        if spec.minimum is not None:
+            return QTensor(codes, scale, None, spec, minimum=offset, **more)
+        assert offset is None or isinstance(offset, Tensor)
+        return QTensor(codes, scale, offset, spec, **more)
+
+    @property
+    def offset(self) -> Tensor | QTensor | None:
+        """Zero points or minima as stored; None if symmetric."""
+        return self.zero if self.minimum is None else self.minimum
 
     @property
     def shape(self) -> tuple[int, ...]:

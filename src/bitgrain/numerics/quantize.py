@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics.about_mean import quantize_about_mean
-from bitgrain.numerics.affine import store_zero, to_codes
+from bitgrain.numerics.affine import as_zero, store_zero, to_codes
 from bitgrain.numerics.formats import FloatFormat, Format, IntFormat
 from bitgrain.numerics.granularity import from_tiles, matrix_shape, to_tiles
 from bitgrain.numerics.leave_one_out import fill_gaps, find_outliers, largest
+from bitgrain.numerics.nested import Products, has_rows_of_its_own, not_lost, search_nested
 from bitgrain.numerics.outliers import Outliers
 from bitgrain.numerics.qtensor import QTensor, scale_values
 from bitgrain.numerics.scales import encode_scale, scale_of_zeros
@@ -55,8 +56,8 @@ def choose_scale(
     importance: Tensor | None = None,
     name: str = "tensor",
     outer_scale: Tensor | None = None,
-) -> tuple[Tensor | QTensor, Tensor | None]:
-    """Scales and zero points of `x` in their storage: see `QTensor`.
+) -> tuple[Tensor | QTensor, Tensor | QTensor | None]:
+    """Scales, and zero points or minima, of `x` in their storage: see `QTensor`.
 
     x            any shape; computed in float32
     importance   non-negative, broadcastable to x (for instance one weight for each input channel), for the ranges that
@@ -74,7 +75,7 @@ def _choose(
     name: str,
     outer_scale: Tensor | None = None,
     apart: Tensor | None = None,
-) -> tuple[Tensor | QTensor, Tensor | None]:
+) -> tuple[Tensor | QTensor, Tensor | QTensor | None]:
     """`choose_scale` of a float32 tensor that has been checked; elements that are kept `apart` (bool) do not count."""
     weights = None
     if importance is not None:
@@ -83,8 +84,28 @@ def _choose(
     if apart is not None:
         tiles = fill_gaps(tiles.masked_fill(to_tiles(apart, spec.granularity), math.nan), spec.range.fill)
     scale, zero = spec.range.scale(tiles, spec, weights)
-    stored = store_scale(scale, spec, name, outer_scale)
-    return stored, store_zero(zero, scale, scale_values(stored), spec)
+    real = tiles if apart is not None else to_tiles(x, spec.granularity, math.nan)
+    return store_chosen(real, weights, scale, zero, spec, name, outer_scale)
+
+
+def store_chosen(
+    tiles: Tensor,
+    weights: Tensor | None,
+    ideal: Tensor,
+    zero: Tensor | None,
+    spec: QuantSpec,
+    name: str = "tensor",
+    outer_scale: Tensor | None = None,
+) -> tuple[Tensor | QTensor, Tensor | QTensor | None]:
+    """Ideal scales and real zero points [down, across] in their storage, which for nested ones looks at the elements.
+
+    tiles, weights  [down, across, n], NaN beyond the edge; weights None: all 1
+    """
+    if outer_scale is None and has_rows_of_its_own(spec):
+        found, minimum = search_nested(spec, ideal, zero, Products.of(tiles, weights, spec, ideal, zero), name)
+        return found, store_offset(zero, ideal, found, spec, name) if minimum is None else minimum
+    stored = store_scale(ideal, spec, name, outer_scale)
+    return stored, store_offset(zero, ideal, stored, spec, name)
 
 
 def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Tensor | None = None) -> Tensor | QTensor:
@@ -102,7 +123,32 @@ def store_scale(scale: Tensor, spec: QuantSpec, name: str = "tensor", outer: Ten
         smallest = torch.full_like(scale, spec.scale.format.smallest_positive)
         filler = spec.scale.format.encode(torch.where(scale > 0, smallest, scale_of_zeros(scale, spec)))
         inner.codes.copy_(torch.where((inner.dequantize() > 0) & (scale > 0), inner.codes, filler))
+    elif isinstance(spec.scale.format, IntFormat) and spec.scale.symmetric:
+        inner.codes.copy_(not_lost(inner.codes, scale, spec.scale))
     return inner
+
+
+def store_offset(
+    zero: Tensor | None, ideal: Tensor, scale: Tensor | QTensor, spec: QuantSpec, name: str = "tensor"
+) -> Tensor | QTensor | None:
+    """Real zero points [down, across] of ideal scales as zero points or minima in their storage, for stored scales.
+
+    None if symmetric. Raises NumericsError for minima beyond the largest number of their storage.
+    """
+    stored = store_zero(zero, ideal, scale_values(scale), spec)
+    return stored if stored is None or spec.minimum is None else store_minimum(stored, spec.minimum, name)
+
+
+def store_minimum(minimum: Tensor, storage: Format | QuantSpec, name: str = "tensor") -> Tensor | QTensor:
+    """Minima, float32 [down, across], in their storage: in its torch dtype, or nested."""
+    if isinstance(storage, QuantSpec):
+        return quantize(minimum, storage, name=f"{name} (minima)")
+    assert isinstance(storage, FloatFormat)
+    assert storage.torch_dtype is not None
+    largest = float(minimum.detach().abs().max())
+    if largest > storage.maximum:
+        raise NumericsError(f"{name}: minima overflow {storage} (largest {largest:.4g}, limit {storage.maximum:.4g})")
+    return minimum.to(storage.torch_dtype)
 
 
 def quantize(
@@ -110,14 +156,15 @@ def quantize(
     spec: QuantSpec,
     *,
     scale: Tensor | QTensor | None = None,
-    zero: Tensor | None = None,
+    zero: Tensor | QTensor | None = None,
     importance: Tensor | None = None,
     outer_scale: Tensor | None = None,
     name: str = "tensor",
 ) -> QTensor:
     """Codes of `x` (any shape) under `spec`.
 
-    scale, zero  use these (stored form, see `QTensor`) instead of choosing them
+    scale, zero  use these (stored form, see `QTensor`; `zero` are the minima of a spec that has some) instead of
+                 choosing them
     importance, outer_scale, name   see `choose_scale`
     Raises NumericsError (NaN, Inf, scale overflow), SchemeError (empty tensor, given scales of the wrong shape).
     """
@@ -128,6 +175,8 @@ def quantize(
         )
     if spec.columns:
         raise SchemeError(f"{name}: {spec.describe()}: solvers.beside.solve_matrix chooses and keeps columns")
+    if spec.ordered:
+        raise SchemeError(f"{name}: {spec.describe()}: such files are read, not made; gptq's order 'act' needs none")
     if spec.outliers:
         return _quantize_apart(x, spec, scale, zero, importance, outer_scale, name)
     if scale is None:
@@ -139,15 +188,18 @@ def quantize(
     if (zero is None) != spec.symmetric or (zero is not None and tuple(zero.shape) != expected):
         given = "no zero points" if zero is None else f"zero points of shape {tuple(zero.shape)}"
         raise SchemeError(f"{name}: {given} given, {spec.describe()} needs {'none' if spec.symmetric else expected}")
-    codes = to_codes(to_tiles(x, spec.granularity), steps, zero, spec)
-    return QTensor(from_tiles(codes, spec.granularity, tuple(x.shape)).contiguous(), scale, zero, spec)
+    offset = None if zero is None else scale_values(zero)
+    if spec.minimum is not None and offset is not None:
+        offset = as_zero(offset, steps)
+    codes = to_codes(to_tiles(x, spec.granularity), steps, offset, spec)
+    return QTensor.of(from_tiles(codes, spec.granularity, tuple(x.shape)).contiguous(), scale, zero, spec)
 
 
 def _quantize_apart(
     x: Tensor,
     spec: QuantSpec,
     scale: Tensor | QTensor | None,
-    zero: Tensor | None,
+    zero: Tensor | QTensor | None,
     importance: Tensor | None,
     outer_scale: Tensor | None,
     name: str,
@@ -166,7 +218,7 @@ def _quantize_apart(
         apart = largest(error if weights is None else error.mul_(weights), count)
     dense = quantize(x.masked_fill(apart.view(shape), 0.0), plain, scale=scale, zero=zero, name=name)
     rest = (matrix - dense.dequantize().view(matrix.shape))[apart]
-    return QTensor(dense.codes, dense.scale, dense.zero, spec, Outliers.of(apart, rest, name))
+    return replace(dense, spec=spec, outliers=Outliers.of(apart, rest, name))
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -185,7 +237,8 @@ def fake_quantize(
 ) -> Tensor:
     """quantize then dequantize, in the dtype of `x`, differentiable: what a low-bit engine would compute.
 
-    scale, zero  float32 [down, across], for static or learned scales; without them they are chosen from `x`
+    scale, zero  float32 [down, across], for static or learned scales; without them they are chosen from `x`. `zero`
+                 are the minima of a spec that has some
     outer_scale  see `choose_scale`
     Gradients: straight-through for x inside the range and 0 outside (Bengio et al., arXiv 1308.3432); for a given
     scale, round(v) - v inside and the clipped code outside (LSQ, arXiv 1902.08153, equation 3); likewise for a real
@@ -204,12 +257,16 @@ def fake_quantize(
         return torch.where(apart, x, rest)
     if scale is None:
         with torch.no_grad():
-            stored, zero = _choose(x.detach().to(torch.float32), spec, importance, "tensor", outer_scale)
-            scale = scale_values(stored)
+            stored, offset = _choose(x.detach().to(torch.float32), spec, importance, "tensor", outer_scale)
+            scale, zero = scale_values(stored), None if offset is None else scale_values(offset)
     tiles = to_tiles(x.to(torch.float32), spec.granularity)
     steps = scale.unsqueeze(-1)
     offset = None if zero is None else zero.to(torch.float32).unsqueeze(-1)
-    v = tiles / steps.masked_fill(steps == 0, 1.0)
+    divisor = steps.masked_fill(steps == 0, 1.0)
+    if offset is not None and spec.minimum is not None:
+        v = straight_through(spec.format, (tiles / divisor + offset / divisor).clamp(spec.low, spec.high))
+        return from_tiles(v * steps - offset, spec.granularity, tuple(x.shape)).to(x.dtype)
+    v = tiles / divisor
     v = v if offset is None else v + offset
     v = straight_through(spec.format, v.clamp(spec.low, spec.high))
     v = v if offset is None else v - offset

@@ -20,6 +20,7 @@ from bitgrain.numerics.formats import (
     FP8_E4M3,
     FP16,
     FP32,
+    CodebookFormat,
     FloatFormat,
     Format,
     IntFormat,
@@ -105,6 +106,8 @@ class QuantSpec:
                 f"clusters of channels are for static per_tensor inputs, which they divide: not {self.clusters} of "
                 f"{'dynamic ' if self.dynamic else ''}{self.granularity}"
             )
+        if isinstance(self.minimum, QuantSpec) and not self.minimum.symmetric:
+            raise SchemeError("minima that are quantized themselves have no zero points")
         for nested in (self.scale, self.minimum):
             if isinstance(nested, QuantSpec) and (nested.outliers or nested.ordered):
                 raise SchemeError("scales of scales have no outliers or order of their own")
@@ -141,10 +144,21 @@ class QuantSpec:
     def signed_scale(self) -> bool:
         """Whether a scale may be negative: then the larger end of a tile can get the one more code of integers.
 
-        Only full-range integers have an end that is longer, and only a plain float storage has a sign.
+        Only full-range integers and IQ4_NL have an end that is longer, and only float storage or nested signed integers
+        have a sign.
         """
-        longer = self.symmetric and self.low < -self.high and isinstance(self.format, IntFormat)
-        return longer and isinstance(self.scale, FloatFormat) and self.scale.is_signed and not self.dynamic
+        longer = self.symmetric and self.low < -self.high and isinstance(self.format, IntFormat | CodebookFormat)
+        if isinstance(self.scale, QuantSpec):
+            signed = self.scale.symmetric and isinstance(self.scale.format, IntFormat) and self.scale.format.signed
+        else:
+            signed = isinstance(self.scale, FloatFormat) and self.scale.is_signed
+        return longer and signed and not self.dynamic
+
+    @property
+    def least_minimum(self) -> float:
+        """The least minimum that can be stored."""
+        storage = self.minimum.format if isinstance(self.minimum, QuantSpec) else self.minimum
+        return -math.inf if storage is None or storage.signed else 0.0
 
     @property
     def scale_format(self) -> Format:

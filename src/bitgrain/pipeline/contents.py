@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitgrain.checkpoints.onnx.reader import OnnxFile
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.stored import open_stored
 
@@ -66,10 +68,12 @@ class Contents:
 
 
 def read_contents(model: str | Path) -> Contents:
-    """The contents of a folder, a GGUF file, or a model on the hub.
+    """The contents of a folder (of safetensors or ONNX), a GGUF file, or a model on the hub.
 
     Raises ModelError (no such model), CheckpointError (damaged, or quantized in a way that is not known).
     """
+    if (graph := Path(model) / "model.onnx").is_file():
+        return _onnx_contents(graph)
     source = resolve_model(model, gguf=True)
     stored = open_stored(source.path)
     found: list[StoredTensor] = []
@@ -84,6 +88,23 @@ def read_contents(model: str | Path) -> Contents:
     cache = stored.config.get("kv_cache_scheme")
     kept = f"{cache.get('type')}{cache.get('num_bits')} per {cache.get('strategy')}" if cache else None
     return Contents(source.name, stored.kind if stored.layers else "none", tuple(found), kept)
+
+
+def _onnx_contents(graph: Path) -> Contents:
+    """Of an ONNX file; sizes are those of codes, scales and zero points, packed."""
+    file = OnnxFile(graph)
+    found = [
+        StoredTensor(name, one.shape, one.spec.describe(), None, -(-one.spec.count_bits(one.shape) // 8), True)
+        for name, one in file.matrices.items()
+    ]
+    for name, (shape, dtype) in file.kept().items():
+        width = _WIDTHS.get(dtype, 4)
+        found.append(_kept(name, shape, dtype, math.prod(shape) * width))
+    return Contents(graph.parent.name, "onnx", tuple(found))
+
+
+_WIDTHS = {"float16": 2, "bfloat16": 2, "int64": 8, "double": 8, "int8": 1, "uint8": 1, "bool": 1}
+"""Bytes of an element of ONNX's types; four of the others."""
 
 
 def _kept(name: str, shape: Sequence[int], dtype: str, nbytes: int) -> StoredTensor:

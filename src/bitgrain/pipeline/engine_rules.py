@@ -18,7 +18,7 @@ class Engine:
     """version: the release, or the commit and its day, that the rules were read from; empty for bitgrain itself."""
 
     name: str
-    version: str
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ LLAMA_CPP = Engine("llama.cpp", "0c1e570 (2026-10-01)")
 ONNXRUNTIME = Engine("onnxruntime", "1.32.0")
 GPTQMODEL = Engine("GPTQModel", "7.7.0")
 MLX = Engine("mlx-lm", "0.32.2")
-BITGRAIN = Engine("bitgrain", "")
+BITGRAIN = Engine("bitgrain")
 
 _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
 _TILES = ("tensor", "channel", "group", "block")
@@ -119,6 +119,7 @@ _INT8_TOKEN = Inputs("int8", ("channel",), True)
 _INT8_TENSOR = Inputs("int8", ("tensor",), False, _AFFINE)
 _FP8 = (Inputs("fp8_e4m3", _TILES, True), Inputs("fp8_e4m3", ("tensor",), False))
 _FP4 = Inputs("fp4_e2m1", ("group",), True)
+_ONNX_INPUTS = (_INT8_TOKEN, _INT8_TENSOR, *_FP8, *(Inputs(f"int{bits}", ("channel",), True) for bits in (4, 16)))
 
 # Static scales of a fused layer are the members' largest, so W8A8 takes them in both; experts are run with one scheme.
 _W8A8 = Kernel(("int8",), ("tensor", "channel"), inputs=(_INT8_TOKEN, _INT8_TENSOR), roles=_LINEARS)
@@ -261,19 +262,20 @@ RULES: tuple[Rules, ...] = (
         ONNXRUNTIME,
         ("onnx-qdq",),
         (
-            Kernel(("int4", "fp8_e4m3"), _TILES[:-1], zeros=_AFFINE, roles=_ALL_ROLES),
             Kernel(
-                *(("int8",), _TILES[:-1]),
+                *(("int2", "int4", "int8", "fp8_e4m3", "fp8_e5m2"), _TILES),
                 zeros=_AFFINE,
-                inputs=(None, _INT8_TENSOR, replace(_INT8_TENSOR, dynamic=True)),
-                roles=_ALL_ROLES,
+                ordered=True,
+                inputs=(None, *_ONNX_INPUTS),
+                roles=_LINEARS,
+                remark="blocks need session.qdq_matmulnbits_accuracy_level=1, or inputs are rounded to int8",
             ),
         ),
     ),
     Rules(
         ONNXRUNTIME,
         ("onnx-nbits",),
-        (Kernel(("int2", "int4", "int8"), ("group",), (16, 32, 64, 128, 256), _AFFINE, roles=_MATRICES),),
+        (Kernel(("int2", "int4", "int8"), _TILES[:-1], (16, 32, 64, 128, 256), _AFFINE, roles=_LINEARS),),
     ),
     Rules(GPTQMODEL, ("gptq-v2",), (replace(_GPTQ, roles=_MATRICES),)),
     Rules(GPTQMODEL, ("gptq",), (replace(_GPTQ, roles=_MATRICES),), refused=(Case(_FOREIGN_V1, asymmetric=True),)),

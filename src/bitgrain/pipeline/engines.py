@@ -41,7 +41,8 @@ def judge(layers: Sequence[StoredLayer], fused: Sequence[FusedGroup], layout: st
     """
     name = layout.partition(":")[0]
     found = [_judge(rules, layers, fused) for rules in RULES if name in rules.layouts]
-    return [*found, Verdict(BITGRAIN.name, True, version=BITGRAIN.version)]
+    refused = ("it runs no ONNX graphs",) if name.startswith("onnx-") else ()
+    return [*found, Verdict(BITGRAIN.name, not refused, refused, version=BITGRAIN.version)]
 
 
 def judge_stored(layers: Sequence[StoredLayer], kept: Mapping[str, Sequence[int]], layout: str) -> list[Verdict]:

@@ -25,21 +25,17 @@ def tokenizer_of(stored: StoredModel, config: Mapping[str, Any], trust_remote_co
         raise PlanError(f"{stored.path}: its tokenizer is Python code without a tokenizer.json, which GGUF cannot hold")
     content = json.loads(backend.to_str())
     vocab: Mapping[str, int] = tokenizer.get_vocab()
-    unknown = (
-        tokenizer.unk_token_id if tokenizer.unk_token_id is not None else vocab.get(content["model"].get("unk_token"))
-    )
-    ids = {
-        "bos": _first(tokenizer.bos_token_id, config.get("bos_token_id")),
-        "eos": _first(tokenizer.eos_token_id, config.get("eos_token_id")),
-        "padding": _first(tokenizer.pad_token_id, config.get("pad_token_id")),
-        "unknown": unknown,
-    }
+    bos = _first(tokenizer.bos_token_id, config.get("bos_token_id"))
+    eos = _first(tokenizer.eos_token_id, config.get("eos_token_id"))
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     template = tokenizer.chat_template
     special = SpecialTokens(
-        **ids,
-        adds_bos=len(whole) > len(bare) and whole[0] == ids["bos"],
-        adds_eos=len(whole) > len(bare) and whole[-1] == ids["eos"],
+        bos=bos,
+        eos=eos,
+        padding=_first(tokenizer.pad_token_id, config.get("pad_token_id")),
+        unknown=_first(tokenizer.unk_token_id, vocab.get(content["model"].get("unk_token"))),
+        adds_bos=len(whole) > len(bare) and whole[0] == bos,
+        adds_eos=len(whole) > len(bare) and whole[-1] == eos,
         chat_template=template if isinstance(template, str) else (template or {}).get("default"),
     )
     return tokenizer_metadata(content, special, config["vocab_size"])
@@ -48,8 +44,7 @@ def tokenizer_of(stored: StoredModel, config: Mapping[str, Any], trust_remote_co
 def _first(*found: Any) -> int | None:
     """The first id that there is; of several end tokens, the first."""
     for one in found:
-        if isinstance(one, (list, tuple)) and one:
-            return int(one[0])
-        if one is not None:
-            return int(one)
+        ids: list[Any] = one if isinstance(one, list) else [one]
+        if ids and ids[0] is not None:
+            return int(ids[0])
     return None

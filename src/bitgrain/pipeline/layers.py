@@ -67,13 +67,15 @@ def outer_scales(
 
 def to_cpu(q: QTensor) -> QTensor:
     """The same on the CPU."""
-    scale = to_cpu(q.scale) if isinstance(q.scale, QTensor) else q.scale.cpu()
     outliers = None if q.outliers is None else q.outliers.to("cpu")
     columns = None if q.columns is None else q.columns.to("cpu")
-    minimum = to_cpu(q.minimum) if isinstance(q.minimum, QTensor) else None if q.minimum is None else q.minimum.cpu()
-    order = None if q.order is None else q.order.cpu()
-    zero = None if q.zero is None else q.zero.cpu()
-    return QTensor(q.codes.cpu(), scale, zero, q.spec, outliers, columns, minimum, order)
+    offset = None if q.offset is None else _stored_to_cpu(q.offset)
+    more = {"outliers": outliers, "columns": columns, "order": None if q.order is None else q.order.cpu()}
+    return QTensor.of(q.codes.cpu(), _stored_to_cpu(q.scale), offset, q.spec, **more)
+
+
+def _stored_to_cpu(stored: Tensor | QTensor) -> Tensor | QTensor:
+    return to_cpu(stored) if isinstance(stored, QTensor) else stored.cpu()
 
 
 def report(matrix: Tensor, q: QTensor) -> dict[str, Any]:
@@ -98,14 +100,15 @@ def _row_pieces(matrix: Tensor, q: QTensor) -> Iterator[tuple[Tensor, QTensor]]:
     tile_rows = q.spec.granularity.rows  # None: a tile spans all rows, and so it spans any rows
     rows, cols = matrix.shape
     step = max(1, _PIECE // (cols * (tile_rows or 1))) * (tile_rows or 1)
-    scale = scale_values(q.scale)
+    scale, offsets = scale_values(q.scale), None if q.offset is None else scale_values(q.offset)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         tiles = slice(None) if tile_rows is None else slice(start // tile_rows, -(-stop // tile_rows))
-        zero = None if q.zero is None else q.zero[tiles]
+        offset = None if offsets is None else offsets[tiles]
         outliers = None if q.outliers is None else q.outliers.rows(start, stop)
         columns = None if q.columns is None else q.columns.rows(start, stop)
-        yield matrix[start:stop], QTensor(q.codes[start:stop], scale[tiles], zero, q.spec, outliers, columns)
+        more = {"outliers": outliers, "columns": columns, "order": q.order}
+        yield matrix[start:stop], QTensor.of(q.codes[start:stop], scale[tiles], offset, q.spec, **more)
 
 
 def record(reports: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import PlanError
 from bitgrain.numerics import QuantSpec
-from bitgrain.numerics.formats import FP16
+from bitgrain.numerics.formats import BF16, FP16, FP32
+from bitgrain.numerics.gguf_types import GGUF_TYPES
 from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.planning import make_plan
 from bitgrain.pipeline.weigh import chosen_together, given_a_scheme, weigh
@@ -85,7 +86,7 @@ def allocate_bits(
     for group, candidate in zip(groups, found.chosen, strict=True):
         for name in group.members:
             layer = layers[name]
-            scheme = Scheme(_scheme_name(candidate.choice, layer.scheme), candidate.choice, layer.scheme.input)
+            scheme = _scheme(candidate.choice, layer.scheme)
             rules.append(Rule(match=layer.module, scheme=SchemeModel.of(scheme)))
             used[scheme.name] += layer.elements
     for layer in fixed:
@@ -98,8 +99,9 @@ def allocate_bits(
 
 
 def _specs(layer: StoredLayer, engine: str, bits: float) -> list[QuantSpec]:
-    specs = candidate_specs(engine, layer.shape, around=bits, role=layer.role)
-    return [spec.with_scale_dtype(layer.scheme.weight.scale_format) for spec in specs]
+    storage = layer.scheme.weight.scale
+    plain = storage if storage in (FP32, FP16, BF16) else FP32
+    return candidate_specs(engine, layer.shape, around=bits, scale=plain, role=layer.role)
 
 
 def _size(spec: QuantSpec, layer: StoredLayer) -> int:
@@ -128,6 +130,13 @@ def _groups(
             raise PlanError(f"{names[0]}: {engine} has no format that fits it; keep it (--keep {names[0]})")
         groups.append(Group(tuple(names), tuple(candidates)))
     return groups
+
+
+def _scheme(spec: QuantSpec, asked: Scheme) -> Scheme:
+    for name, known in GGUF_TYPES.items():
+        if spec == known:
+            return Scheme(name, spec, asked.input, prescribed=True)
+    return Scheme(_scheme_name(spec, asked), spec, asked.input)
 
 
 def _scheme_name(spec: QuantSpec, asked: Scheme) -> str:

@@ -218,7 +218,7 @@ def _plan_layer(
         original=tuple(entry.shape) if weight.role == "conv" else (),
     )
     near = None if layout is None or layout.refusal(layer) is None else _near(layer, layout)
-    if near is not None:
+    if layout is not None and near is not None:
         layer = replace(layer, scheme=replace(layer.scheme, weight=near))
         note = "; ".join([*([note] if note else []), f"{near.describe()}, which {layout.name} holds"])
     return PlannedLayer(weight, layer, note)

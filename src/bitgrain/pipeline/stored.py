@@ -62,6 +62,8 @@ class QuantizedCheckpoint(StoredModel):
         self.layers: Mapping[str, StoredLayer] = {
             layer.tensor: layer for layer in layout.read_layers(config, self.checkpoint)
         }
+        if not self.layers:
+            raise CheckpointError(f"{folder}: config.json says {layout.name}, but nothing is stored so; download it")
         self._shapes: dict[str, tuple[int, ...]] = {}
         for layer in self.layers.values():
             self._check(layer)

@@ -41,7 +41,7 @@ class GgufCheckpoint(StoredModel):
         self.path, self.kind = path, "gguf"
         self._model = GgufModel(path)
         self.model_config = self._model.config
-        self.config: dict[str, Any] = {}
+        self.config: Mapping[str, Any] = {}
         self.layers = {
             name: self._layer(name) for name in self._model.places if self._model.type(name).spec is not None
         }

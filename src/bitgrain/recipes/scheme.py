@@ -25,6 +25,7 @@ from bitgrain.numerics import (
 )
 from bitgrain.numerics.columns import ColumnChoice
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32
+from bitgrain.numerics.gguf_types import GGUF_TYPES, block_size, fits_gguf
 from bitgrain.numerics.ranges import OutputSearch
 from bitgrain.numerics.spec import bnb_4bit, int_weight, nf4_double_quantized
 
@@ -35,12 +36,16 @@ NVFP4_INPUT_OUTER_SCALE = 0.25
 
 @dataclass(frozen=True)
 class Scheme:
-    """QuantSpecs of a linear layer's weight, input and output; None leaves it as it is."""
+    """QuantSpecs of a linear layer's weight, input and output; None leaves it as it is.
+
+    prescribed  the weight's storage is that of a file type: scales do not take the checkpoint's dtype, blocks are whole
+    """
 
     name: str
     weight: QuantSpec
     input: QuantSpec | None = None
     output: QuantSpec | None = None
+    prescribed: bool = False
 
     def __post_init__(self) -> None:
         if any(s is not None and s.granularity.run is not None for s in (self.weight, self.input, self.output)):
@@ -70,13 +75,15 @@ class Scheme:
         storage = {torch.float16: FP16, torch.bfloat16: BF16}.get(dtype, FP32)
         static = self.input is not None and not self.input.dynamic
         inputs = self.input.with_scale_dtype(storage) if self.input is not None and static else self.input
-        weight = self.weight.with_scale_dtype(storage)
+        weight = self.weight if self.prescribed else self.weight.with_scale_dtype(storage)
         if weight.columns is not None:
             weight = replace(weight, columns=weight.columns.for_dtype(dtype))
         return replace(self, weight=weight, input=inputs)
 
     def indivisible(self, out_features: int, in_features: int) -> str | None:
         """Why tiles do not fit a weight [out, in], or None. Blocks cut at the last rows are allowed."""
+        if self.prescribed and not fits_gguf(self.weight, (out_features, in_features)):
+            return f"blocks of {block_size(self.weight)} weights do not divide {in_features} input features"
         for what, spec in (("weight", self.weight), ("input", self.input)):
             if spec is None or spec.granularity.cols in (None, 1):
                 continue
@@ -88,8 +95,10 @@ class Scheme:
         """The same with one scale for each output channel and each token, for layers that groups do not divide; static
         scales of inputs stay as they are.
 
-        Raises SchemeError for FP4, which has no such form in any engine.
+        Raises SchemeError for FP4, which has no such form in any engine, and for what a file type prescribes.
         """
+        if self.prescribed:
+            raise SchemeError(f"{self.name} exists only in blocks; use --on-indivisible skip, or --bits --engine gguf")
         if self.weight.format == FP4_E2M1:
             raise SchemeError(
                 f"{self.name}: FP4 exists only in groups, no engine reads it per channel; use --on-indivisible skip"
@@ -155,6 +164,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("NF4", nf4_double_quantized()),
         Scheme("NF4_BNB", bnb_4bit("nf4")),
         Scheme("FP4_BNB", bnb_4bit("bnb_fp4")),
+        *(Scheme(f"GGUF_{name}", spec, prescribed=True) for name, spec in GGUF_TYPES.items()),
     )
 }
 ALIASES = {"INT8": "W8A8", "INT8_STATIC": "W8A8_STATIC", "W158A16": "TERNARY", "W1.58A16": "TERNARY"}

@@ -102,13 +102,15 @@ class SchemeModel(Strict):
     name: str = "custom"
     weight: SpecModel
     input: SpecModel | None = None
+    prescribed: bool = False
 
     @classmethod
     def of(cls, scheme: Scheme) -> SchemeModel:
         """The names that `build` turns back into `scheme`."""
         given = scheme.input
-        return cls(name=scheme.name, weight=SpecModel.of(scheme.weight), input=given and SpecModel.of(given))
+        weight, inputs = SpecModel.of(scheme.weight), given and SpecModel.of(given)
+        return cls(name=scheme.name, weight=weight, input=inputs, prescribed=scheme.prescribed)
 
     def build(self) -> Scheme:
         """Raises SchemeError."""
-        return Scheme(self.name, self.weight.build(), self.input and self.input.build())
+        return Scheme(self.name, self.weight.build(), self.input and self.input.build(), prescribed=self.prescribed)

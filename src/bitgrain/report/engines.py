@@ -10,24 +10,24 @@ import torch
 
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.layouts import LAYOUTS
+from bitgrain.checkpoints.onnx.form import Form
+from bitgrain.checkpoints.onnx.forms import FORMS
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics import Format, QTensor, QuantSpec
 from bitgrain.numerics.formats import BF16, FP16, FP32
 from bitgrain.numerics.quantize import quantize
 from bitgrain.numerics.respell import respell
 from bitgrain.pipeline.engine_rules import RULES, Rules
 from bitgrain.pipeline.engines import Verdict, judge
+from bitgrain.pipeline.gguf_types import candidates
 from bitgrain.recipes import PRESETS, Scheme
 from bitgrain.report.schemes import sample_layer
 from bitgrain.report.tables import markdown_table
 
 __all__ = ["HOLDERS", "Holder", "Row", "engine_tables_markdown", "rows_of"]
 
-Holder = Callable[[StoredLayer], str | None]
-"""Why a file format cannot hold a layer exactly, or None."""
-
-HOLDERS: dict[str, Holder] = {}
-"""File formats that are no layout of a safetensors folder, by the name that `--to` has."""
+Holder = Callable[[StoredLayer], StoredLayer | str]
+"""A layer as a file format says it exactly, or why it cannot."""
 
 _STORAGES = (BF16, FP16, FP32)
 _SAMPLE = (256, 512)
@@ -60,17 +60,18 @@ def engine_tables_markdown() -> str:
 
 def _row(scheme: Scheme, name: str) -> Row:
     layer = sample_layer(scheme)
-    held = _hold(layer, LAYOUTS[name]) if name in LAYOUTS else HOLDERS[name](layer) or layer
+    held = _hold(layer, LAYOUTS[name]) if name in LAYOUTS else HOLDERS[name](layer)
     if isinstance(held, str):
         return Row(scheme.name, None, _without_details(held, layer), ())
     return Row(scheme.name, held, "", tuple(judge([held], [], name)))
 
 
-def _hold(layer: StoredLayer, layout: Layout) -> StoredLayer | str:
+def _hold(layer: StoredLayer, layout: Layout | Form) -> StoredLayer | str:
     """`layer` as the layout says it, with scales stored as it wants them, or why it cannot."""
     spec = layer.scheme.weight
-    if layout.storages and spec.scale not in layout.storages:
-        spec = spec.with_scale_dtype(layout.storages[0])
+    storages: tuple[Format, ...] = getattr(layout, "storages", ())
+    if storages and spec.scale not in storages:
+        spec = spec.with_scale_dtype(storages[0])
     layer = replace(layer, scheme=replace(layer.scheme, weight=spec))
     reasons: list[str] = []
     for other in dict.fromkeys((spec, *layout.spellings(layer))):
@@ -80,6 +81,25 @@ def _hold(layer: StoredLayer, layout: Layout) -> StoredLayer | str:
             return candidate
         reasons.append(refusal or f"{other.describe()} is not the same")
     return reasons[0]
+
+
+def _in_gguf(layer: StoredLayer) -> StoredLayer | str:
+    """`layer` in the first block type that has its numbers."""
+    if layer.scheme.input is not None:
+        return "GGUF holds weights; llama.cpp quantizes inputs as it likes"
+    spec = layer.scheme.weight
+    for kind in candidates(layer, None):
+        if kind.spec is not None and _says_the_same(spec, kind.spec):
+            return replace(layer, scheme=replace(layer.scheme, weight=kind.spec))
+    return f"no block type has the numbers of {spec.describe()}"
+
+
+def _in_onnx(form: Form) -> Holder:
+    return lambda layer: _hold(layer, form)
+
+
+HOLDERS: dict[str, Holder] = {"gguf": _in_gguf, **{name: _in_onnx(form) for name, form in FORMS.items()}}
+"""File formats that are no layout of a safetensors folder, by the name that `--to` has."""
 
 
 def _says_the_same(spec: QuantSpec, other: QuantSpec) -> bool:

@@ -44,7 +44,8 @@ class LowBitLinear(PackedLayer):
         self._dtypes: dict[str, torch.dtype] = {}
         for name, tensor in pack_qtensor(q).items():
             self._dtypes[name] = tensor.dtype
-            self.register_buffer(_PREFIX + name, tensor.clone().view(torch.uint8))
+            whole = tensor.clone(memory_format=torch.contiguous_format)  # strides of one element may be 0
+            self.register_buffer(_PREFIX + name, whole.view(torch.uint8))
 
     def qtensor(self) -> QTensor:
         """The weight, unpacked."""

@@ -14,7 +14,8 @@ from itertools import product
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QuantSpec
-from bitgrain.numerics.formats import FP16, FP32, Format
+from bitgrain.numerics.formats import FP32, Format
+from bitgrain.numerics.gguf_types import GGUF_TYPES, fits_gguf
 from bitgrain.numerics.granularity import matrix_shape
 from bitgrain.numerics.spec import int_weight
 
@@ -27,7 +28,6 @@ class Kinds:
     """Integer weights: each of `bits` with each of `groups`, with zero points or without.
 
     out_multiple, in_multiple   what the layer's sizes must be divisible by
-    scale                       storage of the scales where the engine prescribes it; None takes the caller's
     """
 
     bits: tuple[int, ...]
@@ -35,7 +35,6 @@ class Kinds:
     asymmetric: bool
     out_multiple: int = 1
     in_multiple: int = 1
-    scale: Format | None = None
 
 
 _GROUPS = (32, 64, 128, WHOLE_ROW)
@@ -51,9 +50,9 @@ ENGINES: dict[str, tuple[Kinds, ...]] = {
     "sglang": tuple(replace(kinds, out_multiple=64, in_multiple=128) for kinds in _SERVING),
     # it does not load packed zero points beside another scheme
     "transformers": (Kinds((2, 3, 4, 5, 6, 7, 8), _GROUPS, False),),
-    # blocks of 32 with one half-precision scale: Q4_0, Q5_0, Q8_0
-    "llama.cpp": (Kinds((4, 5, 8), (32,), False, in_multiple=32, scale=FP16),),
 }
+GGUF_ENGINES = ("llama.cpp", "gguf")
+"""What loads GGUF files: any of their types, in blocks of 32 or 256 weights."""
 _NO_EMBEDDINGS = ("vllm", "sglang", "transformers")
 
 
@@ -68,19 +67,22 @@ def candidate_specs(
     """What a weight of `shape` [.., out, in] may be stored as for `engine`, by rising size.
 
     around  the average that is aimed at: only formats from two bits below to two above it are worth the time to try
-    scale   storage of the scales (the checkpoint's dtype), where the engine does not prescribe it
+    scale   storage of the scales (the checkpoint's dtype), where the engine does not prescribe it (GGUF does)
     role    of the layer; most engines read no quantized embeddings
     Groups that do not divide the inputs are left out; the list may be empty. Raises SchemeError for an unknown engine.
     """
+    if engine.lower() in GGUF_ENGINES:
+        fitting = [s for s in GGUF_TYPES.values() if fits_gguf(s, tuple(shape)) and _is_near(s.format.bits, around)]
+        return sorted(fitting, key=lambda spec: spec.count_bits(tuple(shape)))
     kinds = ENGINES.get(engine.lower())
     if kinds is None:
-        raise SchemeError(f"unknown engine {engine!r}; --bits knows {', '.join(ENGINES)}")
+        raise SchemeError(f"unknown engine {engine!r}; --bits knows {', '.join((*ENGINES, *GGUF_ENGINES))}")
     if role == "embedding" and engine.lower() in _NO_EMBEDDINGS:
         return []
     rows, cols = matrix_shape(tuple(shape))
     rows = shape[-2] if len(shape) > 1 else rows
     found = [
-        int_weight(bits, group or None, asymmetric=kind.asymmetric, scale=kind.scale or scale)
+        int_weight(bits, group or None, asymmetric=kind.asymmetric, scale=scale)
         for kind in kinds
         if rows % kind.out_multiple == 0 and cols % kind.in_multiple == 0
         for bits, group in product(kind.bits, kind.groups)

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor, QuantSpec, quantize
-from bitgrain.numerics.affine import as_stored, from_grid, store_zero, to_grid
+from bitgrain.numerics.affine import as_stored, from_grid, to_grid
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import from_tiles, to_tiles
-from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import check_finite, store_scale, straight_through
+from bitgrain.numerics.quantize import check_finite, store_chosen, straight_through
 from bitgrain.numerics.ranges import scale_from_limits
 from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver, required
@@ -93,7 +92,7 @@ class Clip:
             with torch.inference_mode(False), torch.enable_grad():  # tensors of an inference have no gradients
                 plain = found[0].clone(), None if found[1] is None else found[1].clone()
                 found = self._learn(x.clone(), spec, hessian.clone(), plain)
-        q = _better(x, spec, hessian, start, found, outer_scale, name)
+        q = _better(x, spec, hessian, weights, start, found, outer_scale, name)
         return Solution(q, "clip")
 
     def _learn(self, x: Tensor, spec: QuantSpec, hessian: Tensor, start: Steps) -> Steps:
@@ -228,6 +227,7 @@ def _better(
     x: Tensor,
     spec: QuantSpec,
     hessian: Tensor,
+    weights: Tensor,
     start: Steps,
     found: Steps,
     outer_scale: Tensor | None,
@@ -235,17 +235,18 @@ def _better(
 ) -> QTensor:
     """`found` packed, but for rows of tiles that lose more than under `start`; nested scales: one of the two."""
     tile_rows = spec.granularity.tile((x.shape[0], x.shape[1]))[0]
-    first, last = _pack(x, spec, start, outer_scale, name), _pack(x, spec, found, outer_scale, name)
+    first, last = _pack(x, spec, weights, start, outer_scale, name), _pack(x, spec, weights, found, outer_scale, name)
     before, after = (_by_band(row_errors(x, q, hessian), tile_rows) for q in (first, last))
-    if not isinstance(spec.scale, Format):
+    if not isinstance(spec.scale, Format) or isinstance(spec.minimum, QuantSpec):
         return last if float(after.sum()) < float(before.sum()) else first
     worse = (after > before).unsqueeze(1)
     if not bool(worse.any().item()):
         return last
     zero = None if start[1] is None or found[1] is None else torch.where(worse, start[1], found[1])
-    return _pack(x, spec, (torch.where(worse, start[0], found[0]), zero), outer_scale, name)
+    return _pack(x, spec, weights, (torch.where(worse, start[0], found[0]), zero), outer_scale, name)
 
 
-def _pack(x: Tensor, spec: QuantSpec, steps: Steps, outer_scale: Tensor | None, name: str) -> QTensor:
-    scale = store_scale(steps[0], spec, name, outer_scale)
-    return quantize(x, spec, scale=scale, zero=store_zero(steps[1], steps[0], scale_values(scale), spec), name=name)
+def _pack(x: Tensor, spec: QuantSpec, weights: Tensor, steps: Steps, outer_scale: Tensor | None, name: str) -> QTensor:
+    tiles = to_tiles(x, spec.granularity, math.nan)
+    scale, offset = store_chosen(tiles, weights, *steps, spec, name, outer_scale)
+    return quantize(x, spec, scale=scale, zero=offset, name=name)

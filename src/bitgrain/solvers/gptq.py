@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import Granularity, QTensor, QuantSpec
+from bitgrain.numerics.nested import has_rows_of_its_own
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.ranges import Range, get_range
 from bitgrain.solvers.apart import solve_apart
@@ -23,7 +24,8 @@ from bitgrain.solvers.descend import descend
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.refine import refine
 from bitgrain.solvers.rtn import round_without_tokens
-from bitgrain.solvers.steps import Lanes, Steps, Storage, fit
+from bitgrain.solvers.steps import Lanes, Steps, fit
+from bitgrain.solvers.storage import Storage
 
 _LANES = 4096  # rows (times candidates) that are worked on together; fixed, so results never depend on the machine
 ORDERS = ("act", "group", "none")
@@ -138,24 +140,36 @@ class _Search:
         """Codes, scales and zero points."""
         rows = self.weight.shape[0]
         chosen = [self._fit(self.weight, self.importance, c) for c in range(len(self.choices))]
-        storage = Storage.choose(self.spec, chosen[0][0], outer_scale, self.name)
-        steps = [storage.round(*ideal) for ideal in chosen]
+        storages = self._storages(chosen, outer_scale)
+        steps = [storage.round(*ideal) for storage, ideal in zip(storages, chosen, strict=True)]
         tile_rows = self.spec.granularity.tile((rows, 1))[0]
         lanes = max(1, _LANES // (len(self.choices) * tile_rows)) * tile_rows
         step = rows if self.spec.granularity.rows is None else lanes
-        parts = [self._rows(i, min(i + step, rows), steps, storage) for i in range(0, rows, step)]
+        parts = [self._rows(i, min(i + step, rows), steps, storages) for i in range(0, rows, step)]
         scale = torch.cat([part[1].scale for part in parts])
         zeros = [part[1].zero for part in parts if part[1].zero is not None]
-        packed = storage.pack(Steps(scale, torch.cat(zeros) if zeros else None))
+        storage, best = storages[0], torch.cat([part[2] for part in parts])
+        for c, other in enumerate(storages[1:], 1):
+            storage = storage if other is storage else storage.chosen(other, best == c)
         back = torch.argsort(self.order)
-        codes = torch.cat([codes[back].t().contiguous() for codes, _ in parts])
-        return QTensor(codes, *packed, self.spec)
+        codes = torch.cat([part[0][back].t().contiguous() for part in parts])
+        return storage.pack(codes, Steps(scale, torch.cat(zeros) if zeros else None))
+
+    def _storages(self, chosen: list[tuple[Tensor, Tensor | None]], outer_scale: Tensor | None) -> list[Storage]:
+        """For each candidate: one for all, but where the rows' outer scales are their own."""
+        apart = outer_scale is None and has_rows_of_its_own(self.spec)
+        found = [
+            Storage.choose(self.weight, self.spec, *ideal, self.importance, outer_scale, self.name)
+            for ideal in (chosen if apart else chosen[:1])
+        ]
+        return found if apart else found * len(chosen)
 
     def _fit(self, weight: Tensor, importance: Tensor, candidate: int) -> tuple[Tensor, Tensor | None]:
         return fit(weight, self.spec, self.choices[candidate][0], importance, self.choices[candidate][1])
 
-    def _rows(self, start: int, stop: int, steps: list[Steps], storage: Storage) -> tuple[Tensor, Steps]:
-        """The best candidate's codes [in, rows], in the order, and steps, for rows that begin and end with a tile."""
+    def _rows(self, start: int, stop: int, steps: list[Steps], storages: list[Storage]) -> tuple[Tensor, Steps, Tensor]:
+        """For rows that begin and end with a tile: codes [in, rows], in the order, and steps of the best candidate of
+        each row of tiles, and which that is, [down]."""
         spec, count, rows = self.spec, len(self.choices), stop - start
         tile_rows, width = spec.granularity.tile(tuple(self.weight.shape))
         bands = slice(start // tile_rows, -(-stop // tile_rows))
@@ -172,7 +186,7 @@ class _Search:
             importance = self.importance[self.order[first:last]]
             for c, of_candidate in enumerate(steps):
                 updated = columns[first:last, c * rows : (c + 1) * rows].t().contiguous()
-                fitted = storage.round(*self._fit(updated, importance, c), bands, slice(k, k + 1))
+                fitted = storages[c].round(*self._fit(updated, importance, c), bands, slice(k, k + 1))
                 lanes.put(fitted, tile_rows, rows, c * rows, k)
                 of_candidate.scale[:, k : k + 1] = fitted.scale
                 if of_candidate.zero is not None and fitted.zero is not None:
@@ -181,14 +195,15 @@ class _Search:
         tiles: list[int] = (self.order // width).tolist()
         numbers, loss = descend(columns, self.factor, tiles, lanes, self.block, None if self.static else fit_tile)
         if count == 1:
-            return self.spec.format.encode(numbers), steps[0]
+            first = torch.zeros(steps[0].scale.shape[0], dtype=torch.int64, device=numbers.device)
+            return self.spec.format.encode(numbers), steps[0], first
         losses = F.pad(loss.view(count, rows), (0, steps[0].scale.shape[0] * tile_rows - rows))
         best = losses.view(count, -1, tile_rows).sum(dim=-1).argmin(dim=0)
         by_row = best.repeat_interleave(tile_rows)[:rows]
         numbers = numbers.view(-1, count, rows).gather(1, by_row.expand(numbers.shape[0], 1, rows)).squeeze(1)
         zeros = [s.zero for s in steps if s.zero is not None]
         picked = Steps(_pick([s.scale for s in steps], best), _pick(zeros, best) if zeros else None)
-        return self.spec.format.encode(numbers), picked
+        return self.spec.format.encode(numbers), picked, best
 
 
 def _pick(tables: list[Tensor], best: Tensor) -> Tensor:

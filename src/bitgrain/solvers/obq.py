@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import QTensor, QuantSpec
+from bitgrain.numerics import QuantSpec
 from bitgrain.numerics.quantize import check_finite
 from bitgrain.solvers.apart import solve_apart
 from bitgrain.solvers.base import Moments, Solution, register_solver, required
 from bitgrain.solvers.linalg import damp
 from bitgrain.solvers.rtn import round_without_tokens
-from bitgrain.solvers.steps import Storage, fit, per_element
+from bitgrain.solvers.steps import fit, per_element
+from bitgrain.solvers.storage import Storage
 
 _LARGEST = 1024
 _PIECE = 1 << 21  # elements of the inverses that are held at once
@@ -72,18 +73,19 @@ class OBQ:
         damped = damp(moments.hessian, self.damping, name=name)
         inverse = torch.cholesky_inverse(damped.lower)
         ideal, zero = fit(x, spec, spec.range, moments.importance)
-        storage = Storage.choose(spec, ideal, outer_scale, name)
+        storage = Storage.choose(x, spec, ideal, zero, moments.importance, outer_scale, name)
         steps = storage.round(ideal, zero)
         shape = (x.shape[0], x.shape[1])
         scale = per_element(steps.scale, spec.granularity, shape)
-        zeros = None if steps.zero is None else per_element(steps.zero, spec.granularity, shape)
+        offset = steps.real_zero(spec)
+        zeros = None if offset is None else per_element(offset, spec.granularity, shape)
         numbers = torch.empty_like(x)
         step = max(1, _PIECE // (shape[1] * shape[1]))
         for i in range(0, shape[0], step):
             rows = slice(i, i + step)
             part = _Rows(spec, scale[rows], None if zeros is None else zeros[rows])
             numbers[rows] = part.round_all(x[rows], inverse, self.outliers)
-        q = QTensor(spec.format.encode(numbers), *storage.pack(steps), spec)
+        q = storage.pack(spec.format.encode(numbers), steps)
         return Solution(q, "obq", {"damping": damped.damping}, damped.notes)
 
 

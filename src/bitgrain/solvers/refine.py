@@ -7,6 +7,8 @@ point, takes the value that is best for the codes it has (least squares), if any
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ from bitgrain.numerics.quantize import check_finite
 from bitgrain.numerics.scales import round_scale
 from bitgrain.solvers.linalg import check_hessian
 from bitgrain.solvers.objective import row_errors
-from bitgrain.solvers.steps import Lanes, Steps, Storage, per_row
+from bitgrain.solvers.steps import Lanes, Steps, per_row
+from bitgrain.solvers.storage import Storage
 
 _LANES = 4096  # rows that are worked on together; fixed, so results never depend on the machine
 _BLOCK = 32  # columns that are brought up to date one by one
@@ -62,21 +65,21 @@ def refine(
         numbers[rows] = descent.numbers.t()
         if movable:
             steps.scale[rows] = descent.lanes.scale.t()
-            if steps.zero is not None and descent.lanes.zero is not None:
-                steps.zero[rows] = descent.lanes.zero.t()
+            if steps.zero is not None and descent.lanes.offset is not None:
+                steps.zero[rows] = descent.lanes.offset.t()
     codes = spec.format.encode(numbers)
-    found = QTensor(codes, *(storage.pack(steps) if movable else (q.scale, q.zero)), spec)
+    found = storage.pack(codes, steps) if movable else replace(q, codes=codes)
     worse = row_errors(x, found, matrix) > row_errors(x, q, matrix)
     if not bool(worse.any().item()):
         return found
     codes[worse] = q.codes[worse]
     if not movable:
-        return QTensor(codes, q.scale, q.zero, spec)
+        return replace(q, codes=codes)
     before = Steps.of(q)
     steps.scale[worse] = before.scale[worse]
     if steps.zero is not None and before.zero is not None:
         steps.zero[worse] = before.zero[worse]
-    return QTensor(codes, *storage.pack(steps), spec)
+    return storage.pack(codes, steps)
 
 
 class _Descent:
@@ -94,7 +97,7 @@ class _Descent:
         """weight, numbers [rows, in]; steps [rows, across], one for each row; storage: None if scales stay."""
         self.hessian, self.storage, self.rows = hessian, storage, rows
         self.width = q.spec.granularity.tile(q.shape)[1]
-        self.real_zero = q.spec.zero_point == "real"
+        self.real_zero, self.least_minimum = q.spec.zero_point == "real", q.spec.least_minimum
         self.lanes = Lanes(q.spec, steps.scale.shape[1], weight.shape[0], weight.device)
         self.lanes.put(steps, 1, weight.shape[0])
         # copies, also where a single row is contiguous either way
@@ -114,8 +117,12 @@ class _Descent:
             slope = self.hessian[a:b] @ self.error  # B^T of these columns, kept up to date
             if self.storage is not None:
                 for p in range(a, b, self.width):
-                    moved |= self._move_scale(p, min(p + self.width, b), a, b, slope)
-                    moved |= self.real_zero and self._move_zero(p, min(p + self.width, b), a, b, slope)
+                    q = min(p + self.width, b)
+                    if self.lanes.minimum is not None:
+                        moved |= self._move_both(p, q, a, b, slope)
+                        continue
+                    moved |= self._move_scale(p, q, a, b, slope)
+                    moved |= self.real_zero and self._move_zero(p, q, a, b, slope)
             moved |= self._move_codes(a, b, slope)
         return moved
 
@@ -178,6 +185,44 @@ class _Descent:
         moved = torch.where(better, (zero - rounded) * scale, 0.0).expand(q - p, -1).contiguous()
         self.lanes.put(Steps(scale.unsqueeze(1).clone(), torch.where(better, rounded, zero).unsqueeze(1)),
                        1, scale.shape[0], 0, k)  # fmt: skip
+        self._shift(p, q, a, b, slope, moved)
+        return True
+
+    def _move_both(self, p: int, q: int, a: int, b: int, slope: Tensor) -> bool:
+        """The scales and minima of the tile of columns p to q together: Q moves by ds u - dm, u being its codes.
+
+        Of the scales as they are, the best ones as they are stored and the next ones on the other side, each with the
+        minimum that suits it, the best is kept.
+        """
+        assert self.storage is not None
+        assert self.lanes.minimum is not None
+        k = p // self.width
+        place, scale, minimum = slice(k, k + 1), self.lanes.scale[k], self.lanes.minimum[k]
+        u, line, square = self.numbers[p:q], slope[p - a : q - a], self.hessian[p:q, p:q]
+        curves = square @ u
+        uu, cross = (u * curves).sum(dim=0, dtype=torch.float64), -curves.sum(dim=0, dtype=torch.float64)
+        ones = square.sum(dtype=torch.float64)
+        gain, drop = (u * line).sum(dim=0, dtype=torch.float64), -line.sum(dim=0, dtype=torch.float64)
+        ideal = scale + (gain * ones - drop * cross) / (uu * ones - cross * cross)
+        ratio = ideal / scale
+        ideal = torch.where((ratio > 1 / _FACTOR) & (ratio < _FACTOR), ideal, scale).to(torch.float32)
+        nearest = self.storage.round_scale(ideal.unsqueeze(1), self.rows, place).squeeze(1)
+        beyond = self.storage.round_scale((2 * ideal - nearest).unsqueeze(1), self.rows, place).squeeze(1)
+        best, new_scale, new_minimum = torch.zeros_like(gain), scale, minimum
+        for tried in (scale, nearest, beyond):
+            ds = (tried - scale).double()
+            wanted = (minimum + (drop - ds * cross) / ones).to(torch.float32).clamp(min=self.least_minimum)
+            stored = self.storage.round_minimum(wanted.unsqueeze(1), self.rows, place).squeeze(1)
+            dm = (stored - minimum).double()
+            change = ds * ds * uu + 2 * ds * dm * cross + dm * dm * ones - 2 * (ds * gain + dm * drop)
+            better = (change < best) & (tried * scale > 0)
+            better &= (ds.abs() + dm.abs()) > _LEAST * scale.abs()
+            best = torch.where(better, change, best)
+            new_scale, new_minimum = torch.where(better, tried, new_scale), torch.where(better, stored, new_minimum)
+        moved = u * (new_scale - scale) - (new_minimum - minimum)
+        if not bool((best < 0).any().item()):
+            return False
+        self.lanes.put(Steps(new_scale.unsqueeze(1), new_minimum.unsqueeze(1)), 1, scale.shape[0], 0, k)
         self._shift(p, q, a, b, slope, moved)
         return True
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from bitgrain.numerics import QTensor, QuantSpec, choose_scale, per_tensor, quantize
-from bitgrain.numerics.affine import store_zero
 from bitgrain.numerics.granularity import to_tiles
 from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import check_finite, store_scale
+from bitgrain.numerics.quantize import check_finite, store_offset, store_scale
 from bitgrain.numerics.ranges import MinMax
 from bitgrain.solvers.base import Moments, Solution, register_solver
 
@@ -56,26 +55,28 @@ class RoundToNearest:
         if step >= rows or spec.outliers:  # outliers are sought in the whole matrix
             return quantize(weight, spec, importance=importance, outer_scale=outer_scale, name=name)
         codes = torch.empty((rows, cols), dtype=spec.format.code_dtype, device=weight.device)
-        nested = isinstance(spec.scale, QuantSpec) and outer_scale is None
-        if spec.granularity.rows is None or (nested and not has_one_outer_scale(spec)):
-            scale, zero = _choose_first(weight, spec, step, importance, outer_scale, name)
+        nested = isinstance(spec.scale, QuantSpec) and outer_scale is None and not _by_row(spec.scale)
+        crossing = isinstance(spec.minimum, QuantSpec) and not _by_row(spec.minimum)
+        if spec.granularity.rows is None or crossing or (nested and not has_one_outer_scale(spec)):
+            scale, offset = _choose_first(weight, spec, step, importance, outer_scale, name)
+            steps, offsets = scale_values(scale), None if offset is None else scale_values(offset)
             for i in range(0, rows, step):
                 tiles = _tile_rows(i, min(i + step, rows), spec)
-                part = None if zero is None else zero[tiles]
-                steps = scale_values(scale)[tiles]
-                codes[i : i + step] = quantize(weight[i : i + step], spec, scale=steps, zero=part, name=name).codes
-            return QTensor(codes, scale, zero, spec)
+                part = None if offsets is None else offsets[tiles]
+                piece = quantize(weight[i : i + step], spec, scale=steps[tiles], zero=part, name=name)
+                codes[i : i + step] = piece.codes
+            return QTensor.of(codes, scale, offset, spec)
         if nested:
             outer_scale = shared_outer_scale([weight], spec, name, importance)
         scales: list[Tensor | QTensor] = []
-        zeros: list[Tensor] = []
+        offset_parts: list[Tensor | QTensor] = []
         for i in range(0, rows, step):
             weights = None if importance is None else importance.expand(rows, cols)[i : i + step]
             piece = quantize(weight[i : i + step], spec, importance=weights, outer_scale=outer_scale, name=name)
             codes[i : i + step] = piece.codes
             scales.append(piece.scale)
-            zeros += [] if piece.zero is None else [piece.zero]
-        return QTensor(codes, join_scales(scales), torch.cat(zeros) if zeros else None, spec)
+            offset_parts += [] if piece.offset is None else [piece.offset]
+        return QTensor.of(codes, join_scales(scales), join_scales(offset_parts) if offset_parts else None, spec)
 
 
 def round_without_tokens(
@@ -90,6 +91,11 @@ def _piece_rows(rows: int, cols: int, spec: QuantSpec) -> int:
     """How many rows are rounded at once: whole tiles, or any rows where one tile spans them all."""
     tile_rows = spec.granularity.rows or 1
     return max(1, _PIECE // max(1, cols * tile_rows)) * tile_rows
+
+
+def _by_row(nested: QuantSpec) -> bool:
+    """Whether each row of nested scales stands for itself, so that rows can be quantized apart."""
+    return nested.granularity.rows == 1 and nested.granularity.run is None
 
 
 def _tile_rows(start: int, stop: int, spec: QuantSpec) -> slice:
@@ -114,7 +120,7 @@ def _extremes(weight: Tensor, by_column: bool, name: str) -> Tensor:
 
 def _choose_first(
     weight: Tensor, spec: QuantSpec, step: int, importance: Tensor | None, outer_scale: Tensor | None, name: str
-) -> tuple[Tensor | QTensor, Tensor | None]:
+) -> tuple[Tensor | QTensor, Tensor | QTensor | None]:
     """`choose_scale` of the whole weight, widened piece by piece where the range allows it."""
     rows, cols = weight.shape
     if spec.granularity.rows is None:
@@ -136,7 +142,7 @@ def _choose_first(
         offsets += [] if offset is None else [offset]
     whole = torch.cat(ideal)
     stored = store_scale(whole, spec, name, outer_scale)
-    return stored, store_zero(torch.cat(offsets) if offsets else None, whole, scale_values(stored), spec)
+    return stored, store_offset(torch.cat(offsets) if offsets else None, whole, stored, spec, name)
 
 
 def has_one_outer_scale(spec: QuantSpec) -> bool:
@@ -168,17 +174,25 @@ def shared_outer_scale(
             parts = None if importance is None else importance.expand(rows, cols)[i : i + step]
             weights_of = None if parts is None else to_tiles(parts, spec.granularity)
             scale, _ = spec.range.scale(to_tiles(piece, spec.granularity, spec.range.fill), spec, weights_of)
-            largest.append(scale.max().reshape(1, 1))
+            largest.append(scale.abs().max().reshape(1, 1))
     stored, _ = choose_scale(torch.cat(largest), spec.scale, name=f"{name} (scales)")
     assert isinstance(stored, Tensor)
     return stored
 
 
 def join_scales(scales: list[Tensor | QTensor]) -> Tensor | QTensor:
-    """The scales of pieces of whole tile rows, one above the other; nested ones share their outer scale."""
+    """The scales (zero points, minima) of pieces of whole tile rows, one above the other.
+
+    Nested ones share their outer scale, or have one for each row.
+    """
     first = scales[0]
     if isinstance(first, QTensor):
-        codes = torch.cat([scale.codes for scale in scales if isinstance(scale, QTensor)])
-        return QTensor(codes, first.scale, None, first.spec)
+        parts = [scale for scale in scales if isinstance(scale, QTensor)]
+        codes = torch.cat([part.codes for part in parts])
+        if not _by_row(first.spec):
+            return QTensor(codes, first.scale, None, first.spec)
+        zeros = [part.zero for part in parts if part.zero is not None]
+        outer = join_scales([part.scale for part in parts])
+        return QTensor(codes, outer, torch.cat(zeros) if zeros else None, first.spec)
     # torch cannot join every dtype of scales
     return torch.cat([scale.view(torch.uint8) for scale in scales if isinstance(scale, Tensor)]).view(first.dtype)

@@ -26,7 +26,8 @@ from bitgrain.solvers.descend import descend
 from bitgrain.solvers.gptq import ORDERS, column_order
 from bitgrain.solvers.linalg import check_hessian, inverse_factor
 from bitgrain.solvers.rtn import round_without_tokens
-from bitgrain.solvers.steps import Lanes, Steps, Storage
+from bitgrain.solvers.steps import Lanes, Steps
+from bitgrain.solvers.storage import Storage
 
 _LANES = 4096  # rows that are worked on together; fixed, so results never depend on the machine
 
@@ -116,7 +117,7 @@ class _Loop:
         """Codes, scales and zero points; and each weight (float32 [out, in]) as it was when its turn came."""
         rows = self.weight.shape[0]
         ideal, zero = self._fit(self.weight, self.kept, self.importance)
-        storage = Storage.choose(self.spec, ideal, outer_scale, self.name)
+        storage = Storage.choose(self.weight, self.spec, ideal, zero, self.importance, outer_scale, self.name)
         steps = storage.round(ideal, zero)
         numbers, exact = torch.empty_like(self.weight), torch.empty_like(self.weight)
         tile_rows = self.spec.granularity.tile((rows, 1))[0]
@@ -124,7 +125,7 @@ class _Loop:
         for start in range(0, rows, step):
             self._rows(slice(start, min(start + step, rows)), tile_rows, steps, storage, numbers, exact)
         codes = self.spec.format.encode(numbers)
-        return QTensor(codes, *storage.pack(steps), self.spec), exact
+        return storage.pack(codes, steps), exact
 
     def _fit(self, weight: Tensor, kept: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
         """The range's ideal scales and zero points of some columns; what is kept does not count."""

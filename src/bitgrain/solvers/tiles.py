@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from bitgrain.numerics import QTensor, QuantSpec, quantize
-from bitgrain.numerics.affine import store_zero
 from bitgrain.numerics.formats import Format
 from bitgrain.numerics.granularity import to_tiles
-from bitgrain.numerics.qtensor import scale_values
-from bitgrain.numerics.quantize import check_finite, store_scale
+from bitgrain.numerics.quantize import check_finite, store_chosen
 from bitgrain.numerics.ranges.search import real_elements, tile_pieces
 from bitgrain.numerics.sums import row_sums
 
@@ -78,7 +76,7 @@ class Tiles:
         Nested scales are rounded together: if sum counts * |error| ** norm is higher in the end, the start is packed.
         """
         found = replace(self, scale=scale, zero=zero).pack(outer_scale, name)
-        if isinstance(self.spec.scale, Format):
+        if isinstance(self.spec.scale, Format) and not isinstance(self.spec.minimum, QuantSpec):
             return found
         start = self.pack(outer_scale, name)
         return found if self._loss(found, norm) < self._loss(start, norm) else start
@@ -90,8 +88,8 @@ class Tiles:
     def pack(self, outer_scale: Tensor | None, name: str) -> QTensor:
         """Scales and zero points stored, and each weight's nearest code. Raises NumericsError: a scale overflows."""
         grid = self.spec.granularity.tiles(tuple(self.weight.shape))
-        ideal = self.scale.view(grid)
-        scale = store_scale(ideal, self.spec, name, outer_scale)
-        zero = None if self.zero is None else self.zero.view(grid)
-        stored = store_zero(zero, ideal, scale_values(scale), self.spec)
+        ideal, zero = self.scale.view(grid), None if self.zero is None else self.zero.view(grid)
+        tiles = to_tiles(self.weight, self.spec.granularity, math.nan)
+        counts = None if self.counts is None else self.counts.view(tiles.shape)
+        scale, stored = store_chosen(tiles, counts, ideal, zero, self.spec, name, outer_scale)
         return quantize(self.weight, self.spec, scale=scale, zero=stored, name=name)

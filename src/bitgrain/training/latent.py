@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor, fake_quantize, quantize
+from bitgrain.numerics.affine import as_zero
 from bitgrain.numerics.columns import Columns
 from bitgrain.numerics.formats import E8M0, FloatFormat
 from bitgrain.numerics.granularity import from_tiles, to_tiles
@@ -37,7 +38,7 @@ class FakeQuantizedWeight(nn.Module):
 
     scale  [down, across] float32, learned; its signs stay. None where scales are quantized themselves or powers of two:
            these stay as they are
-    zero   [down, across] float32, learned, of real zero points; None otherwise: integer ones stay
+    zero   [down, across] float32, learned, of real zero points; None otherwise: integer ones and minima stay
     Raises SchemeError for a QTensor with sparse outliers.
     """
 
@@ -58,7 +59,9 @@ class FakeQuantizedWeight(nn.Module):
         learned = isinstance(start.scale, Tensor) and start.spec.scale != E8M0
         real = start.spec.zero_point == "real" and start.zero is not None
         self.register_buffer("first", steps.clone())
-        self.register_buffer("fixed_zero", None if real else start.zero)
+        self.start_minimum = start.minimum
+        fixed = start.zero if start.minimum is None else scale_values(start.minimum)
+        self.register_buffer("fixed_zero", None if real else fixed)
         self.scale = nn.Parameter(steps.clone()) if learned else None
         self.zero = nn.Parameter(start.zero.to(torch.float32, copy=True)) if real and start.zero is not None else None
         self._zero_dtype = start.zero.dtype if start.zero is not None else torch.float32
@@ -100,7 +103,8 @@ class FakeQuantizedWeight(nn.Module):
         if isinstance(scale, Tensor) and self.scale is not None:
             scale = self.steps().to(scale.dtype)
         zero = zero if zero is None or self.zero is None else zero.to(self._zero_dtype)
-        found = quantize(weight, self.spec, scale=scale, zero=zero)
+        offset = zero if self.start_minimum is None else self.start_minimum
+        found = quantize(weight, self.spec, scale=scale, zero=offset)
         return found if self.columns is None else replace(found, spec=self._whole_spec, columns=self.columns)
 
 
@@ -150,7 +154,8 @@ def latent_weight(start: QTensor, weight: Tensor | None = None) -> Tensor:
     tiles = to_tiles(weight.to(start.codes.device, torch.float32), spec.granularity)
     steps = scale_values(start.scale).unsqueeze(-1)
     steps = steps.masked_fill(steps == 0, 1.0)
-    offset = 0.0 if start.zero is None else start.zero.to(torch.float32).unsqueeze(-1)
+    zero = start.zero if start.minimum is None else as_zero(scale_values(start.minimum), steps.squeeze(-1))
+    offset = 0.0 if zero is None else zero.to(torch.float32).unsqueeze(-1)
     grid = spec.format.grid().to(tiles.device)
     grid = grid[grid >= spec.low]
     values = to_tiles(spec.format.decode(start.codes), spec.granularity)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat, QTensor
+from bitgrain.numerics.affine import as_zero
 from bitgrain.numerics.formats import E8M0, FloatFormat
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.qtensor import scale_values
@@ -71,13 +72,14 @@ class LearnedWeight:
         # beyond 8 bits float32 does not tell one code's cell from the next one's, and rounding hardly matters
         integer = isinstance(spec.format, IntFormat) and spec.format.bits <= 8
         mode: ScaleMode = learn.scales if isinstance(q.scale, Tensor) and spec.scale != E8M0 else "kept"
-        if mode == "range" and not integer:
+        if mode == "range" and (not integer or spec.minimum is not None):
             mode = "factor"
         self._mode: ScaleMode = mode
         self._free = learn.free
         self.unit = scale_unit(q) if mode == "factor" else 1.0
         self._steps = scale_values(q.scale)
         self._zero = None if q.zero is None else q.zero.to(torch.float32)
+        self._minimum = None if q.minimum is None else scale_values(q.minimum)
         self._values = spec.format.decode(to_tiles(q.codes, spec.granularity))
         rounds = (learn.codes and integer) or mode == "range"
         self._latent = self._latent_of(weight) if rounds else None
@@ -109,7 +111,10 @@ class LearnedWeight:
         values = self._grid(steps, zero)
         if zero is not None:
             values = values - zero.unsqueeze(-1)
-        dense = from_tiles(values * steps.unsqueeze(-1), self.start.spec.granularity, self.start.shape)
+        values = values * steps.unsqueeze(-1)
+        if self._minimum is not None:
+            values = values - self._minimum.unsqueeze(-1)
+        dense = from_tiles(values, self.start.spec.granularity, self.start.shape)
         return dense if self.start.columns is None else self.start.columns.put_into(dense)
 
     @torch.no_grad()
@@ -127,12 +132,13 @@ class LearnedWeight:
         stored = q.zero
         if stored is not None and zero is not None and (self.lows is not None or self.shifts is not None):
             stored = zero.to(stored.dtype)
-        return QTensor(codes, scale, stored, spec, columns=q.columns)
+        return QTensor(codes, scale, stored, spec, columns=q.columns, minimum=q.minimum)
 
     def _latent_of(self, weight: Tensor | None) -> Tensor:
         """The weight (tiles) clipped into the cell of each code: its rounding gives the start's codes."""
         spec, values = self.start.spec, self._values
-        offset = torch.zeros_like(self._steps) if self._zero is None else self._zero
+        zero = self._zero if self._minimum is None else as_zero(self._minimum, self._steps)
+        offset = torch.zeros_like(self._steps) if zero is None else zero
         steps, offset = _divisor(self._steps), offset.unsqueeze(-1)
         if weight is None:
             grid, tiles = values, (values - offset) * steps

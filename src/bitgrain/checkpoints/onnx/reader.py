@@ -74,6 +74,19 @@ class OnnxFile:
         except (SchemeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
 
+    def kept(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of the constants that are no part of a quantized matrix, by name."""
+        from onnx import TensorProto
+
+        taken = set(self.matrices)
+        for name, (one, _) in self._nodes.items():
+            taken |= {part.name for part in self._companions(one, name) if part is not None}
+        return {
+            name: (tuple(tensor.dims), TensorProto.DataType.Name(tensor.data_type).lower())
+            for name, tensor in self._constants.items()
+            if name not in taken
+        }
+
     def _spec(self, one: NodeProto, flipped: bool) -> OnnxMatrix:
         weight = self._constants[one.input[_WEIGHT[one.op_type]]]
         scale, zero = self._companions(one, weight.name)
@@ -193,6 +206,8 @@ class OnnxFile:
     def _external(self, tensor: TensorProto, nbytes: int) -> bytes:
         said = {entry.key: entry.value for entry in tensor.external_data}
         location = said.get("location", "")
+        if not isinstance(location, str):  # bytes that are no UTF-8 stay bytes
+            raise CheckpointError(f"{self.path}: {tensor.name} names no file")
         beside = self.path.parent.resolve() / location
         if not location or Path(location).name != location or beside.is_symlink() or not beside.is_file():
             raise CheckpointError(f"{self.path}: {tensor.name} lies in {location!r}, which is no file beside it")

@@ -53,6 +53,30 @@ def element_pieces(tiles: Tensor, weights: Tensor | None) -> Iterator[tuple[Tens
         yield tiles[..., piece], None if weights is None else weights[..., piece]
 
 
+def tile_products(
+    tiles: Tensor, weights: Tensor | None, steps: Tensor, zero: Tensor | None, spec: QuantSpec, products: bool = True
+) -> list[Tensor]:
+    """Sums over each tile, float64 [t]: of w (x - x_hat)^2, and with `products` of w v, w v v and w x v.
+
+    tiles, weights [t, n]; steps, zero [t], as stored; v stands for the numbers of the codes.
+    """
+    grid = grid_for(spec, tiles)
+    if grid is not None:
+        sums = tile_sums(tiles, weights, steps, zero, grid, products=products)
+        return list(sums) if products else [*sums, *sums, *sums, *sums]
+    totals = [torch.zeros(tiles.shape[0], dtype=torch.float64, device=tiles.device) for _ in range(4)]
+    for x, w in element_pieces(tiles, weights):
+        v = to_grid(x, steps, zero, spec)
+        if products:
+            wv = v if w is None else w * v
+            totals[1] += row_sums(wv)
+            totals[2] += row_sums(wv * v)
+            totals[3] += row_sums(wv * x)
+        error = from_grid(v, steps, zero).sub_(x).square_()
+        totals[0] += row_sums(error if w is None else error.mul_(w))
+    return totals
+
+
 def tile_error(
     tiles: Tensor,
     weights: Tensor | None,

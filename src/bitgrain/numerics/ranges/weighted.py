@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from bitgrain.errors import SchemeError
-from bitgrain.kernels.tile_search import tile_sums
-from bitgrain.numerics.affine import as_stored, from_grid, to_grid
+from bitgrain.numerics.affine import as_stored
 from bitgrain.numerics.ranges.base import Range, scale_from_limits
-from bitgrain.numerics.ranges.search import element_pieces, grid_for, real_elements, tile_pieces
+from bitgrain.numerics.ranges.search import grid_for, real_elements, tile_pieces, tile_products
 from bitgrain.numerics.sums import row_sums
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class _Search:
     def consider(self, scale: Tensor, zero: Tensor | None, refit: bool = True) -> tuple[Tensor, Tensor | None]:
         """Keeps it where it is better than what is known; gives what fits best the codes it leads to, if asked to."""
         steps, stored = as_stored(scale, zero, self.spec)
-        error, wv, wvv, wxv = self._sums(steps, stored, refit)
+        error, wv, wvv, wxv = tile_products(self.x, self.weights, steps, stored, self.spec, refit)
         if self._error is None or self.scale is None:
             self._error, self.scale, self.zero = error, scale, zero
         else:
@@ -131,28 +130,6 @@ class _Search:
             return fit_scale(wvv, wxv, scale), None
         return fit_both(*self._totals, wv, wvv, wxv, scale, zero, self.spec)
 
-    def _sums(self, steps: Tensor, zero: Tensor | None, refit: bool) -> list[Tensor]:
-        """Sums over each tile, float64 [t]: of w (x - x_hat)^2, and for a refit of w v, w v v and w x v.
-
-        v stands for the numbers of the codes.
-        """
-        grid = grid_for(self.spec, self.x)
-        if grid is not None:
-            sums = tile_sums(self.x, self.weights, steps, zero, grid, products=refit)
-            return list(sums) if refit else [*sums, *sums, *sums, *sums]
-        totals = [torch.zeros(self.x.shape[0], dtype=torch.float64, device=self.x.device) for _ in range(4)]
-        for x, w in element_pieces(self.x, self.weights):
-            v = to_grid(x, steps, zero, self.spec)
-            if refit:
-                wv = v if w is None else w * v
-                if zero is not None:
-                    totals[1] += row_sums(wv)
-                totals[2] += row_sums(wv * v)
-                totals[3] += row_sums(wv * x)
-            error = from_grid(v, steps, zero).sub_(x).square_()
-            totals[0] += row_sums(error if w is None else error.mul_(w))
-        return totals
-
 
 def fit_scale(wvv: Tensor, wxv: Tensor, scale: Tensor) -> Tensor:
     """sum(w x v) / sum(w v v), float32 [t]; `scale` where that has no meaning (all v 0) or another sign."""
@@ -165,16 +142,19 @@ def fit_both(
 ) -> tuple[Tensor, Tensor]:
     """The scale and zero point, float32 [t], with the smallest sum of w (x - s (v - z))^2, from sums [t] of products.
 
-    Integer zero points are rounded, and the scale is then the best for them. Where the fit has no meaning (all weights
-    0, all codes the same, a scale that is not positive) the given ones stay.
+    Integer zero points are rounded and unsigned minima not below 0, and the scale is then the best for them. Where the
+    fit has no meaning (all weights 0, all codes the same, a scale that is not positive) the given ones stay.
     """
     determinant = w * wvv - wv * wv
     new_scale = (w * wxv - wx * wv) / determinant
     new_zero = (new_scale * wv - wx) / (w * new_scale)
     valid = (determinant > 1e-12 * w * wvv) & (new_scale > 0) & new_scale.isfinite() & new_zero.isfinite()
     new_zero = torch.where(valid, new_zero, zero.double())
-    if spec.zero_point == "integer":
-        new_zero = new_zero.round().clamp(spec.low, spec.high)
+    if spec.zero_point == "integer" or spec.least_minimum == 0:
+        if spec.zero_point == "integer":
+            new_zero = new_zero.round().clamp(spec.low, spec.high)
+        else:
+            new_zero = new_zero.clamp(min=0.0)
         # x ~ s (v - z) with z fixed
         new_scale = (wxv - new_zero * wx) / (wvv - 2 * new_zero * wv + new_zero * new_zero * w)
         valid &= (new_scale > 0) & new_scale.isfinite()

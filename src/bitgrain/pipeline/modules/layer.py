@@ -84,9 +84,9 @@ def solve_matrices(
         solver.solve(weight.contiguous(), spec, one, outer_scale=outer, name=name).q
         for weight, one in zip(weights[0].chunk(len(moments)), moments, strict=True)
     ]
-    zeros = [q.zero for q in groups if q.zero is not None]
+    offsets = [q.offset for q in groups if q.offset is not None]
     codes, scale = torch.cat([q.codes for q in groups]), join_scales([q.scale for q in groups])
-    return [QTensor(codes, scale, torch.cat(zeros) if zeros else None, spec)]
+    return [QTensor.of(codes, scale, join_scales(offsets) if offsets else None, spec)]
 
 
 def _magnitude(spec: QuantSpec, name: str, calibration: ModuleCalibration | None) -> Tensor | None:
