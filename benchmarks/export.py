@@ -48,7 +48,6 @@ def convert_here(source: Path, to: str, out: Path) -> dict[str, Any]:
     import bitgrain
     from bitgrain.progress import make_progress
 
-    tracing = 0.0
     began = time.perf_counter()
     result = bitgrain.convert(source, to, out, progress=make_progress("quiet"))
     wall = time.perf_counter() - began
@@ -58,7 +57,7 @@ def convert_here(source: Path, to: str, out: Path) -> dict[str, Any]:
     return {
         "layout": to,
         "wall_s": wall,
-        "tracing_s": tracing or getattr(result, "tracing_s", 0.0),
+        "tracing_s": result.tracing_s,
         "cpu_s": usage.ru_utime + usage.ru_stime,
         "written_bytes": written,
         "layers": len(result.layers),

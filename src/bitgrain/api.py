@@ -20,8 +20,9 @@ from bitgrain.numerics.formats import FP16
 from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.contents import Contents
 from bitgrain.pipeline.contents import read_contents as show
-from bitgrain.pipeline.convert import Converted, convert
+from bitgrain.pipeline.convert import convert
 from bitgrain.pipeline.convert_gguf import is_gguf
+from bitgrain.pipeline.converted import Converted
 from bitgrain.pipeline.equip import cache_for
 from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune

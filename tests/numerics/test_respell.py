@@ -1,5 +1,7 @@
 """A QTensor said otherwise holds the same numbers, or is refused."""
 
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat, QTensor, QuantSpec, per_channel, per_group, per_tensor, quantize
 from bitgrain.numerics.formats import BF16, FP16, FP32
-from bitgrain.numerics.respell import respell
+from bitgrain.numerics.packed import PackedMatrix
+from bitgrain.numerics.respell import plan_respelling, respell, respell_packed
 from bitgrain.numerics.spec import int_weight, nvfp4
+from random_layers import random_layer, random_matrix
 
 WEIGHT = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
 
@@ -81,3 +85,53 @@ def test_nested_scales_stay_or_become_plain():
     q = quantize(WEIGHT, nvfp4())
     same(q, q.spec)
     same(q, replace(q.spec, scale=FP32))
+
+
+def other_specs(rng: random.Random, spec: QuantSpec) -> QuantSpec:
+    """`spec` with other integers, zero points, storage or tiles."""
+    zero = rng.choice(["none", "integer", "minimum", "real"])
+    scale = rng.choice([spec.scale, FP16, BF16, FP32])
+    integers = [IntFormat(bits, signed) for bits in (spec.format.bits, 4, 8) for signed in (True, False)]
+    format = rng.choice(integers) if isinstance(spec.format, IntFormat) else spec.format
+    granularity = rng.choice([spec.granularity, per_group(16), per_group(32), per_channel()])
+    if zero == "integer" and not isinstance(format, IntFormat):
+        zero = "none"
+    return replace(
+        spec,
+        format=format,
+        granularity=granularity,
+        zero_point=zero,
+        scale=scale,
+        minimum=rng.choice([scale, FP32]) if zero == "minimum" else None,
+        restricted=False,
+        ordered=granularity.cols is not None and rng.random() < 0.3,
+    )
+
+
+def test_what_is_proven_from_scales_alone_is_so_when_compared():
+    rng, seen = random.Random(0), Counter[str]()
+    while seen["proven"] < 400 or seen["stays"] < 100 or seen["crossed"] < 100:
+        q = random_matrix(rng, random_layer(rng))
+        try:
+            spec = other_specs(rng, q.spec)
+            how = plan_respelling(q, spec)
+        except SchemeError:
+            continue
+        if not how.proven:
+            continue
+        found = respell(q, spec)
+        assert torch.equal(found.dequantize(), q.dequantize()), (q.spec, spec)
+        again = respell_packed(PackedMatrix.of(q), spec)
+        assert torch.equal(again.unpack().codes, found.codes)
+        if how.stays:
+            assert torch.equal(found.unsigned_codes(), q.unsigned_codes())
+        seen += Counter(proven=1, stays=how.stays, crossed="minimum" in (q.spec.zero_point, spec.zero_point))
+
+
+def test_products_that_float32_rounds_are_compared():
+    """With scales of 24 bits, s * 15 - s * 8 is not s * 7."""
+    q = quantize(WEIGHT, int_weight(4, 32, asymmetric=True, scale=FP32))
+    minima = replace(q.spec, format=IntFormat(4, False), zero_point="minimum", minimum=FP32)
+    assert not plan_respelling(q, minima).proven
+    with pytest.raises(SchemeError, match="rounds these numbers differently"):
+        respell(q, minima)

@@ -1,15 +1,20 @@
 """Conversions between layouts: exact, resumable, or refused with the reason."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import bitgrain
+from bitgrain.checkpoints.job_folder import JobFolder
 from bitgrain.checkpoints.layouts import LAYOUTS
 from bitgrain.demo import demo_model_path
 from bitgrain.errors import OutputError, PlanError, SchemeError
+from bitgrain.pipeline import units
 from bitgrain.pipeline.convert import convert
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import make_recipe
@@ -39,9 +44,53 @@ def test_an_unknown_layout_and_an_old_folder_are_refused(tiny: Callable[[str], P
     bitgrain.quantize(tiny("llama"), tmp_path / "w8", "W8A16")
     with pytest.raises(SchemeError, match="compressed-tensors"):
         convert(tmp_path / "w8", "compressed_tensor", tmp_path / "out")
+    with pytest.raises(SchemeError, match=r"known layouts: .*mlx, gguf, onnx-qdq, onnx-nbits"):
+        convert(tmp_path / "w8", "exl2", tmp_path / "out")
     with pytest.raises(OutputError, match="exists already"):
         convert(tmp_path / "w8", "bitgrain", tmp_path / "w8")
     assert set(LAYOUTS) >= {"compressed-tensors", "bitgrain"}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_killed_conversion_goes_on_with_the_same_bytes(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the units and the number of threads, and with several files; the manifest's hashes are the files'."""
+    bitgrain.quantize(tiny("llama"), tmp_path / "q", "W4A16", layout="gptq-v2")
+    convert(tmp_path / "q", "gptq", tmp_path / "whole", max_shard_bytes=50_000)
+    monkeypatch.setattr(units, "UNIT_BYTES", 5_000)
+    real, count = JobFolder.commit_unit, 0
+
+    def full(self: JobFolder, *args: Any, **more: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > 3:
+            raise OutputError("the disk is full")
+        real(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobFolder, "commit_unit", full)
+        with pytest.raises(OutputError, match="full"):
+            convert(tmp_path / "q", "gptq", tmp_path / "out", max_shard_bytes=50_000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        convert(tmp_path / "q", "gptq", tmp_path / "out", max_shard_bytes=50_000)
+    finally:
+        torch.set_num_threads(before)
+    found = files_of(tmp_path / "out")
+    assert found == files_of(tmp_path / "whole")
+    told = json.loads(found["manifest.json"])["files"]
+    assert told == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in sorted(found.items())
+        if name != "manifest.json"
+    }
+    assert len([name for name in told if name.endswith(".safetensors")]) > 1
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM"])

@@ -13,7 +13,7 @@ import torch
 import bitgrain
 import zoo
 from bitgrain.checkpoints.onnx.reader import OnnxFile
-from bitgrain.errors import PlanError, SchemeError
+from bitgrain.errors import CheckpointError, PlanError, SchemeError
 from bitgrain.pipeline import convert_onnx
 from bitgrain.pipeline.convert import convert
 from bitgrain.pipeline.stored import QuantizedCheckpoint
@@ -132,6 +132,22 @@ def test_kept_matrices_stay_in_their_dtype(tmp_path: Path):
     ours = zoo.outputs(bitgrain.load(tmp_path / "q", execution="dequantize", dtype=torch.float32), ids)
     theirs = first(run(session(tmp_path / "out"), ids))
     assert divergence(ours, theirs) <= 1e-4  # ours rounds the weights to bfloat16 first
+
+
+def test_a_gguf_file_goes_to_onnx_as_well(tiny: Callable[[str], Path], tmp_path: Path):
+    bitgrain.quantize(tiny("llama"), tmp_path / "q", "W4A16", layout="gptq-v2")
+    convert(tmp_path / "q", "gguf", tmp_path / "q.gguf")
+    result = convert(tmp_path / "q.gguf", "onnx-nbits", tmp_path / "out")
+    assert result.layers
+    assert result.tracing_s > 0
+    ids = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    ours, theirs = expected(tmp_path / "q.gguf", ids), first(run(session(tmp_path / "out"), ids))
+    assert (theirs - ours).abs().max() <= TOLERANCE * ours.std()
+
+
+def test_a_model_that_is_not_quantized_is_refused(tiny: Callable[[str], Path], tmp_path: Path):
+    with pytest.raises(CheckpointError, match="is not quantized"):
+        convert(tiny("llama"), "onnx-nbits", tmp_path / "out")
 
 
 def test_what_onnx_cannot_say_is_refused_with_the_layer(tiny: Callable[[str], Path], tmp_path: Path):

@@ -116,6 +116,11 @@ class BitgrainLayout:
     def encode(
         self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
     ) -> dict[str, Tensor]:
+        return self.encode_packed(layer, [PackedMatrix.of(q) for q in parts], inputs)
+
+    def encode_packed(
+        self, layer: StoredLayer, parts: Sequence[PackedMatrix], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
         check_inputs(layer, inputs)
         encoded = [pack_qtensor(q) for q in parts]
         join = torch.stack if layer.experts > 1 else (lambda tensors: tensors[0])

@@ -128,13 +128,18 @@ class CompressedTensors:
     def encode(
         self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
     ) -> dict[str, Tensor]:
+        return self.encode_packed(layer, [PackedMatrix.of(q) for q in parts], inputs)
+
+    def encode_packed(
+        self, layer: StoredLayer, parts: Sequence[PackedMatrix], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
         (q,) = parts
         check_inputs(layer, inputs)
         spec, kind = layer.scheme.weight, _format(layer.scheme)
         shape = _scale_shape(spec, layer.shape)
         found: dict[str, Tensor] = {}
         if kind in (NVFP4, MXFP4):
-            found["weight_packed"] = pack(q.codes, 4, torch.uint8)
+            found["weight_packed"] = q.words_as(torch.uint8)
             if isinstance(q.scale, QTensor):
                 found["weight_scale"] = q.scale.codes.view(torch.float8_e4m3fn)
                 assert isinstance(q.scale.scale, Tensor)
@@ -148,12 +153,13 @@ class CompressedTensors:
             found["weight_scale"] = q.scale.reshape(shape)
             if kind == PACKED:
                 bits, offset = spec.format.bits, spec.format.code_offset
-                found["weight_packed"] = pack(_unsigned(q.codes, offset), bits, torch.int32)
+                found["weight_packed"] = q.words_as(torch.int32)
                 found["weight_shape"] = torch.tensor(layer.shape, dtype=torch.int64)
                 if q.zero is not None:
                     found["weight_zero_point"] = pack(_unsigned(q.zero, offset), bits, torch.int32, axis=0)
             else:
-                found["weight"] = q.codes if kind == INT else q.codes.view(torch.float8_e4m3fn)
+                codes = q.words_as(torch.uint8)
+                found["weight"] = _signed(codes, 128, spec) if kind == INT else codes.view(torch.float8_e4m3fn)
         for static in inputs:
             found["input_scale"] = static.scale.reshape(1)
             if static.zero is not None:

@@ -155,22 +155,27 @@ class GPTQ:
     def encode(
         self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
     ) -> dict[str, Tensor]:
+        return self.encode_packed(layer, [PackedMatrix.of(q) for q in parts], inputs)
+
+    def encode_packed(
+        self, layer: StoredLayer, parts: Sequence[PackedMatrix], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
         (q,) = parts
         check_inputs(layer, inputs)
         spec = layer.scheme.weight
         bits, (rows, cols) = spec.format.bits, layer.shape
         assert isinstance(q.scale, Tensor)
         g_idx = torch.arange(cols, dtype=torch.int32) // _group(layer)
-        codes = q.unsigned_codes()
+        words = q.words_as(torch.int32)
         if q.order is not None:
             places = torch.argsort(q.order)
-            codes, g_idx = codes.index_select(1, places), g_idx.index_select(0, places)
+            words, g_idx = in_order(words, places, bits), g_idx.index_select(0, places)
         if q.zero is None:
             zero = torch.full((q.scale.shape[1], rows), 2 ** (bits - 1), dtype=torch.uint8)
         else:
             zero = (q.zero.view(torch.uint8) + 2 ** (bits - 1)).T.contiguous()
         found = {
-            "qweight": pack(codes, bits).T,
+            "qweight": words.T,
             "qzeros": self._store_zeros(zero, bits),
             "scales": q.scale.T,
             "g_idx": g_idx,

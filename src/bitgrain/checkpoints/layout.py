@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -128,6 +128,26 @@ class Layout(Protocol):
         """What config.json says under `keys`; `kept`: (module, memory module, class) of matrices kept. Raises
         SchemeError for layers that it holds, but not in one checkpoint."""
         ...
+
+
+@runtime_checkable
+class PackedLayout(Protocol):
+    """A layout that also takes codes packed, where that is less work than `encode`."""
+
+    def encode_packed(
+        self, layer: StoredLayer, parts: Sequence[PackedMatrix], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
+        """As `Layout.encode`."""
+        ...
+
+
+def encode_packed(
+    layout: Layout, layer: StoredLayer, parts: Sequence[PackedMatrix], inputs: Sequence[StaticInput] = ()
+) -> dict[str, Tensor]:
+    """`Layout.encode` of packed matrices, unpacked only where the layout needs that."""
+    if isinstance(layout, PackedLayout):
+        return layout.encode_packed(layer, parts, inputs)
+    return layout.encode(layer, [one.unpack() for one in parts], inputs)
 
 
 def check_inputs(layer: StoredLayer, inputs: Sequence[StaticInput]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitgrain.checkpoints.awq import AWQ
@@ -33,15 +33,17 @@ LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ALL}
 WRITABLE: dict[str, Layout] = {name: layout for name, layout in LAYOUTS.items() if not isinstance(layout, TorchAO)}
 
 
-def get_layout(name: str) -> Layout:
-    """The layout called `name`, to be written. Raises SchemeError that lists all, or for one that is only read."""
+def get_layout(name: str, others: Sequence[str] = ()) -> Layout:
+    """The layout called `name`, to be written. Raises SchemeError that lists all, and `others` that the caller knows,
+    or for one that is only read."""
     found = WRITABLE.get(name.lower())
     if found is None:
         if name.lower() in LAYOUTS:
             raise SchemeError(READ_ONLY)
-        near = difflib.get_close_matches(name, WRITABLE, n=1)
+        known = [*WRITABLE, *others]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise SchemeError(f"unknown layout {name!r}: {hint}known layouts: {', '.join(WRITABLE)}")
+        raise SchemeError(f"unknown layout {name!r}: {hint}known layouts: {', '.join(known)}")
     return found
 
 

@@ -33,7 +33,6 @@ from bitgrain.numerics import Format, IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.formats import BF16, FP16, FP32
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix, float_dtype
-from bitgrain.numerics.packing import pack
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _FLOATS = (FP16, BF16, FP32)
@@ -108,10 +107,15 @@ class MLX:
     def encode(
         self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
     ) -> dict[str, Tensor]:
+        return self.encode_packed(layer, [PackedMatrix.of(q) for q in parts], inputs)
+
+    def encode_packed(
+        self, layer: StoredLayer, parts: Sequence[PackedMatrix], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
         check_inputs(layer, inputs)
         (q,) = parts
         assert isinstance(q.scale, Tensor)
-        words = pack(q.unsigned_codes(), q.spec.format.bits, torch.int32).view(torch.uint32)
+        words = q.words_as(torch.int32).view(torch.uint32)
         if mode_of(q.spec) is not None:
             return {f"{layer.module}.weight": words, f"{layer.module}.scales": q.scale.contiguous().view(torch.uint8)}
         biases = -(q.minimum if isinstance(q.minimum, Tensor) else q.scale * q.spec.format.code_offset)

@@ -23,7 +23,7 @@ from bitgrain.errors import NumericsError
 from bitgrain.numerics.columns import INDEX_DTYPE, Columns
 from bitgrain.numerics.formats import FloatFormat, Format
 from bitgrain.numerics.outliers import VALUE_DTYPE, Outliers, column_dtype
-from bitgrain.numerics.packing import pack, packed_length, unpack
+from bitgrain.numerics.packing import pack, packed_length, rewrap, unpack
 from bitgrain.numerics.qtensor import QTensor, unsigned
 from bitgrain.numerics.spec import QuantSpec
 
@@ -88,9 +88,11 @@ def zero_dtype(spec: QuantSpec) -> torch.dtype:
     return storage.torch_dtype or torch.float32 if isinstance(storage, FloatFormat) else torch.float32
 
 
-def pack_qtensor(q: QTensor) -> dict[str, Tensor]:
+def pack_qtensor(q: QTensor | PackedMatrix) -> dict[str, Tensor]:
     """The tensors of a QTensor [out, in], each contiguous."""
-    found = {"codes": _pack(q.unsigned_codes(), q.spec.format)}
+    if isinstance(q, QTensor):
+        q = PackedMatrix.of(q)
+    found = {"codes": q.words if q.spec.format.bits > 8 else q.words_as(torch.uint8)}
     if isinstance(q.scale, QTensor):
         found["scale"] = _pack(q.scale.unsigned_codes(), q.scale.spec.format)
         assert isinstance(q.scale.scale, Tensor)
@@ -145,6 +147,10 @@ class PackedMatrix:
         words = _pack(q.unsigned_codes(), q.spec.format)
         more = (q.outliers, q.columns, q.minimum, q.order)
         return PackedMatrix(words, q.scale, q.zero, q.spec, (rows, cols), *more)
+
+    def words_as(self, word: torch.dtype) -> Tensor:
+        """The words in another dtype, uint8 or int32; only for formats of at most 8 bits."""
+        return rewrap(self.words, self.spec.format.bits, self.shape[1], word)
 
     def unpack(self) -> QTensor:
         """The QTensor."""

@@ -77,6 +77,17 @@ def _pack_rows(codes: Tensor, bits: int, word: torch.dtype) -> Tensor:
     return stream.reshape(-1).view(word).view(rows, -1)
 
 
+def rewrap(words: Tensor, bits: int, length: int, word: torch.dtype) -> Tensor:
+    """The words [.., n] that hold `length` codes of `bits` bits along the last axis, as words of another dtype; a view
+    where that is possible."""
+    if words.dtype is word:
+        return words
+    stream, nbytes = words.contiguous().view(torch.uint8), packed_length(length, bits, word) * _WORDS[word]
+    if stream.shape[-1] < nbytes:
+        stream = F.pad(stream, (0, nbytes - stream.shape[-1]))
+    return _aligned(stream[..., :nbytes]).view(word)
+
+
 def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
     """The `length` unsigned codes (uint8) that `pack` put into `words` along `axis`.
 
@@ -92,6 +103,32 @@ def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
         )
     if not words.numel():
         return torch.zeros(*words.shape[:-1], length, dtype=torch.uint8, device=words.device)
+    matrix = words.reshape(-1, words.shape[-1])
+    step = max(1, _PIECE // length)
+    if bits == 4 and length == 2 * matrix.shape[1] * matrix.element_size():
+        codes = _unpack_nibbles(matrix).view(len(matrix), length)
+    elif step >= len(matrix):
+        codes = _unpack_rows(matrix, bits, length).contiguous()
+        codes = codes.clone() if codes.data_ptr() == words.data_ptr() else codes
+    else:
+        codes = torch.empty(len(matrix), length, dtype=torch.uint8, device=words.device)
+        for i in range(0, len(matrix), step):
+            codes[i : i + step] = _unpack_rows(matrix[i : i + step], bits, length)
+    return codes.view(*words.shape[:-1], length)
+
+
+def _unpack_nibbles(words: Tensor) -> Tensor:
+    """`unpack` of codes of 4 bits that fill all words: uint8, flat."""
+    stream = words.contiguous().view(torch.uint8).reshape(-1)
+    pairs = torch.empty(len(stream), dtype=torch.int16, device=words.device)
+    for i in range(0, len(stream), _PIECE // _EIGHT):
+        wide = stream[i : i + _PIECE // _EIGHT].to(torch.int16)
+        torch.bitwise_and((wide << 4).bitwise_or_(wide), 0x0F0F, out=pairs[i : i + _PIECE // _EIGHT])
+    return pairs.view(torch.uint8)
+
+
+def _unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
+    """`unpack` of a few rows [m, n], checked and not empty; 8 bits may be a view."""
     stream = _aligned(words).view(torch.uint8)
     if bits == 4:
         pairs = stream.to(torch.int16)
@@ -100,9 +137,8 @@ def unpack(words: Tensor, bits: int, length: int, axis: int = -1) -> Tensor:
         groups = math.ceil(length / _EIGHT)
         if stream.shape[-1] != groups * bits:
             stream = F.pad(stream, (0, groups * bits - stream.shape[-1])).contiguous()
-        stream = _spread(stream, bits).view(torch.uint8).view(*words.shape[:-1], groups * _EIGHT)
-    stream = stream[..., :length].contiguous()
-    return stream.clone() if stream.data_ptr() == words.data_ptr() else stream
+        stream = _spread(stream, bits).view(torch.uint8).view(len(words), groups * _EIGHT)
+    return stream[:, :length]
 
 
 def _check(bits: int, word: torch.dtype) -> None:

@@ -30,9 +30,11 @@ from bitgrain.models.anatomy import read_anatomy
 from bitgrain.models.naming import StoredTensor
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource
+from bitgrain.numerics.respell import respell_packed
 from bitgrain.pipeline.gguf_tokenizer import tokenizer_of
-from bitgrain.pipeline.gguf_types import candidates, refusal, said
+from bitgrain.pipeline.gguf_types import candidates, refusal
 from bitgrain.pipeline.stored_model import StoredModel
+from bitgrain.pipeline.threads import work_through
 from bitgrain.progress import Progress
 
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -117,10 +119,14 @@ def write_gguf(
     progress.start(len(outputs), "tensors", "writing gguf")
     try:
         with GgufWriter(out, plan) as writer, torch.inference_mode():
-            for one in outputs:
+
+            def work(one: _Output) -> str:
                 parts = [_rows(job, original, one.type) for original in one.originals]
                 writer.write(one.name, parts[0] if len(parts) == 1 else torch.cat(parts))
-                progress.advance(1, one.name)
+                return one.name
+
+            for written in work_through(work, outputs):
+                progress.advance(1, written)
             for extra_name, tensor in extra.items():
                 writer.write(extra_name, BLOCK_TYPES["F32"].store(tensor))
             writer.finish()
@@ -163,10 +169,18 @@ def _choose(job: _Job, wanted: BlockType | None, progress: Progress) -> tuple[li
         problems.append(f"gguf has no place for {', '.join(computed)}")
     outputs: list[_Output] = []
     layers: dict[str, StoredLayer] = {}
+
+    def work(name: str) -> tuple[str, BlockType | str]:
+        return name, _type_of(job, name, groups[name], wanted)
+
+    types: dict[str, BlockType | str] = {}
     progress.start(len(groups), "tensors", "comparing")
     try:
+        for name, type_ in work_through(work, groups) if not problems else ():
+            types[name] = type_
+            progress.advance(1, name)
         for name, originals in groups.items() if not problems else ():
-            found = _type_of(job, name, originals, wanted)
+            found = types[name]
             if isinstance(found, str):
                 problems.append(found)
                 continue
@@ -176,7 +190,6 @@ def _choose(job: _Job, wanted: BlockType | None, progress: Progress) -> tuple[li
                 if layer is not None and found.spec is not None:
                     scheme = replace(layer.scheme, name=found.name, weight=found.spec)
                     layers[original] = replace(layer, scheme=scheme, dtype=torch.float32)
-            progress.advance(1, name)
     finally:
         progress.finish()
     if problems:
@@ -250,8 +263,8 @@ def _rows(job: _Job, original: str, block_type: BlockType) -> Tensor:
     place = job.places[original]
     assert place is not None
     if block_type.spec is not None:
-        (q,) = job.stored.quantized(original)
-        data = block_type.pack(said(q, block_type))
+        (packed,) = job.stored.packed(original)
+        data = block_type.pack(respell_packed(packed, block_type.spec, compared=True).unpack())
         order = row_order(job.architecture, job.config, place, len(data), inverse=False)
         return data if order is None else data[order]
     return block_type.store(_values(job.stored.dense(original), place, job.architecture, job.config))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,19 +25,18 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.onnx.form import BFLOAT16, FLOAT, FLOAT16, Form, Initializer, as_bytes, need_onnx
 from bitgrain.checkpoints.onnx.graph import DATA_FILE, Surgeon
 from bitgrain.checkpoints.shards import PlacedTensor, ShardLayout, TensorSpec
-from bitgrain.errors import PlanError
+from bitgrain.errors import CheckpointError, PlanError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
 from bitgrain.models.materialize import Weightless, load_dense_into
 from bitgrain.models.onnx_trace import parameter_names, trace_onnx
 from bitgrain.models.past import find_past
 from bitgrain.models.skeleton import build_skeleton, load_config
-from bitgrain.models.source import resolve_model
-from bitgrain.numerics.packed import PackedMatrix
-from bitgrain.numerics.respell import respell
-from bitgrain.pipeline.convert import Converted, as_json, spell_all, weight_hashes
-from bitgrain.pipeline.output_files import MANIFEST, side_files
-from bitgrain.pipeline.stored import QuantizedCheckpoint
-from bitgrain.progress import Progress, make_progress
+from bitgrain.models.source import ModelSource
+from bitgrain.pipeline.converted import Converted, as_json, changed, write_side_files
+from bitgrain.pipeline.spelling import respelled, spell_all
+from bitgrain.pipeline.stored_model import StoredModel
+from bitgrain.pipeline.units import write_units
+from bitgrain.progress import Progress
 from bitgrain.runtime.kv_cache import past_argument
 
 GRAPH_FILE = "model.onnx"
@@ -46,29 +46,30 @@ _KEPT = {torch.float32: FLOAT, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
 def convert_onnx(
-    model: str | Path,
+    stored: StoredModel,
+    source: ModelSource,
     form: Form,
-    out: str | Path,
+    out: Path,
     *,
-    trust_remote_code: bool = False,
-    restart: bool = False,
-    progress: Progress | None = None,
+    trust_remote_code: bool,
+    restart: bool,
+    progress: Progress,
 ) -> Converted:
-    """Write the quantized checkpoint `model` to the new folder `out` as ONNX.
+    """Write `stored`, which lies at `source`, to the new folder `out` as ONNX.
 
     Raises PlanError with every layer that the form cannot hold exactly, and why; ModelError for a model that cannot be
     traced; SchemeError without the packages; CheckpointError, OutputError.
     """
     need_onnx()
-    out, source = Path(out), resolve_model(model)
-    stored = QuantizedCheckpoint(source.path)
-    progress = progress or make_progress("quiet")
+    if not stored.layers:
+        raise CheckpointError(f"{stored.path} is not quantized: there is nothing to convert to {form.name}")
     config = load_config(source, trust_remote_code, drop_quantization=True)
     skeleton = build_skeleton(config, trust_remote_code)
     anatomy = read_anatomy(skeleton, stored.originals())
     layers = spell_all(stored, form, progress)
-    past = find_past(skeleton) if _keeps_past(skeleton) else ()
+    past, began = find_past(skeleton) if _keeps_past(skeleton) else (), time.perf_counter()
     surgeon = Surgeon(trace_onnx(_weightless(skeleton, config, stored, anatomy), past))
+    tracing = time.perf_counter() - began
     units = _operate(surgeon, stored, layers, anatomy, form)
     layers = {name: layer for name, layer in layers.items() if name in units}  # a pooler's is no output of the graph
     shard = _lay_out([one for constants in units.values() for one in constants])
@@ -77,22 +78,15 @@ def convert_onnx(
     graph = surgeon.finish(form, {one.spec.name: one.offset for one in shard.tensors}, notes)
     data = graph.SerializeToString(deterministic=True)
     with JobFolder.open(out, _fingerprint(stored, form, data), [shard], restart=restart) as job:
-        todo = [name for name in units if name not in job.done]
-        progress.start(len(todo), "tensors", f"writing {form.name}")
-        try:
-            for name in todo:
-                job.commit_unit(name, _written(stored, form, layers.get(name), units[name], name))
-                progress.advance(1, name)
-        finally:
-            progress.finish()
-        _write_side_files(stored, form, list(layers.values()), job, shard, data, trust_remote_code)
+
+        def make(name: str) -> dict[str, Tensor]:
+            return _written(stored, form, layers.get(name), units[name], name)
+
+        hashes = write_units(job, [shard], units, make, form.name, progress)
+        files = {"config.json": as_json(stored.model_config), GRAPH_FILE: data}
+        write_side_files(stored, form.name, layers.values(), job, files, hashes, trust_remote_code)
         job.finish()
-    changed = tuple(
-        (name, stored.layers[name].scheme.weight.describe(), layer.scheme.weight.describe())
-        for name, layer in layers.items()
-        if layer.scheme.weight.describe() != stored.layers[name].scheme.weight.describe()
-    )
-    return Converted(out, form.name, layers, changed, shard.nbytes + len(data))
+    return Converted(out, form.name, layers, changed(stored, layers), shard.nbytes + len(data), tracing_s=tracing)
 
 
 def _keeps_past(skeleton: nn.Module) -> bool:
@@ -104,14 +98,14 @@ def _keeps_past(skeleton: nn.Module) -> bool:
     return getattr(found, past_argument(skeleton), None) is not None
 
 
-def _weightless(skeleton: nn.Module, config: Any, stored: QuantizedCheckpoint, anatomy: Anatomy) -> nn.Module:
+def _weightless(skeleton: nn.Module, config: Any, stored: StoredModel, anatomy: Anatomy) -> nn.Module:
     """The model in memory without its parameters, with the buffers that it computes or the checkpoint holds."""
     buffers = {name for name, _ in skeleton.named_buffers()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, one in stored.originals().items():
             if anatomy.memory_of.get(name) in buffers:
-                yield name, stored.checkpoint.read(name)
+                yield name, stored.read(name)
             elif name not in anatomy.unexpected:
                 yield name, Weightless.of(one.shape, torch.float32)
 
@@ -125,7 +119,7 @@ def _weightless(skeleton: nn.Module, config: Any, stored: QuantizedCheckpoint, a
 
 
 def _operate(
-    surgeon: Surgeon, stored: QuantizedCheckpoint, layers: dict[str, StoredLayer], anatomy: Anatomy, form: Form
+    surgeon: Surgeon, stored: StoredModel, layers: dict[str, StoredLayer], anatomy: Anatomy, form: Form
 ) -> dict[str, list[Initializer]]:
     """The constants of each original tensor, of those that the outputs depend on. Raises PlanError."""
     tensor_of = {memory: tensor for tensor, memory in anatomy.memory_of.items()}
@@ -133,6 +127,7 @@ def _operate(
         own = next((tensor_of[name] for name in group if name in tensor_of), None)
         tensor_of |= {name: own for name in group if own is not None}
     units: dict[str, list[Initializer]] = {}
+    originals = stored.originals()
     for parameter in list(parameter_names(surgeon.proto)):
         name = tensor_of.get(parameter)
         if name is None:
@@ -141,7 +136,7 @@ def _operate(
             surgeon.quantize(parameter, layers[name], form)
             units[name] = form.initializers(layers[name])
         else:
-            entry = stored.checkpoint.entries[name]
+            entry = originals[name]
             shape = surgeon.shape(parameter)
             if shape != tuple(entry.shape):
                 raise PlanError(f"{name} has shape {list(entry.shape)}, but {list(shape)} in the graph")
@@ -164,65 +159,16 @@ def _lay_out(constants: Sequence[Initializer]) -> ShardLayout:
 
 
 def _written(
-    stored: QuantizedCheckpoint, form: Form, layer: StoredLayer | None, constants: Sequence[Initializer], name: str
+    stored: StoredModel, form: Form, layer: StoredLayer | None, constants: Sequence[Initializer], name: str
 ) -> dict[str, Tensor]:
     """The bytes of one original tensor's constants."""
     if layer is None:
-        tensor = stored.checkpoint.read(name)
+        tensor = stored.read(name)
         return {name: as_bytes(tensor.float() if constants[0].data_type == FLOAT else tensor)}
-    with torch.inference_mode():
-        spec = layer.scheme.weight
-        if spec == stored.layers[name].scheme.weight:
-            packed = stored.packed(name)[0]
-        else:
-            packed = PackedMatrix.of(respell(stored.quantized(name)[0], spec, layer.dtype))
-        inputs = stored.layout.decode_inputs(stored.layers[name], stored.checkpoint.read)
-        return form.encode(layer, packed, inputs)
+    return form.encode(layer, respelled(stored, layer)[0], stored.inputs(name))
 
 
-def _fingerprint(stored: QuantizedCheckpoint, form: Form, graph: bytes) -> dict[str, Any]:
+def _fingerprint(stored: StoredModel, form: Form, graph: bytes) -> dict[str, Any]:
     """What must be the same for a half-done conversion to be resumed."""
-    return {
-        "job": "convert",
-        "to": form.name,
-        "source": stored.checkpoint.fingerprint(),
-        "graph": hashlib.sha256(graph).hexdigest(),
-        "version": version("bitgrain"),
-    }
-
-
-def _write_side_files(
-    stored: QuantizedCheckpoint,
-    form: Form,
-    layers: Sequence[StoredLayer],
-    job: JobFolder,
-    shard: ShardLayout,
-    graph: bytes,
-    with_code: bool,
-) -> None:
-    """The graph, config.json, tokenizer, recipe and a manifest with everything's hash."""
-    hashes: dict[str, dict[str, Any]] = {}
-
-    def put(name: str, data: bytes) -> None:
-        job.write_bytes(name, data)
-        hashes[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-    for path in [*side_files(stored.path, with_code), *stored.path.glob("recipe.yaml")]:
-        put(path.name, path.read_bytes())
-    config: dict[str, Any] = json.loads((stored.path / "config.json").read_text(encoding="utf-8"))
-    for key in stored.layout.keys:
-        config.pop(key, None)
-    put("config.json", as_json(config))
-    put(GRAPH_FILE, graph)
-    hashes |= dict(weight_hashes(job, [shard]))
-    manifest = {
-        "format": 1,
-        "converted": {"from": stored.layout.name, "to": form.name, "version": version("bitgrain")},
-        "layout": form.name,
-        "layers": [
-            {"tensor": layer.tensor, "role": layer.role, "weight": layer.scheme.weight.describe()} for layer in layers
-        ],
-        "left_out": sorted(stored.layers.keys() - {layer.tensor for layer in layers}),
-        "files": dict(sorted(hashes.items())),
-    }
-    job.write_bytes(MANIFEST, as_json(manifest))
+    digest = hashlib.sha256(graph).hexdigest()
+    return {"job": "convert", "to": form.name, **stored.fingerprint(), "graph": digest, "version": version("bitgrain")}

@@ -10,8 +10,8 @@ from bitgrain.checkpoints.gguf.blocks import BlockType
 from bitgrain.checkpoints.gguf.types import BLOCK_TYPES, type_for
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.errors import SchemeError
-from bitgrain.numerics import IntFormat, QTensor, QuantSpec
-from bitgrain.numerics.respell import respell
+from bitgrain.numerics import IntFormat, QuantSpec
+from bitgrain.numerics.respell import plan_respelling, respell
 from bitgrain.pipeline.stored_model import StoredModel
 
 
@@ -38,18 +38,16 @@ def _may_hold(mine: QuantSpec, theirs: QuantSpec) -> bool:
 
 def refusal(stored: StoredModel, originals: Iterable[str], candidate: BlockType) -> str | None:
     """Why some of these layers cannot be of that type with the same numbers, or None."""
+    assert candidate.spec is not None
     for original in originals:
         layer = stored.layers[original]
         try:
             candidate.row_bytes(layer.in_features)
-            for q in stored.quantized(original):
-                said(q, candidate)
+            if layer.scheme.weight == candidate.spec:
+                continue
+            for packed in stored.packed(original):
+                if not plan_respelling(packed, candidate.spec).proven:
+                    respell(packed.unpack(), candidate.spec, torch.float32)
         except SchemeError as error:
             return f"{layer.module}: as {candidate.name}: {error}"
     return None
-
-
-def said(q: QTensor, candidate: BlockType) -> QTensor:
-    """The QTensor under the type's spec. Raises SchemeError."""
-    assert candidate.spec is not None
-    return q if q.spec == candidate.spec else respell(q, candidate.spec, torch.float32)

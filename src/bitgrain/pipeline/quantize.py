@@ -7,9 +7,7 @@ own parallelism off, so the bytes do not depend on how many workers there are.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from bitgrain.pipeline.layers import kept, matrices, outer_scales, record, repor
 from bitgrain.pipeline.output_files import fingerprint, write_output_files
 from bitgrain.pipeline.plan import Plan, Unit
 from bitgrain.pipeline.saved import saved_record, solve_saved_unit
+from bitgrain.pipeline.threads import work_through
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
 from bitgrain.solvers import Solver, get_solver
@@ -97,44 +96,18 @@ def _solve_all(
 ) -> Iterator[Unit]:
     """Solve and commit every unit; yields each when it is durable. The first error ends the run, resumable."""
     solver = get_solver(plan.recipe.solver)
-    queue = iter(todo)
 
     def work(unit: Unit) -> Unit:
-        with _single_threaded():
-            if passes is not None:
-                tensors, records = solved_unit(plan, unit, passes)
-            elif plan.statistics is not None:
-                tensors, records = solve_saved_unit(plan, unit, device)
-            else:
-                tensors, records = _solve_unit(plan, unit, solver, device)
+        if passes is not None:
+            tensors, records = solved_unit(plan, unit, passes)
+        elif plan.statistics is not None:
+            tensors, records = solve_saved_unit(plan, unit, device)
+        else:
+            tensors, records = _solve_unit(plan, unit, solver, device)
         job.commit_unit(unit.name, tensors, {"layers": records})
         return unit
 
-    with ThreadPoolExecutor(plan.workers, thread_name_prefix="bitgrain") as pool:
-        running: set[Future[Unit]] = set()
-        try:
-            while True:
-                while len(running) < plan.workers and (unit := next(queue, None)) is not None:
-                    running.add(pool.submit(work, unit))
-                if not running:
-                    return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _single_threaded() -> Generator[None]:
-    """torch uses one thread in the calling thread: no sum is split, so no result depends on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    return work_through(work, todo, plan.workers)
 
 
 def _solve_unit(

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from bitgrain.checkpoints.disk_space import format_bytes
-from bitgrain.pipeline.convert import Converted
+from bitgrain.pipeline.converted import Converted
 from bitgrain.report.tables import say
 
 

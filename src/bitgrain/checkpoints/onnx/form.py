@@ -15,7 +15,6 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics import QTensor, QuantSpec
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix
-from bitgrain.numerics.packing import packed_length
 from bitgrain.numerics.qtensor import scale_values
 
 if TYPE_CHECKING:
@@ -130,8 +129,7 @@ def _spread(tiles: Tensor, layer: StoredLayer, block: int) -> Tensor:
 
 def code_bytes(packed: PackedMatrix) -> Tensor:
     """Unsigned codes uint8 [out, ceil(in * bits / 8)], whatever words they were read in."""
-    length = packed_length(packed.shape[1], packed.spec.format.bits, torch.uint8)
-    return packed.words.contiguous().view(torch.uint8)[:, :length]
+    return packed.words_as(torch.uint8)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
