@@ -37,7 +37,6 @@ from bitgrain.numerics import Format, IntFormat, QTensor, QuantSpec, per_channel
 from bitgrain.numerics.formats import BF16, FP16, FP32
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix, float_dtype
-from bitgrain.numerics.packing import pack
 from bitgrain.numerics.spec import bnb_4bit
 
 _OFFSET_CHARACTERS = 24  # of any float32 in JSON; what is left of them are spaces, so that sizes are known beforehand
@@ -122,10 +121,15 @@ class Bitsandbytes4Bit(_Bitsandbytes):
     def encode(
         self, layer: StoredLayer, parts: Sequence[QTensor], inputs: Sequence[StaticInput] = ()
     ) -> dict[str, Tensor]:
+        return self.encode_packed(layer, [PackedMatrix.of(q) for q in parts], inputs)
+
+    def encode_packed(
+        self, layer: StoredLayer, parts: Sequence[PackedMatrix], inputs: Sequence[StaticInput] = ()
+    ) -> dict[str, Tensor]:
         check_inputs(layer, inputs)
         (q,) = parts
         spec, scale, offset = layer.scheme.weight, q.scale, 0.0
-        found = {"": _swap(pack(q.codes, 4, torch.uint8), _TO_BYTES.get(spec.format)).view(-1, 1)}
+        found = {"": _swap(q.words_as(torch.uint8).reshape(-1), _TO_BYTES.get(spec.format)).view(-1, 1)}
         if isinstance(scale, QTensor):
             assert isinstance(scale.scale, Tensor)
             assert isinstance(scale.minimum, Tensor)
