@@ -29,6 +29,7 @@ from bitgrain.pipeline.saved import saved_record, solve_saved_unit
 from bitgrain.pipeline.threads import work_through
 from bitgrain.progress import Progress, make_progress
 from bitgrain.runtime.device import resolve_device
+from bitgrain.runtime.memory import return_freed_memory
 from bitgrain.solvers import Solver, get_solver
 from bitgrain.solvers.beside import solve_matrix
 
@@ -61,6 +62,7 @@ def run_plan(
     CheckpointError (a file is damaged).
     """
     plan.require_possible()
+    return_freed_memory()
     out = Path(out)
     where = resolve_device(device)
     check_disk_space(out, plan.bytes_after)
