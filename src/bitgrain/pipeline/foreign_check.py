@@ -40,7 +40,8 @@ def check_logits(path: Path, layout: str, reader: Reader, ours: Path, trust_remo
     with torch.inference_mode():
         result = model(input_ids=ids)
     apart = Apart.of(getattr(result, "logits", result[0]).float(), theirs)
-    return Check(name, apart.equal, f"{reader.title}: {apart} on {ids.numel()} random tokens")
+    rounds = "" if reader.exact else "; it rounds inputs to 8 bits"
+    return Check(name, apart.equal(reader.exact), f"{reader.title}: {apart} on {ids.numel()} random tokens{rounds}")
 
 
 def random_ids(config: Any) -> Tensor | None:

@@ -11,6 +11,8 @@ SPREAD_TOLERANCE = 1e-3
 """Largest difference, relative to the standard deviation of the logits."""
 KL_TOLERANCE = 1e-4
 """Nats a token, mean: either of the two is enough."""
+ROUNDED_TOLERANCE = 2e-3
+"""The same for engines that round inputs to 8 bits: llama.cpp was measured at up to 4e-4 (k-quants), 1e-3 (ternary)."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,9 @@ class Apart:
         log_p, log_q = torch.log_softmax(ours, -1), torch.log_softmax(theirs, -1)
         return Apart(largest, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
 
-    @property
-    def equal(self) -> bool:
-        """Within either tolerance."""
-        return self.largest <= SPREAD_TOLERANCE or self.kl <= KL_TOLERANCE
+    def equal(self, exact: bool = True) -> bool:
+        """Within either tolerance; of an engine that is not `exact`, within what its own rounding of inputs gives."""
+        return self.largest <= SPREAD_TOLERANCE or self.kl <= (KL_TOLERANCE if exact else ROUNDED_TOLERANCE)
 
     def __str__(self) -> str:
         return f"largest difference {self.largest:.2g} of the logits' spread, KL {self.kl:.2g}"
