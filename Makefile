@@ -7,7 +7,7 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-BENCHMARKS := accuracy attention digits experts export fine-tuning generate gguf gguf-engine kernels kv-cache memory numerics \
+BENCHMARKS := accuracy attention digits experts export fine-tuning generate gguf-engine gguf-sizes kernels kv-cache memory numerics \
   outlier-channels solver-kernels streaming training
 
 .PHONY: setup native demo test test-interop test-native lint fuzz clean $(addprefix bench-,$(BENCHMARKS))

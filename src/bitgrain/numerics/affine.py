@@ -56,9 +56,15 @@ def store_zero(zero: Tensor | None, ideal: Tensor, actual: Tensor, spec: QuantSp
     if spec.zero_point == "integer":
         # an all-zero tile: any zero point gives exact zeros as long as the codes equal it
         return spec.format.to_codes(adjusted)
+    return real_zero(adjusted, spec)
+
+
+def real_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Real zero points in the dtype of the scales; one beyond its numbers becomes the largest of them."""
     storage = spec.scale_format
-    dtype = storage.torch_dtype if isinstance(storage, FloatFormat) else None
-    return adjusted.to(dtype or torch.float32)
+    dtype = (storage.torch_dtype if isinstance(storage, FloatFormat) else None) or torch.float32
+    largest = torch.finfo(dtype).max
+    return zero.clamp(-largest, largest).to(dtype)
 
 
 def as_stored(scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

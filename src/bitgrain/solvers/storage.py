@@ -14,7 +14,7 @@ from torch import Tensor
 from bitgrain.errors import SchemeError
 from bitgrain.numerics import IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.about_mean import about
-from bitgrain.numerics.affine import from_grid, store_zero, to_grid
+from bitgrain.numerics.affine import from_grid, real_zero, store_zero, to_grid
 from bitgrain.numerics.formats import E8M0, FloatFormat, Format
 from bitgrain.numerics.granularity import to_tiles
 from bitgrain.numerics.nested import Products, follow, has_rows_of_its_own, not_lost, search_nested
@@ -157,9 +157,7 @@ class Storage:
 
     def round_zero(self, zero: Tensor) -> Tensor:
         """Real zero points as they are stored, float32."""
-        storage = self.spec.scale_format
-        dtype = storage.torch_dtype if isinstance(storage, FloatFormat) else None
-        return zero.to(dtype or torch.float32).to(torch.float32)
+        return real_zero(zero, self.spec).to(torch.float32)
 
     def pack(self, codes: Tensor, steps: Steps) -> QTensor:
         """The QTensor of these codes, scales and zero points [down, across]."""
@@ -171,10 +169,9 @@ class Storage:
             plain = None if self.minimum is not None else store_minimum(steps.zero, spec.minimum, self.name)
             return QTensor.of(codes, scale, plain if self.minimum is None else self.minimum.pack(steps.zero, self.name),
                               spec)  # fmt: skip
-        storage = spec.scale_format
-        dtype = storage.torch_dtype if isinstance(storage, FloatFormat) else None
         integer = spec.zero_point == "integer"
-        return QTensor(codes, scale, steps.zero.to(spec.format.code_dtype if integer else dtype or torch.float32), spec)
+        zero = steps.zero.to(spec.format.code_dtype) if integer else real_zero(steps.zero, spec)
+        return QTensor(codes, scale, zero, spec)
 
     def _pack_plain(self, steps: Tensor) -> Tensor:
         assert isinstance(self.spec.scale, FloatFormat)

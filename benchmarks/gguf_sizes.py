@@ -1,7 +1,7 @@
 """Our choice of codes in GGUF's types against llama.cpp's own at the same size, and GPTQ's W4 g128 against GPTQModel's.
 
-    make bench-gguf
-    make bench-gguf ARGS="--only 4.70 --no-peers"
+    make bench-gguf-sizes
+    make bench-gguf-sizes ARGS="--only 4.70 --no-peers"
 
 Each pair is one row of ours, quantized disk to disk, loaded back and compared with the base as `make bench-accuracy`
 does it, and one setting of another tool, measured by its harness where it is installed (see accuracy.py). Sizes count
