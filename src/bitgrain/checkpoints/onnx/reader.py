@@ -205,7 +205,7 @@ class OnnxFile:
 
     def _external(self, tensor: TensorProto, nbytes: int) -> bytes:
         said = {entry.key: entry.value for entry in tensor.external_data}
-        location = said.get("location", "")
+        location: Any = said.get("location", "")
         if not isinstance(location, str):  # bytes that are no UTF-8 stay bytes
             raise CheckpointError(f"{self.path}: {tensor.name} names no file")
         beside = self.path.parent.resolve() / location
