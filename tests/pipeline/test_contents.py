@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.zoo import edit_config, edited
 
 import bitgrain
 from bitgrain.checkpoints.reader import open_checkpoint
 from bitgrain.errors import CheckpointError
 from bitgrain.pipeline.contents import read_contents
+from zoo import edit_config, edited
 
 
 @pytest.mark.parametrize(("scheme", "layout"), [("W4A16", "compressed-tensors"), ("W8A16INT16", "bitgrain")])
