@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.checkpoints.linear_layers import kept_dtype
+from bitgrain.checkpoints.linear_layers import kept_dtype, linear_layer
 from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.safetensors_header import strict_json
 from bitgrain.checkpoints.settings import section
@@ -80,7 +80,8 @@ def read_int8(settings: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
         if order in checkpoint.entries and bool(checkpoint.read(order).any().item()):
             raise CheckpointError(f"{order}: only rows (0) are read; save it again with bitsandbytes 0.45 or newer")
         weight = QuantSpec(IntFormat(8), per_channel(), restricted=True, scale=_storage(checkpoint.read(name)))
-        layers.append(_stored(module, codes[0], codes[1], dtype, Scheme("LLM_INT8", weight, inputs)))
+        scheme = Scheme("LLM_INT8", weight, inputs)
+        layers.append(linear_layer(module, codes[0], codes[1], weight, dtype, scheme))
     return _some(layers, checkpoint, "int8")
 
 
@@ -126,7 +127,7 @@ def _layer_4bit(
         scale = QuantSpec(code, per_run(run), zero_point="minimum", minimum=FP32)
     weight = QuantSpec(format, per_group(block), scale=scale)
     scheme = Scheme(f"{NAMES[format].upper()}_BNB", weight)
-    return _stored(module, rows, cols, _DTYPES[str(state["dtype"])], scheme)
+    return linear_layer(module, rows, cols, weight, _DTYPES[str(state["dtype"])], scheme)
 
 
 def _codebook(checkpoint: Checkpoint, name: str, tables: dict[bytes, Format]) -> Format:
@@ -182,22 +183,6 @@ def _needed(
         size = "" if count is None else f"{count} of "
         raise CheckpointError(f"{name}: {size}{dtypes[0]} are needed, not {entry.dtype} {entry.shape}")
     return entry.shape
-
-
-def _stored(module: str, rows: int, cols: int, dtype: torch.dtype, scheme: Scheme) -> StoredLayer:
-    return StoredLayer(
-        tensor=f"{module}.weight",
-        module=module,
-        memory_module=module,
-        class_name="Linear",
-        role="linear",
-        out_features=rows,
-        in_features=cols,
-        experts=1,
-        transposed=False,
-        dtype=dtype,
-        scheme=scheme,
-    )
 
 
 def _some(layers: list[StoredLayer], checkpoint: Checkpoint, kind: str) -> list[StoredLayer]:

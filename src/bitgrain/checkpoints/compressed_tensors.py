@@ -34,7 +34,7 @@ from bitgrain.checkpoints.settings import section
 from bitgrain.checkpoints.shards import TensorSpec
 from bitgrain.checkpoints.spellings import near_spellings
 from bitgrain.errors import CheckpointError
-from bitgrain.numerics import Format, Granularity, IntFormat, QTensor, QuantSpec
+from bitgrain.numerics import Format, IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.formats import BF16, FP4_E2M1, FP8_E4M3, FP16, FP32, FloatFormat
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix
@@ -66,7 +66,7 @@ class CompressedTensors:
         return near_spellings(layer.scheme.weight.with_scale_dtype(own), INTEGERS, (own,), ("none", "integer"))
 
     def refusal(self, layer: StoredLayer) -> str | None:
-        spec, strategy, where = layer.scheme.weight, _strategy(layer.scheme.weight.granularity), f"for {layer.module}"
+        spec, strategy, where = layer.scheme.weight, layer.scheme.weight.granularity.kind, f"for {layer.module}"
         if layer.role not in ("linear", "expert", "lm_head", "router"):
             return f"compressed-tensors holds linear layers, {layer.module} is {layer.class_name}"
         if layer.transposed:
@@ -287,20 +287,6 @@ def _format(scheme: Scheme) -> str | None:
     return None
 
 
-def _strategy(granularity: Granularity) -> str | None:
-    match (granularity.rows, granularity.cols):
-        case (None, None):
-            return "tensor"
-        case (1, None):
-            return "channel"
-        case (1, int()):
-            return "group"
-        case (int(), int()):
-            return "block"
-        case _:
-            return None
-
-
 def _as_power_of_two(scale: Tensor) -> Tensor:
     """`scale` as E8M0, as we choose it; other writers' scales that are no power of two stay float32."""
     stored = scale.to(torch.float8_e8m0fnu)
@@ -308,7 +294,7 @@ def _as_power_of_two(scale: Tensor) -> Tensor:
 
 
 def _scale_shape(spec: QuantSpec, shape: tuple[int, int]) -> tuple[int, ...]:
-    return (1,) if _strategy(spec.granularity) == "tensor" else spec.granularity.tiles(shape)
+    return (1,) if spec.granularity.kind == "tensor" else spec.granularity.tiles(shape)
 
 
 def _scale_dtype(spec: QuantSpec) -> torch.dtype:
@@ -323,8 +309,8 @@ def _arguments(spec: QuantSpec) -> dict[str, Any]:
         "num_bits": spec.format.bits,
         "type": "int" if isinstance(spec.format, IntFormat) else "float",
         "symmetric": spec.symmetric,
-        "group_size": spec.granularity.cols if _strategy(spec.granularity) == "group" else None,
-        "strategy": _strategy(spec.granularity),
+        "group_size": spec.granularity.cols if spec.granularity.kind == "group" else None,
+        "strategy": spec.granularity.kind,
         "dynamic": spec.dynamic,
     }
     if spec.format == FP4_E2M1:
@@ -338,7 +324,7 @@ def _arguments(spec: QuantSpec) -> dict[str, Any]:
 
 def _weights(spec: QuantSpec) -> dict[str, Any]:
     arguments = {**_arguments(spec), "observer": "mse" if spec.range.name == "mse" else "minmax"}
-    if _strategy(spec.granularity) == "block":
+    if spec.granularity.kind == "block":
         arguments["block_structure"] = [spec.granularity.rows, spec.granularity.cols]
     if not spec.symmetric:
         arguments["zp_dtype"] = "torch.int8"

@@ -25,8 +25,11 @@ def kept_dtype(entries: Mapping[str, StoredTensor]) -> torch.dtype | None:
     return max(dict.fromkeys(floats), key=floats.count) if floats else None
 
 
-def linear_layer(module: str, rows: int, cols: int, spec: QuantSpec, dtype: torch.dtype) -> StoredLayer:
-    """The linear layer `module` of a checkpoint, with weights [rows, cols] under `spec`."""
+def linear_layer(
+    module: str, rows: int, cols: int, spec: QuantSpec, dtype: torch.dtype, scheme: Scheme | None = None
+) -> StoredLayer:
+    """The linear layer `module` of a checkpoint, with weights [rows, cols] under `spec`; `scheme`: where it has a
+    name of its own, or quantized inputs."""
     return StoredLayer(
         tensor=f"{module}.weight",
         module=module,
@@ -38,7 +41,7 @@ def linear_layer(module: str, rows: int, cols: int, spec: QuantSpec, dtype: torc
         experts=1,
         transposed=False,
         dtype=dtype,
-        scheme=Scheme(spec.describe(), spec),
+        scheme=scheme or Scheme(spec.describe(), spec),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from bitgrain.checkpoints.layout import StoredLayer
+from bitgrain.checkpoints.linear_layers import linear_layer
 from bitgrain.checkpoints.reader import Checkpoint
 from bitgrain.checkpoints.safetensors_header import strict_json
 from bitgrain.checkpoints.settings import Lenient, parse
@@ -111,19 +112,8 @@ def _layer(module: str, found: _Described, checkpoint: Checkpoint) -> StoredLaye
             raise CheckpointError(f"{zero} is missing: the checkpoint is incomplete")
         if bool(checkpoint.read(zero).any().item()):
             weight = QuantSpec(weight.format, tiles, zero_point="integer", scale=weight.scale)
-    return StoredLayer(
-        tensor=f"{module}.weight",
-        module=module,
-        memory_module=module,
-        class_name="Linear",
-        role="linear",
-        out_features=rows,
-        in_features=cols,
-        experts=1,
-        transposed=False,
-        dtype=getattr(torch, data.dtype.name),
-        scheme=Scheme(f"TORCHAO_{found.kind}", weight, _inputs(module, found)),
-    )
+    scheme = Scheme(f"TORCHAO_{found.kind}", weight, _inputs(module, found))
+    return linear_layer(module, rows, cols, weight, getattr(torch, data.dtype.name), scheme)
 
 
 def _format(found: _Described) -> Format:

@@ -53,6 +53,21 @@ class Granularity:
             case (rows, cols):
                 return f"per_block({rows or 'all'}, {cols or 'all'})"
 
+    @property
+    def kind(self) -> str | None:
+        """`tensor`, `channel`, `group` or `block`, as engines and compressed-tensors name tiles; None for others."""
+        match (self.rows, self.cols):
+            case (None, None):
+                return "tensor"
+            case (1, None):
+                return "channel"
+            case (1, int()):
+                return "group"
+            case (int(), int()):
+                return "block"
+            case _:
+                return None
+
     def __str__(self) -> str:
         return self.name
 

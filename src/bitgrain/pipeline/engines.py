@@ -163,17 +163,7 @@ def _speaks_of(case: Case, layer: StoredLayer, beside: bool) -> bool:
 
 def tile_of(granularity: Granularity) -> str:
     """`tensor`, `channel`, `group`, `block`, or the name of what no engine has."""
-    match (granularity.rows, granularity.cols):
-        case (None, None):
-            return "tensor"
-        case (1, None):
-            return "channel"
-        case (1, int()):
-            return "group"
-        case (int(), int()):
-            return "block"
-        case _:
-            return granularity.name
+    return granularity.kind or granularity.name
 
 
 def _name(format: Format) -> str:

@@ -29,7 +29,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import resolve_model
 from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.engines import judge_stored
-from bitgrain.pipeline.foreign_check import check_logits
+from bitgrain.pipeline.foreign_check import check_logits, random_ids
 from bitgrain.pipeline.load import load
 from bitgrain.pipeline.output_files import MANIFEST
 from bitgrain.pipeline.readers.registry import get_reader
@@ -58,7 +58,7 @@ def verify(
     Raises CheckpointError if it is no quantized checkpoint, SchemeError for an unknown reader; everything else that is
     wrong is a failed Check.
     """
-    wanted = [get_reader(name).name for name in readers]
+    wanted = [get_reader(name) for name in readers]
     if (Path(out) / "model.onnx").is_file():
         return verify_onnx(Path(out), None if against is None else resolve_model(against).path, wanted)
     source = resolve_model(out, gguf=True)
@@ -78,7 +78,7 @@ def verify(
     if against is not None:
         checks.append(_check_kept(stored, resolve_model(against).path))
     kind = stored.layout.name
-    checks += [check_logits(source.path, kind, get_reader(n), source.path, trust_remote_code) for n in wanted]
+    checks += [check_logits(source.path, kind, reader, source.path, trust_remote_code) for reader in wanted]
     if foreign and not wanted:
         refusal = _known_refusal(source.path)
         if refusal is None:
@@ -218,12 +218,10 @@ def _check_logits(folder: Path, stored: QuantizedCheckpoint, device: str, trust_
     config = load_config(resolve_model(folder), trust_remote_code, drop_quantization=True)
     model_class: Any = type(build_skeleton(config, trust_remote_code))
     where = resolve_device(device)
-    text: Any = config.get_text_config()
-    if getattr(text, "vocab_size", None) is None:
+    ids = random_ids(config)
+    if ids is None:
         return Check(name, None, "a model that reads no tokens is not run")
-    generator = torch.Generator().manual_seed(0)
-    length = min(128, int(getattr(text, "max_position_embeddings", None) or 128))
-    ids = torch.randint(0, int(text.vocab_size), (2, length), generator=generator).to(where)
+    ids = ids.to(where)
     try:
         with quiet(), torch.inference_mode():
             theirs = model_class.from_pretrained(folder, trust_remote_code=trust_remote_code).to(where).eval()

@@ -13,25 +13,28 @@ from bitgrain.checkpoints.gguf.types import get_type
 from bitgrain.errors import PlanError
 from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.foreign_check import check_logits
+from bitgrain.pipeline.readers.base import Reader
 from bitgrain.pipeline.readers.registry import get_reader
 
-ONNX = ("onnx-qdq", "onnx-nbits")
+ONNX = "onnx-qdq"
+"""Either form: whoever reads one reads both."""
 
 
-def verify_gguf(path: Path, readers: list[str]) -> list[Check]:
+def verify_gguf(path: Path, readers: list[Reader]) -> list[Check]:
     """Every tensor of a GGUF file as the gguf package dequantizes it, and the logits of `readers`."""
     checks = [_tensors(path)]
-    return checks + [check_logits(path, "gguf", get_reader(name), path) for name in readers]
+    return checks + [check_logits(path, "gguf", reader, path) for reader in readers]
 
 
-def verify_onnx(folder: Path, against: Path | None, readers: list[str]) -> list[Check]:
+def verify_onnx(folder: Path, against: Path | None, readers: list[Reader]) -> list[Check]:
     """The logits of `readers` (onnxruntime, if none is named) beside those of the checkpoint that was converted.
 
     Raises PlanError where that is not told.
     """
     if against is None:
         raise PlanError(f"{folder} is an ONNX model: name the checkpoint that it was made of (--against)")
-    return [check_logits(folder, ONNX[0], get_reader(name), against) for name in readers or ["onnxruntime"]]
+    asked = readers or [get_reader("onnxruntime")]
+    return [check_logits(folder, ONNX, reader, against) for reader in asked]
 
 
 def _tensors(path: Path) -> Check:
