@@ -53,6 +53,8 @@ def test_tiles_are_split_and_joined_where_their_scales_are_equal():
     assert torch.equal(same(groups, q.spec).scale, q.scale)  # type: ignore[arg-type]
     with pytest.raises(SchemeError, match="differ inside the tiles"):
         respell(q, QuantSpec(IntFormat(8), per_tensor()))
+    ragged = quantize(WEIGHT[:, :40], QuantSpec(IntFormat(8), per_group(32)))  # the last tile has 8 columns
+    same(replace(ragged, scale=torch.ones(12, 2)), QuantSpec(IntFormat(8), per_channel()))
     with pytest.raises(SchemeError, match="cross"):
         respell(quantize(WEIGHT[:, :48], int_weight(4, 16)), int_weight(4, 24))
 

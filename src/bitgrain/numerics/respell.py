@@ -131,7 +131,7 @@ def _retile(tiles: Tensor, old: Granularity, new: Granularity, shape: tuple[int,
             tiles = tiles.unsqueeze(axis + 1).expand(across).flatten(axis, axis + 1)
             tiles = tiles.narrow(axis, 0, -(-shape[axis] // want))
         elif want % have == 0 or want == shape[axis]:
-            groups = tiles.split(max(1, want // have), dim=axis)
+            groups = tiles.split(want // have if want % have == 0 else tiles.shape[axis], dim=axis)
             if any(not torch.equal(group, group.narrow(axis, 0, 1).expand_as(group)) for group in groups):
                 raise SchemeError(f"{what} differ inside the tiles of {new}")
             tiles = torch.cat([group.narrow(axis, 0, 1) for group in groups], dim=axis)
