@@ -43,10 +43,12 @@ def refusal(stored: StoredModel, originals: Iterable[str], candidate: BlockType)
         layer = stored.layers[original]
         try:
             candidate.row_bytes(layer.in_features)
-            if layer.scheme.weight == candidate.spec:
+            if layer.scheme.weight == candidate.spec and candidate.largest_scale is None:
                 continue
             for packed in stored.packed(original):
-                if not plan_respelling(packed, candidate.spec).proven:
+                how = plan_respelling(packed, candidate.spec)
+                candidate.check_scales(how.scale)
+                if not how.proven:
                     respell(packed.unpack(), candidate.spec, torch.float32)
         except SchemeError as error:
             return f"{layer.module}: as {candidate.name}: {error}"

@@ -206,6 +206,15 @@ def test_scales_that_are_no_numbers(name: str, place: int, byte: int):
         BLOCK_TYPES[name].unpack(stored, (1, 2 * BLOCK_TYPES[name].block_size))
 
 
+@pytest.mark.parametrize(("name", "number"), [("MXFP4", float("nan")), ("NVFP4", float("nan")), ("NVFP4", -1.0)])
+def test_scales_that_ggml_reads_otherwise_are_not_written(name: str, number: float):
+    q = quantize(torch.randn(2, 64, generator=torch.Generator().manual_seed(6)), spec_of(name))
+    scale = q.scale.float()
+    scale[1, 1] = number
+    with pytest.raises(SchemeError, match="negative or not a number"):
+        BLOCK_TYPES[name].pack(replace(q, scale=scale.to(q.scale.dtype)))
+
+
 def test_codes_that_are_not_ternary():
     stored = random_rows("TQ2_0", 1, 2, seed=7)
     stored[0, 70] |= 3

@@ -36,6 +36,7 @@ class BlockType:
     spec   what its numbers are, as a QTensor's; None for plain floats, which have `dtype`
     join   blocks' bytes, uint8 [n, block bytes], of their parts, one argument each
     split  the inverse
+    largest_scale  the largest byte of a scale that ggml reads as its number, for scales of one byte; None: all are
     """
 
     storage: Storage
@@ -43,6 +44,7 @@ class BlockType:
     dtype: torch.dtype | None = None
     join: Callable[..., Tensor] | None = None
     split: Callable[[Tensor], Parts] | None = None
+    largest_scale: int | None = None
 
     @property
     def name(self) -> str:
@@ -70,15 +72,24 @@ class BlockType:
             raise SchemeError(f"rows of {cols} are not whole blocks of {self.block_size}, as {self.name} needs")
         return cols // self.block_size * self.block_bytes
 
+    def check_scales(self, scale: Tensor | QTensor) -> None:
+        """SchemeError for stored scales that ggml would read as other numbers."""
+        if self.largest_scale is None or isinstance(scale, QTensor) or not scale.numel():
+            return
+        if int(scale.contiguous().view(torch.uint8).amax().item()) > self.largest_scale:
+            raise SchemeError(f"{self.name} has no scales that are negative or not a number")
+
     def pack(self, q: QTensor) -> Tensor:
         """uint8 [rows, bytes of a row] of a tensor whose spec is this type's (ranges apart).
 
-        Raises SchemeError for another spec or shape, NumericsError for codes that the format does not have.
+        Raises SchemeError for another spec, shape or scales that are not held, NumericsError for codes that the format
+        does not have.
         """
         spec = self.spec
         if spec is None or self.join is None or stored_spec(q.spec) != spec:
             holds = spec.describe() if spec else str(self.dtype)
             raise SchemeError(f"{self.name} holds {holds}, not {q.spec.describe()}")
+        self.check_scales(q.scale)
         rows, cols = matrix_shape(q.shape)
         width = self.row_bytes(cols)
         count = rows * (cols // self.block_size)

@@ -22,6 +22,9 @@ from bitgrain.numerics.granularity import per_group
 from bitgrain.numerics.packing import pack, unpack
 from bitgrain.numerics.spec import QuantSpec, mxfp4
 
+_MX_LARGEST, _NV_LARGEST = 254, 126
+"""The largest byte of a scale."""
+
 
 def _join_plain(codes: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([scale, nibbles(codes)], dim=1)
@@ -32,7 +35,7 @@ def _split_nl(blocks: Tensor) -> Parts:
 
 
 def _split_mx(blocks: Tensor) -> Parts:
-    _refuse(blocks[:, :1], 254, "MXFP4")
+    _refuse(blocks[:, :1], _MX_LARGEST, "MXFP4")
     return [unnibble(blocks[:, 1:]), blocks[:, :1]]
 
 
@@ -52,7 +55,7 @@ def _join_nv(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _split_nv(blocks: Tensor) -> Parts:
-    _refuse(blocks[:, :4], 126, "NVFP4")
+    _refuse(blocks[:, :4], _NV_LARGEST, "NVFP4")
     return [spread(blocks[:, 4:].reshape(-1, 4, 8), 2, 4).view(-1, 64), blocks[:, :4]]
 
 
@@ -71,6 +74,12 @@ TYPES = (
         join=_join_xs,
         split=_split_xs,
     ),
-    BlockType(STORAGES["MXFP4"], mxfp4(), join=_join_plain, split=_split_mx),
-    BlockType(STORAGES["NVFP4"], QuantSpec(FP4_E2M1, per_group(16), scale=FP8_E4M3), join=_join_nv, split=_split_nv),
+    BlockType(STORAGES["MXFP4"], mxfp4(), join=_join_plain, split=_split_mx, largest_scale=_MX_LARGEST),
+    BlockType(
+        STORAGES["NVFP4"],
+        QuantSpec(FP4_E2M1, per_group(16), scale=FP8_E4M3),
+        join=_join_nv,
+        split=_split_nv,
+        largest_scale=_NV_LARGEST,
+    ),
 )
