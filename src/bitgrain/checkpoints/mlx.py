@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,8 +57,11 @@ class MLX:
         spec = layer.scheme.weight
         if not isinstance(spec.format, IntFormat):
             return (spec, *(mode for mode in MODES.values() if mode.format == spec.format))
-        wide = next((bits for bits in BITS if bits >= spec.format.bits), 8)
-        return near_spellings(spec, (IntFormat(wide, False),), _FLOATS, ("minimum",))
+        wide = (IntFormat(next((bits for bits in BITS if bits >= spec.format.bits), 8), False),)
+        # MLX multiplies in the dtype of the scales, which must not be less than the layer's
+        stores = {torch.float16: (FP16, FP32), torch.bfloat16: (BF16, FP32)}.get(layer.dtype, (FP32,))
+        plain = (replace(spec, scale=one, minimum=None if spec.minimum is None else one) for one in stores)
+        return (found for one in plain for found in near_spellings(one, wide, (one.scale,), ("minimum",)))
 
     def refusal(self, layer: StoredLayer) -> str | None:
         spec, where = layer.scheme.weight, f"for {layer.module}"

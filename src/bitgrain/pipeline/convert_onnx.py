@@ -66,7 +66,7 @@ def convert_onnx(
     config = load_config(source, trust_remote_code, drop_quantization=True)
     skeleton = build_skeleton(config, trust_remote_code)
     anatomy = read_anatomy(skeleton, stored.originals())
-    layers = spell_all(stored, form, progress)
+    layers = spell_all(stored, form, progress, torch.float32)
     past, began = find_past(skeleton) if _keeps_past(skeleton) else (), time.perf_counter()
     surgeon = Surgeon(trace_onnx(_weightless(skeleton, config, stored, anatomy), past))
     tracing = time.perf_counter() - began

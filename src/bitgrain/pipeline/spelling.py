@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from bitgrain.checkpoints.layout import Layout, StoredLayer
 from bitgrain.checkpoints.onnx.form import Form
 from bitgrain.errors import PlanError, SchemeError
@@ -15,8 +17,10 @@ from bitgrain.pipeline.threads import work_through
 from bitgrain.progress import Progress
 
 
-def spell_all(stored: StoredModel, target: Layout | Form, progress: Progress) -> dict[str, StoredLayer]:
-    """Every layer as the target stores it. Raises PlanError."""
+def spell_all(
+    stored: StoredModel, target: Layout | Form, progress: Progress, dtype: torch.dtype | None = None
+) -> dict[str, StoredLayer]:
+    """Every layer as the target stores it. dtype: in which it multiplies; None: in each layer's. Raises PlanError."""
     problems: list[str] = []
     computed = [key for key in ("online_rotations", "reordered_norms") if stored.config.get(key)]
     if computed and target.name != "bitgrain":
@@ -25,7 +29,7 @@ def spell_all(stored: StoredModel, target: Layout | Form, progress: Progress) ->
         problems.append(f"{target.name} has no place for the scales of keys and values")
 
     def work(name: str) -> tuple[str, StoredLayer | str]:
-        return name, spell(stored, stored.layers[name], target)
+        return name, spell(stored, stored.layers[name], target, dtype)
 
     said: dict[str, StoredLayer | str] = {}
     progress.start(len(stored.layers), "layers", "comparing")
@@ -45,8 +49,12 @@ def spell_all(stored: StoredModel, target: Layout | Form, progress: Progress) ->
     return found
 
 
-def spell(stored: StoredModel, layer: StoredLayer, target: Layout | Form) -> StoredLayer | str:
-    """`layer` under the first spec of the target that says the same numbers, or why there is none."""
+def spell(
+    stored: StoredModel, layer: StoredLayer, target: Layout | Form, dtype: torch.dtype | None = None
+) -> StoredLayer | str:
+    """`layer` under the first spec of the target that says the same numbers in `dtype` (None: its own), which it then
+    has; or why there is none."""
+    layer = layer if dtype is None else replace(layer, dtype=dtype)
     packed: list[PackedMatrix] = []
     parts: list[QTensor] = []
     reasons: list[str] = []

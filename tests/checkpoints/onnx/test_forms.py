@@ -17,6 +17,7 @@ from bitgrain.checkpoints.onnx.graph import Surgeon
 from bitgrain.errors import PlanError
 from bitgrain.numerics import QTensor, QuantSpec, get_format, per_block, per_channel, per_group, per_tensor, quantize
 from bitgrain.numerics.packed import PackedMatrix
+from bitgrain.numerics.respell import respell
 from bitgrain.recipes import Scheme
 
 SPECS = {
@@ -87,6 +88,23 @@ def test_columns_in_an_order_of_their_own(form: str):
     q = QTensor(plain.codes, plain.scale, None, replace(plain.spec, ordered=True), order=order)
     x = torch.randn(2, 64, generator=generator)
     got = multiply(form, layer_of(q.spec, 6, 64), q, x)
+    torch.testing.assert_close(got, x @ q.dequantize().T + 1, rtol=1e-5, atol=1e-3)
+
+
+def test_symmetric_codes_without_a_sign_get_zero_points():
+    """MatMulNBits without zero points means 2 ** (bits - 1)."""
+    form, generator = FORMS["onnx-nbits"], torch.Generator().manual_seed(0)
+    q = QTensor(
+        torch.randint(0, 16, (6, 64), generator=generator).to(torch.uint8),
+        torch.rand(6, 2, generator=generator),
+        None,
+        QuantSpec(get_format("uint4"), per_group(32)),
+    )
+    layer, said = layer_of(q.spec, 6, 64), replace(q.spec, zero_point="integer")
+    assert "are signed, not uint4" in (form.refusal(layer) or "")
+    assert said in form.spellings(layer)
+    x = torch.randn(2, 64, generator=generator)
+    got = multiply("onnx-nbits", layer_of(said, 6, 64), respell(q, said), x)
     torch.testing.assert_close(got, x @ q.dequantize().T + 1, rtol=1e-5, atol=1e-3)
 
 

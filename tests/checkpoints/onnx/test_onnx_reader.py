@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from bitgrain.checkpoints.linear_layers import linear_layer
+from bitgrain.checkpoints.onnx.forms import FORMS
 from bitgrain.checkpoints.onnx.reader import OnnxFile
 from bitgrain.errors import CheckpointError
+from bitgrain.numerics import IntFormat, QTensor, QuantSpec, per_group, quantize
+from conversion_steps import Held, IntoOnnx
 
 ROWS, COLS = 48, 128
 
@@ -141,6 +146,29 @@ def read_all(path: Path) -> None:
     file = OnnxFile(path)
     for name in file.matrices:
         file.read(name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("group", [32, 64])
+def test_columns_come_back_with_their_order(group: int, form: str, tmp_path: Path):
+    """Act-order; one group over all inputs is no group to DequantizeLinear, and needs no order."""
+    generator = torch.Generator().manual_seed(0)
+    plain = quantize(torch.randn(6, 64, generator=generator), QuantSpec(IntFormat(4), per_group(group)))
+    order = torch.randperm(64, generator=generator).to(torch.int32)
+    q = QTensor(plain.codes, plain.scale, None, replace(plain.spec, ordered=True), order=order)
+    held = Held(linear_layer("m.up", 6, 64, q.spec, torch.float32), [q])
+    taken = IntoOnnx(FORMS[form]).take(held, tmp_path)
+    assert taken is not None
+    (found,) = taken[1].parts
+    assert found.spec.ordered == (group == 32 or form == "onnx-nbits")
+    assert torch.equal(found.dequantize(), q.dequantize())
+    file = OnnxFile(tmp_path / "model.onnx")
+    assert not file.kept()
+    data = bytearray((tmp_path / "model.onnx.data").read_bytes())
+    data[-256:] = data[-256:-252] * 64  # one column for all inputs
+    (tmp_path / "model.onnx.data").write_bytes(data)
+    with pytest.raises(CheckpointError, match="does not name each once"):
+        file.read("m.up.weight")
 
 
 def test_a_link_out_of_the_folder_is_not_followed(good: Path, tmp_path: Path):

@@ -64,6 +64,8 @@ class NBits:
             return f"{layer.module}: MatMulNBits takes inputs as they are; onnx-qdq can quantize them"
         if not isinstance(spec.format, IntFormat) or spec.format.bits not in BITS:
             return f"{layer.module}: MatMulNBits has integers of 2, 4 and 8 bits, no {spec.format}"
+        if spec.symmetric and not spec.format.signed:
+            return f"{layer.module}: without zero points, codes of MatMulNBits are signed, not {spec.format}"
         if _block(layer) is None:
             return f"{layer.module}: MatMulNBits has blocks of {BLOCKS[-1]} to {BLOCKS[0]}, no {spec.granularity}"
         return None

@@ -2,7 +2,8 @@
 
 Found by the nodes: DequantizeLinear of a constant that a MatMul or Gemm takes as its right side, MatMulNBits, and
 MatMulInteger with the constant scale that ours (`NAME.scale`) and onnxruntime's dynamic quantizer (`NAME_scale` for
-`NAME_quantized`) name after the weight. External data is read from beside the file only, never past its end; nothing is
+`NAME_quantized`) name after the weight. Columns in an order of their own (act-order) are found by the Gather of the
+inputs with our constant `NAME.order`. External data is read from beside the file only, never past its end; nothing is
 read but what is asked for.
 """
 
@@ -10,18 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bitgrain.checkpoints.onnx.form import FLOAT, FLOAT16, UINT8, need_onnx
+from bitgrain.checkpoints.onnx.form import FLOAT, FLOAT16, INT32, UINT8, need_onnx
 from bitgrain.checkpoints.onnx.qdq import TYPES
-from bitgrain.errors import CheckpointError, SchemeError
+from bitgrain.errors import CheckpointError, NumericsError, SchemeError
 from bitgrain.numerics import Granularity, IntFormat, QTensor, QuantSpec
 from bitgrain.numerics.formats import FP16, FP32, Format
+from bitgrain.numerics.packed import check_order
 from bitgrain.numerics.packing import unpack
 
 if TYPE_CHECKING:
@@ -55,11 +57,13 @@ class OnnxFile:
         self._proto = _parse(self.path)
         graph = self._proto.graph
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        gathers = [one for one in graph.node if one.op_type == "Gather" and _number(one, "axis", 0) == -1]
+        self._gathered = {one.input[1] for one in gathers if len(one.input) > 1}
         self._nodes: dict[str, tuple[NodeProto, bool]] = {}
         self.matrices: dict[str, OnnxMatrix] = {}
         for one, flipped in _weights(self._proto, self._constants):
             try:
-                q = self._spec(one, flipped)
+                q = self._ordered(self._spec(one, flipped))
             except (SchemeError, KeyError, ValueError, ZeroDivisionError) as error:
                 raise CheckpointError(f"{self.path}: node {one.name!r} ({one.op_type}): {error}") from error
             self._nodes[q.name] = one, flipped
@@ -70,8 +74,10 @@ class OnnxFile:
         one, flipped = self._nodes[name]
         matrix = self.matrices[name]
         try:
-            return self._nbits(one, matrix) if one.op_type == "MatMulNBits" else self._dense(one, flipped, matrix)
-        except (SchemeError, RuntimeError, ValueError) as error:
+            plain = replace(matrix, spec=replace(matrix.spec, ordered=False))
+            q = self._nbits(one, plain) if one.op_type == "MatMulNBits" else self._dense(one, flipped, plain)
+            return self._placed(q, matrix)
+        except (NumericsError, SchemeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
 
     def kept(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -80,7 +86,8 @@ class OnnxFile:
 
         taken = set(self.matrices)
         for name, (one, _) in self._nodes.items():
-            taken |= {part.name for part in self._companions(one, name) if part is not None}
+            parts = (*self._companions(one, name), self._order(name))
+            taken |= {part.name for part in parts if part is not None}
         return {
             name: (tuple(tensor.dims), TensorProto.DataType.Name(tensor.data_type).lower())
             for name, tensor in self._constants.items()
@@ -132,6 +139,32 @@ class OnnxFile:
         offset = zero is not None and isinstance(format, IntFormat)  # that of floats is a plain 0
         spec = QuantSpec(format, granularity, "integer" if offset else "none", scale=storage)
         return OnnxMatrix(weight.name, one.op_type, shape, spec)
+
+    def _ordered(self, matrix: OnnxMatrix) -> OnnxMatrix:
+        """The same with an order of its columns where it has one; rows with one scale need none."""
+        order = self._order(matrix.name)
+        if order is None:
+            return matrix
+        if order.data_type != INT32:
+            raise ValueError(f"{order.name} is no int32")
+        _expect(order, matrix.shape[1])
+        return replace(matrix, spec=replace(matrix.spec, ordered=matrix.spec.granularity.cols is not None))
+
+    def _placed(self, q: QTensor, matrix: OnnxMatrix) -> QTensor:
+        """`q`, whose columns lie as the file has them, with their order, or each in its place."""
+        constant = self._order(matrix.name)
+        if constant is None:
+            return q
+        order = self._bytes(constant).view(torch.int32)
+        check_order(order, matrix.shape[1], constant.name)
+        if matrix.spec.ordered:
+            return replace(q, spec=matrix.spec, order=order)
+        return replace(q, codes=torch.empty_like(q.codes).index_copy_(1, order.to(torch.int64), q.codes))
+
+    def _order(self, weight: str) -> TensorProto | None:
+        """The constant that says for which input each column of a weight is; None where they are in order."""
+        name = f"{weight}.order"
+        return self._constants.get(name) if name in self._gathered else None
 
     def _companions(self, one: NodeProto, weight: str) -> tuple[TensorProto, TensorProto | None]:
         """The constants that are the scale and the zero point of a weight."""
@@ -197,7 +230,8 @@ class OnnxFile:
             data = tensor.raw_data
         else:
             values: Any = getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))
-            kind = {32: torch.float32, 16: torch.int16}.get(bits, torch.uint8)  # integers hold the bits of the others
+            wide = torch.int32 if tensor.data_type == INT32 else torch.float32
+            kind = {32: wide, 16: torch.int16}.get(bits, torch.uint8)  # integers hold the bits of the others
             data = torch.tensor(list(values)).to(kind).view(torch.uint8).numpy().tobytes()
         if len(data) != nbytes:
             raise CheckpointError(f"{self.path}: {tensor.name} has {len(data)} bytes, its shape says {nbytes}")
