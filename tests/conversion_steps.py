@@ -170,7 +170,7 @@ class IntoOnnx:
         q = file.read(layer.tensor)
         assert q.spec == file.matrices[layer.tensor].spec
         found = replace(layer, dtype=torch.float32, scheme=replace(layer.scheme, weight=q.spec))
-        return self.name, Held(found, [q])
+        return f"{self.name}:{file.matrices[layer.tensor].kind}", Held(found, [q])
 
 
 def _product(layer: StoredLayer) -> Any:
@@ -197,5 +197,9 @@ STEPS: dict[str, Step] = {
         *map(IntoOnnx, FORMS.values()),
     )
 }
-REACHED = {*WRITABLE, *(f"gguf:{name}" for name in QUANTIZED), *FORMS}
-"""What `Step.take` may say was written."""
+REACHED = {
+    *WRITABLE,
+    *(f"gguf:{name}" for name in QUANTIZED),
+    *("onnx-qdq:DequantizeLinear", "onnx-qdq:MatMulInteger", "onnx-nbits:MatMulNBits"),
+}
+"""What `Step.take` may say was written: a layout, a GGUF file's type, an ONNX form's node."""

@@ -37,8 +37,8 @@ def random_spec(rng: random.Random, cols: int, storage: Any) -> QuantSpec:
         granularity = rng.choice([Granularity(None, None), Granularity(4, 32), Granularity(16, 16)])
     if kind < 12:
         return QuantSpec(get_format(rng.choice(_CODES)), granularity, scale=storage)
-    if kind == 12:
-        return QuantSpec(IntFormat(8), per_channel(), restricted=True, scale=storage)
+    if kind < 14:
+        return QuantSpec(IntFormat(8), per_channel(), restricted=rng.random() < 0.7, scale=storage)
     bits = rng.choice([2, 3, 4, 4, 4, 5, 6, 8, 8])
     format = get_format(f"{rng.choice(['int', 'int', 'uint'])}{bits}")
     zero = rng.choice(["none", "integer", "integer", "minimum", "real"])
@@ -105,18 +105,24 @@ def _scales(
     return scale.to(float_dtype(storage))
 
 
-def random_layer(rng: random.Random) -> StoredLayer:
-    """A linear layer; some are of other shapes than most layouts hold, stacked, or stored as [in, out]."""
-    even = rng.random() < 0.85
-    rows, cols = rng.choice([16, 32, 64] if even else [5, 24, 40]), rng.choice([64, 128, 256, 512])
-    cols = cols if even else rng.choice([48, 96, 288, 320])
+def random_layer(rng: random.Random, given: Scheme | None = None) -> StoredLayer:
+    """A linear layer; some are of other shapes than most layouts hold, stacked, or stored as [in, out]. `given`: its
+    scheme, with a shape that is whole blocks of all sizes."""
+    even = given is not None or rng.random() < 0.85
+    rows = rng.choice([16, 32, 64] if even else [5, 24, 40])
+    cols = rng.choice([256, 512] if given else [64, 128, 256, 512] if even else [48, 96, 288, 320])
     dtype = rng.choice(list(DTYPES))
-    spec = random_spec(rng, cols, DTYPES[rng.choice([dtype, dtype, torch.float16])])
-    token = spec.format == IntFormat(8) and spec.granularity == per_channel() and rng.random() < 0.7
-    inputs = PRESETS[rng.choice(["LLM_INT8", "LLM_INT8", "W8A8"])].input if token else None
     experts = rng.choice([2, 3]) if rng.random() < 0.06 else 1
     transposed = rng.random() < 0.06
-    class_name, scheme = "Conv1D" if transposed else "Linear", Scheme("random", spec, inputs)
+    class_name = "Conv1D" if transposed else "Linear"
+    scheme = given or random_scheme(rng, cols, dtype)
     return StoredLayer(
         "m.up.weight", "m.up", "m.up", class_name, "linear", rows, cols, experts, transposed, dtype, scheme
     )
+
+
+def random_scheme(rng: random.Random, cols: int, dtype: torch.dtype) -> Scheme:
+    """For a model of `dtype`."""
+    spec = random_spec(rng, cols, DTYPES[rng.choice([dtype, dtype, torch.float16])])
+    token = spec.format == IntFormat(8) and spec.granularity == per_channel() and rng.random() < 0.7
+    return Scheme("random", spec, PRESETS[rng.choice(["LLM_INT8", "W8A8"])].input if token else None)

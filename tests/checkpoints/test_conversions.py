@@ -12,24 +12,30 @@ from pathlib import Path
 
 import torch
 
-from conversion_steps import REACHED, STEPS, Held
+from bitgrain.numerics.formats import FP16
+from bitgrain.numerics.spec import int_weight
+from bitgrain.recipes import PRESETS, Scheme
+from conversion_steps import QUANTIZED, REACHED, STEPS, Held
 from random_layers import random_layer, random_matrix
 
 COUNT = int(os.environ.get("BITGRAIN_CONVERSIONS", "600"))
 SEED = int(os.environ.get("BITGRAIN_SEED", "0"))
-OFTEN = {"gguf": 9.0, "bitgrain": 1.0, "bnb-int8": 6.0}
-WEIGHTS = [OFTEN.get(name, 0.6 if name.startswith("gguf:") else 3.0) for name in STEPS]
-"""bitgrain takes everything, llama.cpp's types are many, and few layers are bitsandbytes' int8."""
+WEIGHTS = [4.0 if name == "gguf" else 1.0 if name == "bitgrain" or name.startswith("gguf:") else 3.0 for name in STEPS]
+"""llama.cpp's types are many, and bitgrain takes everything."""
+HOMES = [(Scheme(name, found.spec), "gguf") for name, found in QUANTIZED.items() if found.spec is not None]
+HOMES += [(replace(PRESETS["W8A8"], weight=int_weight(8, scale=FP16)), name) for name in ("onnx-qdq", "bnb-int8")]
+"""Schemes that few layers have, and what they go into first."""
 
 
 def test_numbers_stay_the_same_from_layout_to_layout(tmp_path: Path):
     rng, done, tries = random.Random(SEED), Counter[str](), 0
     while done.total() < COUNT:
-        tries += 1
         assert tries < 100 * COUNT
-        layer = random_layer(rng)
+        scheme, home = HOMES[tries // 6 % len(HOMES)] if tries % 6 == 0 else (None, "")
+        tries += 1
+        layer = random_layer(rng, scheme)
         held = first = Held(layer, [random_matrix(rng, layer) for _ in range(layer.experts)])
-        path = rng.choices(list(STEPS), WEIGHTS, k=3)
+        path = [home] * bool(home) + rng.choices(list(STEPS), WEIGHTS, k=3)
         for name in path:
             step = STEPS[name]
             taken = step.take(held, tmp_path)
