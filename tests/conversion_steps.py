@@ -91,6 +91,7 @@ class IntoFolder:
         (found,) = stored.layers.values()
         assert (found.tensor, found.shape, found.experts) == (layer.tensor, layer.shape, layer.experts)
         assert found.transposed == layer.transposed
+        assert found.scheme.input == layer.scheme.input
         parts = stored.quantized(found.tensor)
         packed = [one.unpack() for one in stored.packed(found.tensor)]
         assert all(torch.equal(one.dequantize(), other.dequantize()) for one, other in zip(parts, packed, strict=True))

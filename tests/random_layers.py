@@ -98,6 +98,7 @@ def _scales(
         return QTensor(_codes(storage.format, tiles, generator), outer, None, storage)
     scale = torch.rand(tiles, generator=generator) * 0.1 + 1e-3
     scale = torch.exp2(torch.log2(scale).floor()) if easy else scale
+    scale *= 2.0 ** (0, 0, 0, 0, 0, 8, -14)[int(torch.randint(7, (), generator=generator))]  # subnormal in float16
     if signs:
         scale *= torch.randint(0, 2, tiles, generator=generator) * 2 - 1
     if zeros:
