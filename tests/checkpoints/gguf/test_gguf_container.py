@@ -228,6 +228,7 @@ BAD_FILES = {
     "name twice": with_data(header(entry(), entry(offset=32), tensors=2), 96),
     "name not UTF-8": with_data(header(entry(b"\xff"), tensors=1), 32),
     "truncated": with_data(header(entry(), tensors=1), 15),
+    "truncated, without a name": with_data(header(entry(b""), tensors=1), 15),
     "beyond the file": with_data(header(entry(offset=1 << 62), tensors=1), 64),
     "no data": header(entry(), tensors=1),
 }

@@ -172,14 +172,14 @@ def _tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, GgufTensor
         name: GgufTensor(name, tensor.type, tensor.shape, start + tensor.offset, tensor.nbytes)
         for name, tensor in found.items()
     }
-    end, before = start, ""
+    end, before = start, None
     for tensor in sorted(placed.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.nbytes == 0:
             continue
         if tensor.offset < end:
             raise unsound(cursor.label, f"tensor {tensor.name!r} overlaps {before!r}")
         end, before = tensor.offset + tensor.nbytes, tensor.name
-    if end > cursor.size and before:
+    if end > cursor.size and before is not None:  # a name may be empty
         raise CheckpointError(
             f"{cursor.label}: truncated, it has {cursor.size} of the {end} bytes that its header describes. "
             "Download or copy it again."
