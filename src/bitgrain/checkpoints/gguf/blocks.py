@@ -17,7 +17,8 @@ from bitgrain.checkpoints.gguf.storage import Storage
 from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics.formats import CodebookFormat, Format
 from bitgrain.numerics.granularity import matrix_shape
-from bitgrain.numerics.packed import float_dtype
+from bitgrain.numerics.packed import PackedMatrix, float_dtype
+from bitgrain.numerics.packing import pack
 from bitgrain.numerics.qtensor import QTensor, unsigned
 from bitgrain.numerics.ranges.minmax import MinMax
 from bitgrain.numerics.spec import QuantSpec
@@ -36,6 +37,7 @@ class BlockType:
     spec   what its numbers are, as a QTensor's; None for plain floats, which have `dtype`
     join   blocks' bytes, uint8 [n, block bytes], of their parts, one argument each
     split  the inverse
+    pairs  `join` takes codes of four bits two in a byte, as they lie in a PackedMatrix: uint8 [n, block size / 2]
     """
 
     storage: Storage
@@ -43,6 +45,7 @@ class BlockType:
     dtype: torch.dtype | None = None
     join: Callable[..., Tensor] | None = None
     split: Callable[[Tensor], Parts] | None = None
+    pairs: bool = False
 
     @property
     def name(self) -> str:
@@ -70,7 +73,7 @@ class BlockType:
             raise SchemeError(f"rows of {cols} are not whole blocks of {self.block_size}, as {self.name} needs")
         return cols // self.block_size * self.block_bytes
 
-    def pack(self, q: QTensor) -> Tensor:
+    def pack(self, q: QTensor | PackedMatrix) -> Tensor:
         """uint8 [rows, bytes of a row] of a tensor whose spec is this type's (ranges apart).
 
         Raises SchemeError for another spec or shape, NumericsError for codes that the format does not have.
@@ -85,13 +88,20 @@ class BlockType:
         packed = torch.empty(count, self.block_bytes, dtype=torch.uint8)
         if count == 0:
             return packed.view(rows, width)
-        sources = [q.codes.reshape(count, self.block_size), *_sources(q.scale, count)]
+        sources = [self._codes(q).reshape(count, -1), *_sources(q.scale, count)]
         sources += [] if q.minimum is None else _sources(q.minimum, count)
         step = max(1, _PIECE // self.block_size)
         for i in range(0, count, step):
             codes, *others = [source[i : i + step] for source in sources]
-            packed[i : i + step] = self.join(_checked(codes, spec.format), *others)
+            packed[i : i + step] = self.join(codes if self.pairs else _checked(codes, spec.format), *others)
         return packed.view(rows, width)
+
+    def _codes(self, q: QTensor | PackedMatrix) -> Tensor:
+        """As `join` wants them, apart from an offset."""
+        if self.pairs:
+            plain = isinstance(q, QTensor)
+            return pack(_checked(q.codes, q.spec.format), 4, torch.uint8) if plain else q.words_as(torch.uint8)
+        return q.codes if isinstance(q, QTensor) else q.unpack().codes
 
     def unpack(self, data: Tensor, shape: tuple[int, ...]) -> QTensor:
         """The inverse of `pack`: a QTensor of `shape` (torch's order) out of uint8 [rows, bytes of a row].
