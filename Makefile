@@ -34,8 +34,15 @@ demo: setup
 test: setup
 	$(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
-# Engines that take minutes to build, where they are installed: pip install llama-cpp-python
-test-interop: setup
+# Engines that take minutes to install. llama.cpp multiplies in float32 if it is built with BLAS (with libopenblas-dev and
+# pkg-config: LLAMA_CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS"), and is then compared more strictly.
+# GPTQModel, whose torch must not replace this one, is asked where it is installed.
+LLAMA_CMAKE_ARGS ?=
+$(VENV)/.interop: $(VENV)/.ready
+	CMAKE_ARGS="$(LLAMA_CMAKE_ARGS)" $(BIN)/pip install --quiet --editable '.[dev,interop]'
+	touch $@
+
+test-interop: setup $(VENV)/.interop
 	$(BIN)/pytest -m interop tests/interop $(PYTEST_ARGS)
 
 # Every kernel and level in guarded memory, without Python: as shipped, under the sanitizers, and for Arm where there are

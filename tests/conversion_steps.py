@@ -35,17 +35,21 @@ QUANTIZED = {name: found for name, found in BLOCK_TYPES.items() if found.spec is
 
 @dataclass(frozen=True)
 class Held:
-    """A layer and its matrices in memory; to `spelling`, the checkpoint that it lies in."""
+    """A layer and its matrices in memory, packed as they were read; to `spelling`, the checkpoint that it lies in."""
 
     layer: StoredLayer
-    parts: list[QTensor]
+    matrices: list[PackedMatrix]
+
+    @staticmethod
+    def of(layer: StoredLayer, *parts: QTensor) -> Held:
+        return Held(layer, [PackedMatrix.of(q) for q in parts])
 
     def packed(self, tensor: str) -> list[PackedMatrix]:
         assert tensor == self.layer.tensor
-        return [PackedMatrix.of(q) for q in self.parts]
+        return self.matrices
 
     def numbers(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.stack([q.dequantize(dtype) for q in self.parts])
+        return torch.stack([one.unpack().dequantize(dtype) for one in self.matrices])
 
 
 class Step(Protocol):
@@ -92,10 +96,9 @@ class IntoFolder:
         assert (found.tensor, found.shape, found.experts) == (layer.tensor, layer.shape, layer.experts)
         assert found.transposed == layer.transposed
         assert found.scheme.input == layer.scheme.input
-        parts = stored.quantized(found.tensor)
-        packed = [one.unpack() for one in stored.packed(found.tensor)]
-        assert all(torch.equal(one.dequantize(), other.dequantize()) for one, other in zip(parts, packed, strict=True))
-        held = Held(found, parts)
+        held = Held(found, stored.packed(found.tensor))
+        plain = torch.stack([q.dequantize() for q in stored.quantized(found.tensor)])
+        assert torch.equal(held.numbers(torch.float32), plain)
         assert torch.equal(held.numbers(found.dtype).to(stated), held.numbers(stated)), found.dtype
         return self.name, held
 
@@ -111,17 +114,17 @@ class IntoGguf:
         return torch.float32
 
     def take(self, held: Held, folder: Path) -> tuple[str, Held] | None:
-        layer, count = held.layer, len(held.parts)
-        matrices = {f"{layer.module}.{i}.weight": q for i, q in enumerate(held.parts)}  # experts are matrices here
+        layer, count = held.layer, len(held.matrices)
+        matrices = {f"{layer.module}.{i}.weight": one for i, one in enumerate(held.matrices)}
         stored: Any = SimpleNamespace(
             layers={name: replace(layer, tensor=name, experts=1) for name in matrices},
-            packed=lambda name: [PackedMatrix.of(matrices[name])],
+            packed=lambda name: [matrices[name]],
         )
         chosen = (one for one in candidates(layer, self._wanted) if refusal(stored, matrices, one) is None)
         kind = next(chosen, None)
         if kind is None:
             return None
-        rows = [kind.pack(respell_packed(PackedMatrix.of(q), kind.spec, compared=True).unpack()) for q in held.parts]
+        rows = [kind.pack(respell_packed(one, kind.spec, compared=True)) for one in held.matrices]
         name, shape = "blk.0.ffn_up.weight", layer.shape if count == 1 else (count, *layer.shape)
         plan = plan_gguf({"general.architecture": "llama"}, [("norm", "F32", (4,)), (name, kind.name, shape)])
         path = folder / "model.gguf"
@@ -137,7 +140,7 @@ class IntoGguf:
         read = BLOCK_TYPES[tensor.type]
         parts = [read.unpack(file.read_rows(name, *one), layer.shape) for one in each]
         found = replace(layer, dtype=torch.float32, scheme=Scheme(read.name, parts[0].spec))
-        return f"gguf:{kind.name}", Held(found, parts)
+        return f"gguf:{kind.name}", Held.of(found, *parts)
 
 
 class IntoOnnx:
@@ -171,7 +174,7 @@ class IntoOnnx:
         q = file.read(layer.tensor)
         assert q.spec == file.matrices[layer.tensor].spec
         found = replace(layer, dtype=torch.float32, scheme=replace(layer.scheme, weight=q.spec))
-        return f"{self.name}:{file.matrices[layer.tensor].kind}", Held(found, [q])
+        return f"{self.name}:{file.matrices[layer.tensor].kind}", Held.of(found, q)
 
 
 def _product(layer: StoredLayer) -> Any:

@@ -34,7 +34,7 @@ def test_numbers_stay_the_same_from_layout_to_layout(tmp_path: Path):
         scheme, home = HOMES[tries // 6 % len(HOMES)] if tries % 6 == 0 else (None, "")
         tries += 1
         layer = random_layer(rng, scheme)
-        held = first = Held(layer, [random_matrix(rng, layer) for _ in range(layer.experts)])
+        held = first = Held.of(layer, *(random_matrix(rng, layer) for _ in range(layer.experts)))
         path = [home] * bool(home) + rng.choices(list(STEPS), WEIGHTS, k=3)
         for name in path:
             step = STEPS[name]

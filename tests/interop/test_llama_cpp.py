@@ -1,7 +1,7 @@
 """llama.cpp itself runs the GGUF files that bitgrain writes, and gives the same logits: by `make test-interop`.
 
-llama.cpp keeps keys and values in 16 bits and rounds the inputs of quantized layers to 8 bits, so logits are compared
-by their KL divergence.
+llama.cpp keeps keys and values in 16 bits, so logits are compared by their KL divergence. Without BLAS it also rounds
+the inputs of quantized layers to 8 bits, which is then done on our side too, as far as that can be known.
 """
 
 from __future__ import annotations
@@ -118,8 +118,12 @@ def test_every_type(type_name: str, shared: Path, tmp_path: Path) -> None:
     ids = load_tokenizer(shared / "models" / "llama")((shared / "text" / "heldout.txt").read_text()[:4000])["input_ids"]
     windows = torch.tensor([ids[:256], ids[256:512]])
     plain = apart(tmp_path / "again.gguf", windows)
+    print(f"{type_name}: {plain}")
+    if not READER.rounds(windows.shape[1]):
+        assert plain.kl <= 1e-6
+        return
     found = apart(tmp_path / "again.gguf", windows, tile=256 if block_type.block_size == 256 else 32)
-    print(f"{type_name}: {found}; without rounding inputs: {plain}")
+    print(f"{type_name}: {found}, inputs rounded")
     # inputs that lie between two steps still go the other way now and then, and steps of 256 numbers are long
     assert found.kl <= KL_TOLERANCE or found.kl <= 0.6 * plain.kl <= 0.001
 

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitgrain.errors import NumericsError, SchemeError
-from bitgrain.numerics.packing import pack, packed_length, unpack
+from bitgrain.numerics.packing import pack, packed_length, transpose_nibbles, unpack
 
 WORDS = {torch.int32: 32, torch.uint8: 8}
 
@@ -91,3 +91,11 @@ def test_bad_arguments_name_the_remedy():
         pack(torch.tensor([-1, 3]), 4)
     with pytest.raises(SchemeError, match="take 1 words"):
         unpack(torch.zeros(2, dtype=torch.int32), 4, 8)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 8), (8, 4096), (1048, 40), (520, 2056)])
+def test_nibbles_are_transposed_where_they_lie(shape: tuple[int, int]):
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8)
+    words = pack(codes, 4, torch.uint8)
+    assert torch.equal(transpose_nibbles(words), pack(codes.T.contiguous(), 4, torch.uint8))
+    assert torch.equal(words, pack(codes, 4, torch.uint8))

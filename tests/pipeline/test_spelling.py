@@ -25,7 +25,7 @@ def with_minima(spec: QuantSpec, step: float) -> QTensor:
 def test_onnx_compares_in_float32_whatever_the_layer_is():
     """s * v - m with m = 3 s is s * (v - 3) in bfloat16, but float32 has rounded m, and s * v."""
     spec = QuantSpec(IntFormat(4, False), per_group(32), zero_point="minimum", scale=FP32, minimum=FP32)
-    held = Held(linear_layer("m.up", 8, 64, spec, torch.bfloat16), [with_minima(spec, 0.1)])
+    held = Held.of(linear_layer("m.up", 8, 64, spec, torch.bfloat16), with_minima(spec, 0.1))
     for form in FORMS.values():
         assert isinstance(spell(held, held.layer, form), StoredLayer)  # type: ignore[arg-type]
         assert isinstance(spell(held, held.layer, form, torch.float32), str)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def test_mlx_multiplies_in_no_less_than_the_layers_dtype():
     spec = spec_of("Q4_1")
     assert spec is not None
     for dtype, scale in ((torch.float32, FP32), (torch.float16, FP16), (torch.bfloat16, FP32)):
-        held = Held(linear_layer("m.up", 8, 64, spec, dtype), [with_minima(spec, 0.1)])
+        held = Held.of(linear_layer("m.up", 8, 64, spec, dtype), with_minima(spec, 0.1))
         found = spell(held, held.layer, MLX())  # type: ignore[arg-type]
         assert isinstance(found, StoredLayer)
         assert (found.scheme.weight.scale, found.scheme.weight.minimum) == (scale, scale)

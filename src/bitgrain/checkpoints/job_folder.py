@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import socket
@@ -165,7 +166,10 @@ class JobFolder:
         """
         if self._writer is None or unit in self._done:
             raise ValueError(f"unit {unit!r} is done already")
-        hashes = {name: self._writer.write(name, tensor) for name, tensor in sorted(tensors.items())}
+        hashes = {
+            name: hashlib.sha256(self._writer.write(name, tensor)).hexdigest()
+            for name, tensor in sorted(tensors.items())
+        }
         self._writer.sync(hashes)
         self._journal.add(Unit(unit, hashes, record or {}))
         self._done[unit] = dict(record or {})

@@ -57,8 +57,8 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, name: str, tensor: torch.Tensor) -> str:
-        """Write `tensor` (dtype and shape as planned) and return the sha256 (hex) of its bytes.
+    def write(self, name: str, tensor: torch.Tensor) -> memoryview:
+        """Write `tensor` (dtype and shape as planned) and return the bytes that were written.
 
         A tensor that is not contiguous, or not on the CPU, is copied first. Not durable before `sync`.
         Raises ValueError for an unknown name, a second write, or another dtype or shape than planned.
@@ -81,7 +81,7 @@ class ShardWriter:
             with self._lock:
                 self._written.discard(name)
             raise
-        return hashlib.sha256(data).hexdigest()
+        return data
 
     def sync(self, names: Iterable[str]) -> None:
         """Make the bytes of `names` durable: fsync of each file that holds one of them."""

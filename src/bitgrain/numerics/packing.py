@@ -21,6 +21,7 @@ from bitgrain.errors import NumericsError, SchemeError
 
 _EIGHT = 8
 _PIECE = 1 << 20  # codes packed at once, so that the steps between stay in a core's cache
+_SQUARES = 64, 256  # squares of 8 x 8 codes, down and across, that are transposed at once
 _WORDS = {torch.uint8: 1, torch.int32: 4}
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # eight codes of so many bits make one such integer
 
@@ -139,6 +140,30 @@ def _unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
             stream = F.pad(stream, (0, groups * bits - stream.shape[-1])).contiguous()
         stream = _spread(stream, bits).view(torch.uint8).view(len(words), groups * _EIGHT)
     return stream[:, :length]
+
+
+def transpose_nibbles(words: Tensor) -> Tensor:
+    """Codes of four bits [m, n], packed as uint8 [m, n / 2], as [n, m]: uint8 [n, m / 2]. m and n are multiples of 8.
+
+    Eight rows of int32 words are squares of 8 x 8 nibbles; each is transposed in three steps, which swap halves,
+    quarters and single nibbles between rows (Warren, Hacker's Delight, 7-3).
+    """
+    rows, cols = len(words), 2 * words.shape[1]
+    source = _aligned(words).view(torch.int32).view(rows // _EIGHT, _EIGHT, cols // _EIGHT)
+    found = torch.empty(cols // _EIGHT, _EIGHT, rows // _EIGHT, dtype=torch.int32, device=words.device)
+    for top in range(0, rows // _EIGHT, _SQUARES[0]):
+        for left in range(0, cols // _EIGHT, _SQUARES[1]):
+            part = source[top : top + _SQUARES[0], :, left : left + _SQUARES[1]].clone(
+                memory_format=torch.contiguous_format
+            )
+            eight = part.unflatten(1, (2, 2, 2))
+            for axis, width, mask in ((1, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (3, 4, 0x0F0F0F0F)):
+                upper, lower = eight.unbind(axis)
+                swapped = (upper >> width).bitwise_xor_(lower).bitwise_and_(mask)
+                lower ^= swapped
+                upper ^= swapped << width
+            found[left : left + part.shape[2], :, top : top + len(part)] = part.permute(2, 1, 0)
+    return found.view(torch.uint8).view(cols, rows // 2)
 
 
 def _check(bits: int, word: torch.dtype) -> None:

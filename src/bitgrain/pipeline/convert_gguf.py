@@ -264,7 +264,7 @@ def _rows(job: _Job, original: str, block_type: BlockType) -> Tensor:
     assert place is not None
     if block_type.spec is not None:
         (packed,) = job.stored.packed(original)
-        data = block_type.pack(respell_packed(packed, block_type.spec, compared=True).unpack())
+        data = block_type.pack(respell_packed(packed, block_type.spec, compared=True))
         order = row_order(job.architecture, job.config, place, len(data), inverse=False)
         return data if order is None else data[order]
     return block_type.store(_values(job.stored.dense(original), place, job.architecture, job.config))

@@ -40,8 +40,9 @@ def check_logits(path: Path, layout: str, reader: Reader, ours: Path, trust_remo
     with torch.inference_mode():
         result = model(input_ids=ids)
     apart = Apart.of(getattr(result, "logits", result[0]).float(), theirs)
-    rounds = "" if reader.exact else "; it rounds inputs to 8 bits"
-    return Check(name, apart.equal(reader.exact), f"{reader.title}: {apart} on {ids.numel()} random tokens{rounds}")
+    rounds = reader.rounds(ids.shape[1])
+    note = "; it rounds inputs to 8 bits" if rounds else ""
+    return Check(name, apart.equal(rounds), f"{reader.title}: {apart} on {ids.numel()} random tokens{note}")
 
 
 def random_ids(config: Any) -> Tensor | None:

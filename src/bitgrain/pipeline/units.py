@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.durable import pread_into
@@ -63,7 +64,7 @@ def write_units(
     with ThreadPoolExecutor(1, thread_name_prefix="bitgrain-hash") as behind:
         try:
             followed = [behind.submit(_follow, digests, names(unit)) for unit in units if unit[0] in job.done]
-            for unit in work_through(work, todo):
+            for unit in work_through(work, todo, torch.get_num_threads() + 1):  # one waits for the disk
                 followed.append(behind.submit(_follow, digests, names(unit)))
                 progress.advance(len(unit), unit[-1])
             for one in followed:

@@ -156,10 +156,10 @@ def test_columns_come_back_with_their_order(group: int, form: str, tmp_path: Pat
     plain = quantize(torch.randn(6, 64, generator=generator), QuantSpec(IntFormat(4), per_group(group)))
     order = torch.randperm(64, generator=generator).to(torch.int32)
     q = QTensor(plain.codes, plain.scale, None, replace(plain.spec, ordered=True), order=order)
-    held = Held(linear_layer("m.up", 6, 64, q.spec, torch.float32), [q])
+    held = Held.of(linear_layer("m.up", 6, 64, q.spec, torch.float32), q)
     taken = IntoOnnx(FORMS[form]).take(held, tmp_path)
     assert taken is not None
-    (found,) = taken[1].parts
+    found = taken[1].matrices[0].unpack()
     assert found.spec.ordered == (group == 32 or form == "onnx-nbits")
     assert torch.equal(found.dequantize(), q.dequantize())
     file = OnnxFile(tmp_path / "model.onnx")

@@ -17,7 +17,8 @@ from bitgrain.checkpoints.gguf.storage import Storage
 from bitgrain.errors import NumericsError, SchemeError
 from bitgrain.numerics.formats import CodebookFormat, Format
 from bitgrain.numerics.granularity import matrix_shape
-from bitgrain.numerics.packed import float_dtype
+from bitgrain.numerics.packed import PackedMatrix, float_dtype
+from bitgrain.numerics.packing import pack
 from bitgrain.numerics.qtensor import QTensor, unsigned
 from bitgrain.numerics.ranges.minmax import MinMax
 from bitgrain.numerics.spec import QuantSpec
@@ -37,6 +38,7 @@ class BlockType:
     join   blocks' bytes, uint8 [n, block bytes], of their parts, one argument each
     split  the inverse
     largest_scale  the largest byte of a scale that ggml reads as its number, for scales of one byte; None: all are
+    pairs  `join` takes codes of four bits two in a byte, as they lie in a PackedMatrix: uint8 [n, block size / 2]
     """
 
     storage: Storage
@@ -45,6 +47,7 @@ class BlockType:
     join: Callable[..., Tensor] | None = None
     split: Callable[[Tensor], Parts] | None = None
     largest_scale: int | None = None
+    pairs: bool = False
 
     @property
     def name(self) -> str:
@@ -79,7 +82,7 @@ class BlockType:
         if int(scale.contiguous().view(torch.uint8).amax().item()) > self.largest_scale:
             raise SchemeError(f"{self.name} has no scales that are negative or not a number")
 
-    def pack(self, q: QTensor) -> Tensor:
+    def pack(self, q: QTensor | PackedMatrix) -> Tensor:
         """uint8 [rows, bytes of a row] of a tensor whose spec is this type's (ranges apart).
 
         Raises SchemeError for another spec, shape or scales that are not held, NumericsError for codes that the format
@@ -96,13 +99,20 @@ class BlockType:
         packed = torch.empty(count, self.block_bytes, dtype=torch.uint8)
         if count == 0:
             return packed.view(rows, width)
-        sources = [q.codes.reshape(count, self.block_size), *_sources(q.scale, count)]
+        sources = [self._codes(q).reshape(count, -1), *_sources(q.scale, count)]
         sources += [] if q.minimum is None else _sources(q.minimum, count)
         step = max(1, _PIECE // self.block_size)
         for i in range(0, count, step):
             codes, *others = [source[i : i + step] for source in sources]
-            packed[i : i + step] = self.join(_checked(codes, spec.format), *others)
+            packed[i : i + step] = self.join(codes if self.pairs else _checked(codes, spec.format), *others)
         return packed.view(rows, width)
+
+    def _codes(self, q: QTensor | PackedMatrix) -> Tensor:
+        """As `join` wants them, apart from an offset."""
+        if self.pairs:
+            plain = isinstance(q, QTensor)
+            return pack(_checked(q.codes, q.spec.format), 4, torch.uint8) if plain else q.words_as(torch.uint8)
+        return q.codes if isinstance(q, QTensor) else q.unpack().codes
 
     def unpack(self, data: Tensor, shape: tuple[int, ...]) -> QTensor:
         """The inverse of `pack`: a QTensor of `shape` (torch's order) out of uint8 [rows, bytes of a row].

@@ -20,8 +20,18 @@ SIZE = 32
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """uint8 [n, 16] of codes [n, 32] below 16."""
+    """uint8 [n, 16] of codes [n, 32] below 16: the second half in high nibbles."""
     return merge(codes.reshape(-1, 1, 2, SIZE // 2), 4).view(-1, SIZE // 2)
+
+
+def halves(pairs: Tensor) -> Tensor:
+    """The same of codes that lie two in a byte, uint8 [n, 16], neighbours together."""
+    first, second = words(pairs).unbind(1)
+    low, high = repeated(0x0F), repeated(0xF0)
+    even = (first & low) | ((second << 4) & high)
+    odd = ((first >> 4) & low) | (second & high)
+    even, odd = (one.view(torch.uint8).to(torch.int16) for one in (even, odd))
+    return (odd << 8).bitwise_or_(even).view(torch.uint8).view(-1, SIZE // 2)
 
 
 def unnibble(data: Tensor) -> Tensor:
@@ -34,16 +44,21 @@ def _negated(half: Tensor) -> Tensor:
     return (words(half, torch.int16) ^ -0x8000).view(torch.uint8)
 
 
-def _join(codes: Tensor, scale: Tensor) -> Tensor:
-    return torch.cat([scale, nibbles(codes)], dim=1)
+def _join(pairs: Tensor, scale: Tensor) -> Tensor:
+    return _beside(scale, halves(pairs))
+
+
+def _beside(*parts: Tensor) -> Tensor:
+    """Parts of an even number of bytes, one after the other in each block."""
+    return torch.cat([words(part, torch.int16) for part in parts], dim=1).view(torch.uint8)
 
 
 def _split(blocks: Tensor) -> Parts:
     return [unnibble(blocks[:, 2:]), blocks[:, :2]]
 
 
-def _join_minimum(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    return torch.cat([scale, _negated(minimum), nibbles(codes)], dim=1)
+def _join_minimum(pairs: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    return _beside(scale, _negated(minimum), halves(pairs))
 
 
 def _split_minimum(blocks: Tensor) -> Parts:
@@ -97,8 +112,8 @@ def _with_minimum(bits: int) -> QuantSpec:
 
 TYPES = (
     BlockType(STORAGES["Q8_0"], _symmetric(8), join=_join_eight, split=_split_eight),
-    BlockType(STORAGES["Q4_0"], _symmetric(4), join=_join, split=_split),
-    BlockType(STORAGES["Q4_1"], _with_minimum(4), join=_join_minimum, split=_split_minimum),
+    BlockType(STORAGES["Q4_0"], _symmetric(4), join=_join, split=_split, pairs=True),
+    BlockType(STORAGES["Q4_1"], _with_minimum(4), join=_join_minimum, split=_split_minimum, pairs=True),
     BlockType(STORAGES["Q5_0"], _symmetric(5), join=_join_five, split=_split_five),
     BlockType(STORAGES["Q5_1"], _with_minimum(5), join=_join_five_minimum, split=_split_five_minimum),
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitgrain.checkpoints.gguf.blocks import BlockType, Parts, merge, spread
-from bitgrain.checkpoints.gguf.legacy import nibbles, unnibble
+from bitgrain.checkpoints.gguf.legacy import halves, unnibble
 from bitgrain.checkpoints.gguf.storage import STORAGES
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics.formats import FP4_E2M1, FP8_E4M3, FP16, IntFormat, get_format
@@ -26,8 +26,8 @@ _MX_LARGEST, _NV_LARGEST = 254, 126
 """The largest byte of a scale."""
 
 
-def _join_plain(codes: Tensor, scale: Tensor) -> Tensor:
-    return torch.cat([scale, nibbles(codes)], dim=1)
+def _join_plain(pairs: Tensor, scale: Tensor) -> Tensor:
+    return torch.cat([scale, halves(pairs)], dim=1)
 
 
 def _split_nl(blocks: Tensor) -> Parts:
@@ -67,14 +67,14 @@ def _refuse(scales: Tensor, largest: int, name: str) -> None:
 _NL = get_format("iq4_nl")
 
 TYPES = (
-    BlockType(STORAGES["IQ4_NL"], QuantSpec(_NL, per_group(32), scale=FP16), join=_join_plain, split=_split_nl),
+    BlockType(STORAGES["IQ4_NL"], QuantSpec(_NL, per_group(32), scale=FP16), None, _join_plain, _split_nl, pairs=True),
     BlockType(
         STORAGES["IQ4_XS"],
         QuantSpec(_NL, per_group(32), scale=QuantSpec(IntFormat(6), per_group(8), scale=FP16)),
         join=_join_xs,
         split=_split_xs,
     ),
-    BlockType(STORAGES["MXFP4"], mxfp4(), join=_join_plain, split=_split_mx, largest_scale=_MX_LARGEST),
+    BlockType(STORAGES["MXFP4"], mxfp4(), join=_join_plain, split=_split_mx, pairs=True, largest_scale=_MX_LARGEST),
     BlockType(
         STORAGES["NVFP4"],
         QuantSpec(FP4_E2M1, per_group(16), scale=FP8_E4M3),

@@ -116,12 +116,12 @@ class GgufWriter:
     def __exit__(self, *_: object) -> None:
         self._writer.close()
 
-    def write(self, name: str, data: torch.Tensor) -> str:
-        """Write a tensor, uint8 [rows, bytes of a row] as planned, from any thread; returns its sha256 (hex).
+    def write(self, name: str, data: torch.Tensor) -> None:
+        """Write a tensor, uint8 [rows, bytes of a row] as planned, from any thread.
 
         Raises ValueError for an unknown name, a second write, or another shape or dtype.
         """
-        return self._writer.write(name, data)
+        self._writer.write(name, data)
 
     def finish(self) -> None:
         """Make the file durable and give it its name. Raises ValueError when a tensor was never written."""

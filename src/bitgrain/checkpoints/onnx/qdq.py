@@ -10,7 +10,6 @@ int8 weights per channel with int8 inputs per token go through MatMulInteger. Bo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ from bitgrain.numerics import IntFormat, QuantSpec
 from bitgrain.numerics.formats import BF16, E8M0, FP8_E4M3, FP8_E5M2, FP16, FP32, Format
 from bitgrain.numerics.observers import StaticInput
 from bitgrain.numerics.packed import PackedMatrix
-from bitgrain.numerics.packing import pack, unpack
+from bitgrain.numerics.packing import pack, transpose_nibbles, unpack
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -63,8 +62,6 @@ TYPES: dict[Format, int] = {
     FP8_E4M3: FLOAT8E4M3FN,
     FP8_E5M2: FLOAT8E5M2,
 }
-_ROWS, _BYTES = 128, 512
-"""A piece that is transposed at once: it stays in a cache, and on one thread."""
 
 
 class Qdq:
@@ -198,21 +195,14 @@ def _flip(format: Format) -> int:
 
 def _transposed(packed: PackedMatrix, flip: int) -> Tensor:
     """Codes [in, out], packed; `flip` is xored to every byte."""
-    rows, cols = packed.shape
-    bits, words = packed.spec.format.bits, code_bytes(packed)
+    (rows, cols), bits, words = packed.shape, packed.spec.format.bits, code_bytes(packed)
     if bits == 8:
         found = words.T.contiguous()
-    elif rows % 2 or cols % 2:
+    elif rows % 8 or cols % 8:
         codes = unpack(words.contiguous(), bits, cols).T.contiguous()
         found = pack(codes.reshape(-1), bits, torch.uint8)
-    else:  # two columns in a byte become two rows in a byte
-        found = torch.empty(cols // 2, 2, rows // 2, dtype=torch.uint8)
-        for top, left in itertools.product(range(0, rows, _ROWS), range(0, cols // 2, _BYTES)):
-            part = words[top : top + _ROWS, left : left + _BYTES]
-            first, second = part[0::2], part[1::2]
-            place = found[left : left + _BYTES, :, top // 2 : top // 2 + len(first)]
-            place[:, 0] = ((first & 15) | (second << 4)).T
-            place[:, 1] = ((first >> 4) | (second & 0xF0)).T
+    else:
+        found = transpose_nibbles(words)
     return found.bitwise_xor_(flip) if flip else found
 
 

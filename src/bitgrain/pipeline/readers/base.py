@@ -11,13 +11,18 @@ from pathlib import Path
 from torch import Tensor
 
 
+def _never(tokens: int) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Reader:
     """name     as `verify --with` has it
     package     that must be installed; imports: the name of its module
     layouts     that it reads
     logits      (folder or file, ids int64 [texts, tokens]) -> float32 [texts, tokens, vocabulary]; raises ReaderError
-    exact       False for an engine that rounds activations to 8 bits of its own accord: then only KL is looked at
+    rounds      whether the engine, as it is installed, itself rounds the inputs of quantized layers to 8 bits
+                when it reads texts of so many tokens
     """
 
     name: str
@@ -25,7 +30,7 @@ class Reader:
     imports: str
     layouts: tuple[str, ...]
     logits: Callable[[Path, Tensor], Tensor]
-    exact: bool = True
+    rounds: Callable[[int], bool] = _never
 
     def missing(self) -> str | None:
         """Why it cannot be asked here, or None."""

@@ -33,9 +33,9 @@ class Apart:
         log_p, log_q = torch.log_softmax(ours, -1), torch.log_softmax(theirs, -1)
         return Apart(largest, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
 
-    def equal(self, exact: bool = True) -> bool:
-        """Within either tolerance; of an engine that is not `exact`, within what its own rounding of inputs gives."""
-        return self.largest <= SPREAD_TOLERANCE or self.kl <= (KL_TOLERANCE if exact else ROUNDED_TOLERANCE)
+    def equal(self, rounded: bool = False) -> bool:
+        """Within either tolerance; of an engine that rounds inputs itself, within what that gives."""
+        return self.largest <= SPREAD_TOLERANCE or self.kl <= (ROUNDED_TOLERANCE if rounded else KL_TOLERANCE)
 
     def __str__(self) -> str:
         return f"largest difference {self.largest:.2g} of the logits' spread, KL {self.kl:.2g}"

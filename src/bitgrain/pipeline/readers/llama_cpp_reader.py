@@ -1,4 +1,9 @@
-"""llama.cpp, through llama-cpp-python."""
+"""llama.cpp, through llama-cpp-python.
+
+Its own kernels round the inputs of quantized layers to 8 bits. Built with BLAS (`-DGGML_BLAS=ON`; Accelerate on macOS),
+it widens the weights of any product with 32 tokens or more and multiplies in float32: then logits can be compared as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,9 @@ import torch
 from torch import Tensor
 
 from bitgrain.pipeline.readers.base import Reader, ReaderError
+
+_LEAST_BLAS_TOKENS = 32
+"""ggml_backend_blas_device_supports_op: fewer go to the other kernels."""
 
 
 def _logits(path: Path, ids: Tensor) -> Tensor:
@@ -39,4 +47,9 @@ def _logits(path: Path, ids: Tensor) -> Tensor:
     return torch.stack(found).float()
 
 
-READER = Reader("llama.cpp", "llama-cpp-python", "llama_cpp", ("gguf",), _logits, exact=False)
+def _rounds(tokens: int) -> bool:
+    libraries = Path(str(import_module("llama_cpp").__file__)).parent / "lib"
+    return tokens < _LEAST_BLAS_TOKENS or not any(libraries.glob("*ggml-blas.*"))
+
+
+READER = Reader("llama.cpp", "llama-cpp-python", "llama_cpp", ("gguf",), _logits, _rounds)
