@@ -10,6 +10,7 @@ if each either is read or raises a BitgrainError; anything else is kept as a fil
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -91,7 +92,26 @@ def make_seeds(where: Path) -> dict[str, Path]:
     bitgrain.convert(source, "gguf", where / "gguf" / "model.gguf")
     for form in FORMS:
         bitgrain.convert(source, form, where / form)
-    return made | {name: where / name for name in ("gguf", *FORMS)}
+    return made | {name: where / name for name in ("gguf", *FORMS)} | _torchao_seeds(model, where)
+
+
+def _torchao_seeds(model: Path, where: Path) -> dict[str, Path]:
+    """What transformers writes with torchao, which bitgrain only reads; nothing where it is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        return {}
+    from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    configs = {
+        "torchao-float8": Float8WeightOnlyConfig(),
+        "torchao-int8": Int8DynamicActivationInt8WeightConfig(),
+        "torchao-intx": IntxWeightOnlyConfig(weight_dtype=torch.int4),
+    }
+    for name, config in configs.items():
+        how = TorchAoConfig(config)
+        made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=how)
+        made.save_pretrained(where / name)
+    return {name: where / name for name in configs}
 
 
 def _tiny_model(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -115,12 +114,7 @@ class IntoGguf:
 
     def take(self, held: Held, folder: Path) -> tuple[str, Held] | None:
         layer, count = held.layer, len(held.matrices)
-        matrices = {f"{layer.module}.{i}.weight": one for i, one in enumerate(held.matrices)}
-        stored: Any = SimpleNamespace(
-            layers={name: replace(layer, tensor=name, experts=1) for name in matrices},
-            packed=lambda name: [matrices[name]],
-        )
-        chosen = (one for one in candidates(layer, self._wanted) if refusal(stored, matrices, one) is None)
+        chosen = (one for one in candidates(layer, self._wanted) if refusal(layer, lambda: held.matrices, one) is None)
         kind = next(chosen, None)
         if kind is None:
             return None

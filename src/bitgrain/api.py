@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,11 +21,12 @@ from bitgrain.pipeline.checks import Check
 from bitgrain.pipeline.contents import Contents
 from bitgrain.pipeline.contents import read_contents as show
 from bitgrain.pipeline.convert import convert
-from bitgrain.pipeline.convert_gguf import is_gguf
+from bitgrain.pipeline.convert_gguf import is_gguf, wanted_type
 from bitgrain.pipeline.converted import Converted
 from bitgrain.pipeline.equip import cache_for
 from bitgrain.pipeline.execution import Execution
 from bitgrain.pipeline.finetune import Finetuned, finetune
+from bitgrain.pipeline.gguf_types import gguf_problems
 from bitgrain.pipeline.load import load
 from bitgrain.pipeline.merge import merge
 from bitgrain.pipeline.mixed import allocate_bits
@@ -177,7 +178,7 @@ def plan(
         "max_shard_bytes": max_shard_bytes,
         "workers": workers,
     }
-    gguf = layout is not None and is_gguf(layout)
+    gguf = layout if layout is not None and is_gguf(layout) else None
     default = "gguf" if gguf else "compressed-tensors"
     notes: tuple[str, ...] = ()
     measuring: dict[str, Any] = {"device": device, "cache": cache, "progress": progress or make_progress("quiet")}
@@ -191,7 +192,11 @@ def plan(
         settings |= {"layout": "bitgrain", "scales": FP16}
     else:
         settings["layout"] = layout
-    return make_plan(model, chosen, notes=notes, statistics=statistics, **settings)
+    made = make_plan(model, chosen, notes=notes, statistics=statistics, **settings)
+    if not gguf:
+        return made
+    problems = gguf_problems(made.quantized.values(), made.config.to_dict(), wanted_type(gguf))
+    return replace(made, problems=(*made.problems, *problems))
 
 
 def quantize(

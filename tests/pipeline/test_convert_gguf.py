@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -289,3 +290,22 @@ def test_quantize_into_a_file(tmp_path: Path) -> None:
             bitgrain.quantize(tmp_path / "model", tmp_path / out, "W4A16", layout=layout)
     with pytest.raises(PlanError, match=r"as Q8_0|as Q4_1|as Q4_K"):
         bitgrain.quantize(tmp_path / "model", tmp_path / "k.gguf", "W4A16", layout="gguf:q4_k")
+    assert not (tmp_path / "k.gguf.quantized").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "reason"),
+    [
+        ("llama", "W4A16_ASYM", "there are zero points.*begin with GGUF_"),
+        ("llama", "NF4", "no type of GGUF has the numbers of nf4"),
+        ("llama", "FP8_DYNAMIC", "no type of GGUF has the numbers of fp8_e4m3"),
+        ("opt", "W4A16", "OPTForCausalLM has no GGUF form"),
+    ],
+)
+def test_what_no_file_can_hold_is_said_in_the_plan(model: str, scheme: str, reason: str, tmp_path: Path) -> None:
+    zoo.save(model, tmp_path / "model", torch.float16)
+    problems = "\n".join(bitgrain.plan(tmp_path / "model", scheme, layout="gguf").problems)
+    assert re.search(reason, problems)
+    with pytest.raises(PlanError, match="cannot be done"):
+        bitgrain.quantize(tmp_path / "model", tmp_path / "k.gguf", scheme, layout="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource
 from bitgrain.numerics.respell import respell_packed
 from bitgrain.pipeline.gguf_tokenizer import tokenizer_of
-from bitgrain.pipeline.gguf_types import candidates, refusal
+from bitgrain.pipeline.gguf_types import candidates, no_type, refusal
 from bitgrain.pipeline.stored_model import StoredModel
 from bitgrain.pipeline.threads import work_through
 from bitgrain.progress import Progress
@@ -162,7 +163,7 @@ def _choose(job: _Job, wanted: BlockType | None, progress: Progress) -> tuple[li
     stored = job.stored
     groups, problems = _groups(job)
     if wanted is not None and wanted.spec is not None and not stored.layers:
-        remedy = f"bitgrain quantize --layout gguf --scheme {wanted.name}"
+        remedy = f"bitgrain quantize --layout gguf --scheme GGUF_{wanted.name}"
         problems.append(f"it is not quantized: quantize it first ({remedy})")
     computed = [key for key in ("online_rotations", "reordered_norms", "kv_cache_scheme") if stored.config.get(key)]
     if computed:
@@ -240,13 +241,12 @@ def _type_of(job: _Job, name: str, originals: Mapping[int, str], wanted: BlockTy
     assert first is not None
     reasons: list[str] = []
     for candidate in candidates(first, wanted):
-        reason = refusal(stored, originals.values(), candidate)
+        each = (refusal(stored.layers[one], partial(stored.packed, one), candidate) for one in originals.values())
+        reason = next(filter(None, each), None)
         if reason is None:
             return candidate
         reasons.append(reason)
-    if not reasons:
-        reasons = [f"{first.module}: no type of GGUF has the numbers of {first.scheme.weight.describe()}"]
-    return reasons[0]
+    return reasons[0] if reasons else no_type(first)
 
 
 def _shape(job: _Job, originals: Mapping[int, str]) -> tuple[int, ...]:

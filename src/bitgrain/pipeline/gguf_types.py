@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
-from bitgrain.checkpoints.gguf.blocks import BlockType
+from bitgrain.checkpoints.gguf.architectures import architecture_of_model
+from bitgrain.checkpoints.gguf.blocks import BlockType, stored_spec
+from bitgrain.checkpoints.gguf.config import metadata_of
 from bitgrain.checkpoints.gguf.types import BLOCK_TYPES, type_for
 from bitgrain.checkpoints.layout import StoredLayer
-from bitgrain.errors import SchemeError
-from bitgrain.numerics import IntFormat, QuantSpec
+from bitgrain.errors import ModelError, SchemeError
+from bitgrain.numerics import IntFormat, QuantSpec, quantize
+from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.numerics.respell import plan_respelling, respell
-from bitgrain.pipeline.stored_model import StoredModel
+
+_SAMPLE_TILES = 8
 
 
 def candidates(layer: StoredLayer, wanted: BlockType | None) -> Iterable[BlockType]:
@@ -36,20 +41,57 @@ def _may_hold(mine: QuantSpec, theirs: QuantSpec) -> bool:
     )
 
 
-def refusal(stored: StoredModel, originals: Iterable[str], candidate: BlockType) -> str | None:
-    """Why some of these layers cannot be of that type with the same numbers, or None."""
+def refusal(layer: StoredLayer, matrices: Callable[[], Iterable[PackedMatrix]], candidate: BlockType) -> str | None:
+    """Why a layer with these matrices cannot be of that type with the same numbers, or None."""
     assert candidate.spec is not None
-    for original in originals:
-        layer = stored.layers[original]
-        try:
-            candidate.row_bytes(layer.in_features)
-            if layer.scheme.weight == candidate.spec and candidate.largest_scale is None:
-                continue
-            for packed in stored.packed(original):
-                how = plan_respelling(packed, candidate.spec)
-                candidate.check_scales(how.scale)
-                if not how.proven:
-                    respell(packed.unpack(), candidate.spec, torch.float32)
-        except SchemeError as error:
-            return f"{layer.module}: as {candidate.name}: {error}"
+    same = layer.scheme.weight == candidate.spec and candidate.largest_scale is None
+    try:
+        candidate.row_bytes(layer.in_features)
+        for packed in () if same else matrices():
+            how = plan_respelling(packed, candidate.spec)
+            candidate.check_scales(how.scale)
+            if not how.proven:
+                respell(packed.unpack(), candidate.spec, torch.float32)
+    except SchemeError as error:
+        return f"{layer.module}: as {candidate.name}: {error}"
     return None
+
+
+def no_type(layer: StoredLayer) -> str:
+    """What is said where there are no candidates."""
+    return f"{layer.module}: no type of GGUF has the numbers of {layer.scheme.weight.describe()}"
+
+
+def gguf_problems(layers: Iterable[StoredLayer], config: Mapping[str, Any], wanted: BlockType | None) -> list[str]:
+    """What is known to be in the way of a GGUF file before layers are quantized: an architecture that llama.cpp does
+    not have, and schemes whose numbers no block type holds, found out on random weights."""
+    found: list[str] = []
+    try:
+        metadata_of(config, architecture_of_model(config))
+    except ModelError as error:
+        found.append(str(error))
+    reasons: dict[tuple[QuantSpec, int], str | None] = {}
+    for layer in layers if wanted is None or wanted.spec is not None else ():
+        key = layer.scheme.weight, layer.in_features
+        if key not in reasons:
+            reasons[key] = _planned_refusal(layer, wanted)
+        if (reason := reasons[key]) is not None:
+            found.append(f"{reason} (schemes for GGUF are those with names that begin with GGUF_)")
+    return list(dict.fromkeys(found))
+
+
+def _planned_refusal(layer: StoredLayer, wanted: BlockType | None) -> str | None:
+    spec = stored_spec(layer.scheme.weight)
+    if spec.outliers or spec.columns:
+        return f"{layer.module}: GGUF has no place for {'outliers' if spec.outliers else 'columns in 16 bits'}"
+    rows = min(layer.out_features, (spec.granularity.rows or 1) * _SAMPLE_TILES)
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(rows, layer.in_features, generator=draw) + torch.randn(rows, 1, generator=draw)
+    sample = [PackedMatrix.of(quantize(values, spec))]
+    reasons: list[str] = []
+    for candidate in candidates(layer, wanted):
+        reason = refusal(layer, lambda: sample, candidate)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    return reasons[0] if reasons else no_type(layer)

@@ -41,8 +41,11 @@ def run_plan_into(
     if out.suffix != SUFFIX or out.exists():
         raise OutputError(f"{out}: {'exists already' if out.exists() else f'a GGUF file has a name in {SUFFIX}'}")
     wanted, folder = wanted_type(layout), out.with_name(out.name + WORK)
-    if folder.exists() and (restart or (folder / RECIPE).read_text(encoding="utf-8") != plan.recipe.to_yaml()):
-        raise OutputError(f"{folder} is left of a run with other settings: remove it")
+    plan.require_possible()
+    if folder.exists() and restart and (folder / MANIFEST).is_file():
+        shutil.rmtree(folder)
+    if folder.exists() and (folder / RECIPE).read_text(encoding="utf-8") != plan.recipe.to_yaml():
+        raise OutputError(f"{folder} is left of a run with other settings: remove it, or give --restart")
     if not folder.exists():
         run_plan(plan, folder, device=device, restart=restart, progress=progress)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
