@@ -49,8 +49,9 @@ EQUAL = 1e-4
 NOTE = """Each file is loaded by the program that made it, in float32, and by bitgrain. Allowed: how far from 1 the
 ratio of perplexities may be; more for llama.cpp, which rounds the inputs of every layer to 8 bits (and keys and values
 to 16), for LLM.int8(), where bitsandbytes rounds inputs to float16 before it rounds them to 8 bits, and for NVFP4
-inputs, which differ by whole steps after the last bit of a weight did. auto-round and GPTQModel multiply in float16.
-Mean difference: of the loss of one token, in nats, absolute.""".replace("\n", " ")
+inputs, which differ by whole steps after the last bit of a weight did. auto-round insists on float16. GPTQModel writes
+models in bfloat16, and bitgrain dequantizes to the dtype of the original, GPTQModel to float32. Mean difference: of the
+loss of one token, in nats, absolute.""".replace("\n", " ")
 SECONDS = 900
 """One file may take."""
 
