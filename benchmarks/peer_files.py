@@ -102,7 +102,8 @@ def measure(work: Work, peer: str, pythons: dict[str, str], file: dict[str, Any]
         return {**row, "failure": f"not made: {why}"}
     loader = file.get("loader")
     if theirs is None and loader in pythons:
-        row["loaded_by"], theirs, why = work.ask(pythons[loader], script_of(loader), folder, path=made["path"])
+        told, theirs, why = work.ask(pythons[loader], script_of(loader), folder, path=made["path"])
+        row["loaded_by"] = told.get("versions")
     row["theirs"] = None if theirs is None else perplexity(theirs)
     found, ours, reason = work.ask(sys.executable, "read_bitgrain", folder, path=made["path"])
     row |= {key: found.get(key) for key in ("layout", "layers", "weights")}
