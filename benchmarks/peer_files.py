@@ -83,12 +83,12 @@ class Work:
         return found, None if why else np.load(losses, allow_pickle=False), why
 
 
-def measure(work: Work, peer: str, pythons: dict[str, str], file: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One row: the file made, read by its program (or its `loader`), and read by us."""
+def measure(work: Work, peer: str, python: str, file: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One row: the file made, read by its program, and read by us."""
     row: dict[str, Any] = {"peer": peer, "within": EQUAL, **file}
     made, theirs, why = work.ask(
-        pythons[peer],
-        script_of(peer),
+        python,
+        f"make_{peer.replace('.', '_')}",
         folder,
         model=work.model,
         settings=file["settings"],
@@ -100,10 +100,6 @@ def measure(work: Work, peer: str, pythons: dict[str, str], file: dict[str, Any]
     row["versions"] = made.get("versions", {})
     if not made:
         return {**row, "failure": f"not made: {why}"}
-    loader = file.get("loader")
-    if theirs is None and loader in pythons:
-        told, theirs, why = work.ask(pythons[loader], script_of(loader), folder, path=made["path"])
-        row["loaded_by"] = told.get("versions")
     row["theirs"] = None if theirs is None else perplexity(theirs)
     found, ours, reason = work.ask(sys.executable, "read_bitgrain", folder, path=made["path"])
     row |= {key: found.get(key) for key in ("layout", "layers", "weights")}
@@ -139,10 +135,6 @@ def save(rows: list[dict[str, Any]], wanted: dict[str, list[dict[str, Any]]], wh
     write_results("peer-files", {"what": what, "rows": rows, "skipped": skipped}, text, show=show)
 
 
-def script_of(peer: str) -> str:
-    return f"make_{peer.replace('.', '_')}"
-
-
 def perplexity(losses: Any) -> float:
     return math.exp(min(float(losses.mean()), 700.0))
 
@@ -168,8 +160,7 @@ def report(rows: list[dict[str, Any]], skipped: list[str], told: str) -> str:
         numbers.append(f"{row['within']:g}")
         verdict = row.get("failure", "").replace("|", "/") or ("equal" if row["equal"] else "NOT EQUAL")
         program = PROGRAMS[row["peer"]] + " " + next(iter(row["versions"].values()), "")
-        by = f" (run by {PROGRAMS[row['loader']]})" if row.get("loaded_by") else ""
-        what = [program.strip(), row["what"] + by, row.get("layout") or "-", str(row.get("layers") or "-")]
+        what = [program.strip(), row["what"], row.get("layout") or "-", str(row.get("layers") or "-")]
         cells.append([*what, *numbers, verdict])
     lines = ["# Files that other programs made", "", told, "", *[f"Left out: {line}." for line in skipped]]
     return "\n".join([*lines, *([""] if skipped else []), table(header, cells)])
@@ -217,7 +208,7 @@ def main() -> None:
                     continue
                 folder = scratch / f"{peer}-{i}"
                 folder.mkdir()
-                rows.append({"date": date.today().isoformat()} | measure(work, peer, pythons, file, folder))
+                rows.append({"date": date.today().isoformat()} | measure(work, peer, pythons[peer], file, folder))
                 print(json.dumps(rows[-1]), flush=True)
                 save(rows, wanted, what)
     save(rows, wanted, what, show=True)
