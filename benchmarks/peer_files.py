@@ -40,7 +40,7 @@ PROGRAMS = {
     "gptqmodel": "GPTQModel",
     "autoround": "auto-round",
     "bitsandbytes": "bitsandbytes",
-    "llama.cpp": "llama.cpp",
+    "llama.cpp": "llama-quantize, llama-cpp-python",
     "mlx": "mlx-lm",
 }
 """As `--peer` has them, and as they call themselves. auto-round runs AWQ files on a CPU with GPTQModel."""
