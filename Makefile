@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 BENCHMARKS := accuracy attention digits experts export fine-tuning generate gguf-engine gguf-sizes kernels kv-cache memory numerics \
-  outlier-channels solver-kernels streaming training
+  outlier-channels peer-files solver-kernels streaming training
 
 .PHONY: setup native demo test test-interop test-native lint fuzz clean $(addprefix bench-,$(BENCHMARKS))
 

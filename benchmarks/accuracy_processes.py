@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 
 
@@ -18,8 +19,10 @@ class Processes:
     _lock: Lock = field(default_factory=Lock)
     stopped: bool = False
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str], timeout: float) -> tuple[int, str, str]:
-        """(exit status, stdout, stderr).
+    def run(
+        self, command: Sequence[str], environment: Mapping[str, str], timeout: float, folder: Path | None = None
+    ) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr). folder: where it runs.
 
         Raises ValueError where it did not end within `timeout` seconds, or `stop` was called.
         """
@@ -28,6 +31,7 @@ class Processes:
                 raise ValueError("stopped")
             process = subprocess.Popen(
                 command,
+                cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -114,6 +114,20 @@ def test_a_checkpoint_is_read_back(changes: dict[str, Any], tmp_path: Path):
     assert same(layout.decode(layer, checkpoint.read)[0], replace(q, spec=layer.scheme.weight))
 
 
+def test_layers_of_auto_round_have_groups_of_their_own(tmp_path: Path):
+    specs = {"m.up": spec_of(4, 32, zero_point="integer"), "m.down": spec_of(4, 64, zero_point="integer")}
+    tensors: dict[str, torch.Tensor] = {"m.kept.weight": torch.zeros(4, 4, dtype=torch.float16)}
+    for name, spec in specs.items():
+        tensors |= LAYOUT.encode(layer_of(spec, name=name), [any_tensor(spec, (64, 64), 1)])
+    save_file(tensors, tmp_path / "model.safetensors")
+    own = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 32}
+    more = {"extra_config": {"m.down": {"group_size": 64}}}
+    found = LAYOUT.read_layers({"quantization_config": own | more}, open_checkpoint(tmp_path))
+    assert {layer.module: layer.scheme.weight for layer in found} == specs
+    with pytest.raises(CheckpointError, match="AWQ with 2 bits"):
+        LAYOUT.read_layers({"quantization_config": own | {"bits": 2}}, open_checkpoint(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("lie", "words"),
     [

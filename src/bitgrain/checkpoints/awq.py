@@ -12,7 +12,8 @@ Tensors of a layer `M` (AutoAWQ's WQLinear_GEMM):
 x = scale * (code - zero). The eight fields of a word, low bits first, hold the outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight.
 There is no symmetric form of its own: such layers have zero 8 everywhere, and are read back with zero points. One
 group size serves the whole checkpoint. float16 scales are what all readers take; vLLM's kernels also run bfloat16 ones,
-which a bfloat16 model keeps. Reading takes float32 too, and auto-round's files packed like this.
+which a bfloat16 model keeps. Reading takes float32 too, and auto-round's files packed like this, where a layer may have
+groups of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitgrain.checkpoints.auto_round import AUTO_ROUND, auto_round_settings, packed_as
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.linear_layers import check_tensors, kept_dtype, linear_layer, refuse_all_but_weights
 from bitgrain.checkpoints.reader import Checkpoint
@@ -57,24 +59,18 @@ class AWQ:
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         own = section(config)
-        auto_round = own.get("quant_method") == "auto-round" and own.get("packing_format") == "auto_round:auto_awq"
-        return own.get("quant_method") == "awq" or auto_round
+        return own.get("quant_method") == "awq" or packed_as(own) == self.name
 
     def read_layers(self, config: Mapping[str, Any], checkpoint: Checkpoint) -> list[StoredLayer]:
         own = section(config)
-        bits, group = own.get("bits", own.get("w_bit")), own.get("group_size", own.get("q_group_size"))
         kind = (
             str(own.get("version") or own.get("format") or "gemm").lower() if own["quant_method"] == "awq" else "gemm"
         )
         if kind != "gemm":
             raise CheckpointError(f"quantization_config: AWQ in version {kind!r}; the version 'gemm' is read")
-        if bits != 4:
-            raise CheckpointError(f"quantization_config: AWQ with {bits!r} bits; codes of 4 bits are read")
-        if type(group) is not int or (group != -1 and group < 1):
-            raise CheckpointError(f"quantization_config: group_size {group!r} is neither a number of inputs nor -1")
         dtype = kept_dtype(checkpoint.entries)
         modules = [name.removesuffix(".qweight") for name in checkpoint.entries if name.endswith(".qweight")]
-        return [self._read_layer(module, group, checkpoint, dtype) for module in modules]
+        return [self._read_layer(module, _group_of(module, own), checkpoint, dtype) for module in modules]
 
     def _read_layer(self, module: str, group: int, checkpoint: Checkpoint, dtype: torch.dtype | None) -> StoredLayer:
         """The layer, with the shapes and dtypes of its tensors checked."""
@@ -180,6 +176,17 @@ class AWQ:
             "zero_point": True,
             "modules_to_not_convert": names or None,
         }
+
+
+def _group_of(module: str, own: Mapping[str, Any]) -> int:
+    """The group size of a layer, -1 for whole rows. Raises CheckpointError unless its codes have 4 bits."""
+    settings = auto_round_settings(module, own) if own["quant_method"] == AUTO_ROUND else own
+    bits, group = settings.get("bits", settings.get("w_bit")), settings.get("group_size", settings.get("q_group_size"))
+    if bits != 4:
+        raise CheckpointError(f"quantization_config: AWQ with {bits!r} bits; codes of 4 bits are read")
+    if type(group) is not int or (group != -1 and group < 1):
+        raise CheckpointError(f"quantization_config: group_size {group!r} is neither a number of inputs nor -1")
+    return group
 
 
 def _pack_outputs(codes: Tensor) -> Tensor:

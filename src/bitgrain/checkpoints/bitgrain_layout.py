@@ -87,6 +87,8 @@ class BitgrainLayout:
             return f"{layer.module}: scales of scales of scales"
         if layer.scheme.weight.scale_format.bits > 8 and isinstance(nested, QuantSpec):
             return f"{layer.module}: nested scales of more than 8 bits"
+        if layer.input_global_scale is not None:
+            return f"{layer.module}: NVFP4 inputs with a shared scale of their own, {layer.input_global_scale}"
         static = layer.static_input
         if static is not None and (static.granularity != per_tensor() or isinstance(static.scale, QuantSpec)):
             return f"{layer.module}: static inputs {static.describe()}, only per_tensor with plain scales can be stored"

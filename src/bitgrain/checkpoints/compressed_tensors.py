@@ -145,7 +145,9 @@ class CompressedTensors:
                 assert isinstance(q.scale.scale, Tensor)
                 found["weight_global_scale"] = 1.0 / q.scale.scale.to(torch.float32).reshape(1)
                 if layer.scheme.input is not None:
-                    found["input_global_scale"] = torch.tensor([1.0 / NVFP4_INPUT_OUTER_SCALE])
+                    found["input_global_scale"] = torch.tensor(
+                        [layer.input_global_scale or 1 / NVFP4_INPUT_OUTER_SCALE]
+                    )
             else:
                 found["weight_scale"] = q.scale.view(torch.uint8)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from bitgrain.errors import CheckpointError, SchemeError
 from bitgrain.numerics import IntFormat, QuantSpec, mxfp4, nvfp4, per_block, per_channel, per_group, per_tensor
 from bitgrain.numerics.formats import BF16, FP8_E4M3, FP16, FP32, FloatFormat, Format
 from bitgrain.recipes import Scheme
+from bitgrain.recipes.scheme import NVFP4_INPUT_OUTER_SCALE
 
 
 class _Arguments(Lenient):
@@ -90,9 +92,24 @@ def read_layers(config: Mapping[str, Any], checkpoint: Checkpoint) -> list[Store
                 transposed=False,
                 dtype=entry.dtype if entry.dtype in _STORAGE else kept_dtype(entries) or torch.bfloat16,
                 scheme=scheme,
+                input_global_scale=_input_global_scale(module, scheme, checkpoint),
             )
         )
     return layers
+
+
+def _input_global_scale(module: str, scheme: Scheme, checkpoint: Checkpoint) -> float | None:
+    """Of NVFP4 inputs, where it is not the constant that we write: llm-compressor calibrates it."""
+    if scheme.input is None or not isinstance(scheme.input.scale, QuantSpec):
+        return None
+    name = f"{module}.input_global_scale"
+    entry = checkpoint.entries.get(name)
+    if entry is None or entry.dtype != torch.float32 or math.prod(entry.shape) != 1:
+        raise CheckpointError(f"{name}: one float32 is needed, for NVFP4 inputs")
+    found = float(checkpoint.read(name))
+    if not 0 < found < math.inf:
+        raise CheckpointError(f"{name} is {found}, which is no scale")
+    return None if found == 1 / NVFP4_INPUT_OUTER_SCALE else found
 
 
 def _shape(module: str, checkpoint: Checkpoint) -> tuple[int, int]:

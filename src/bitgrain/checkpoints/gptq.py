@@ -7,7 +7,7 @@ Tensors of a layer `M` (GPTQModel's pack, and AutoGPTQ's before it):
 | M.qweight | int32 [in * bits / 32, out]: a column's codes, densely packed along the inputs, low bits first |
 | M.qzeros  | int32 [groups, out * bits / 32]: zero points, packed along the outputs; v1 stores zero - 1 |
 | M.scales  | float16 or bfloat16 [groups, out] |
-| M.g_idx   | int32 [in]: the group of each input |
+| M.g_idx   | int32 [in]: the group of each input; auto-round's own files do without where inputs are in order |
 
 Codes are unsigned, x = scale * (code - zero), and symmetric layers have zero 2**(bits - 1). 3 bits: 32 codes in three
 words, the 11th and the 22nd across two of them, which is the same dense stream of bits. v1 subtracts 1 from each field
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitgrain.checkpoints.gptq_config import AUTO_ROUND, BITS, Settings, gptq_config, settings_of
+from bitgrain.checkpoints.auto_round import AUTO_ROUND, packed_as
+from bitgrain.checkpoints.gptq_config import BITS, Settings, gptq_config, settings_of
 from bitgrain.checkpoints.layout import Read, StoredLayer, check_inputs
 from bitgrain.checkpoints.linear_layers import (
     check_tensors,
@@ -51,11 +52,6 @@ from bitgrain.numerics.packing import pack, packed_length, unpack
 
 STORAGES = {torch.float16: FP16, torch.bfloat16: BF16, torch.float32: FP32}
 _FORMATS = {"gptq": "gptq", "gptq-v2": "gptq_v2"}
-_PACKING: dict[str, str] = {
-    **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq"), "gptq"),
-    **dict.fromkeys(("auto_round", "auto_round:gptqmodel", "auto_round:exllamav2"), "gptq_v2"),
-}
-"""What auto-round calls them."""
 
 
 class GPTQ:
@@ -74,7 +70,7 @@ class GPTQ:
     def recognises(self, config: Mapping[str, Any]) -> bool:
         own = section(config)
         if own.get("quant_method") == AUTO_ROUND:
-            return _PACKING.get(str(own.get("packing_format"))) == _FORMATS[self.name]
+            return packed_as(own) == self.name
         second = own.get("checkpoint_format") == "gptq_v2"
         return own.get("quant_method") == "gptq" and second == (self.version == 2)
 
@@ -105,7 +101,7 @@ class GPTQ:
         layer = linear_layer(module, words[1], cols, plain.spec(STORAGES[scales.dtype]), dtype or scales.dtype)
         if not cols or cols % layer.scheme.weight.granularity.tile(layer.shape)[1]:
             raise CheckpointError(f"{module}: groups of {settings.group} do not divide its {cols} inputs")
-        check_tensors(checkpoint, self.tensors(layer)[: None if order is not None else -1])
+        check_tensors(checkpoint, self.tensors(layer))
         if order is None or _is_plain(checkpoint.read(f"{module}.g_idx"), layer):
             return layer  # also one in act-order whose groups are static
         if not settings.ordered or settings.group == -1:
@@ -149,7 +145,7 @@ class GPTQ:
             TensorSpec(f"{layer.module}.qweight", torch.int32, (packed_length(cols, bits), rows)),
             TensorSpec(f"{layer.module}.qzeros", torch.int32, (groups, packed_length(rows, bits))),
             TensorSpec(f"{layer.module}.scales", float_dtype(spec.scale), (groups, rows)),
-            TensorSpec(f"{layer.module}.g_idx", torch.int32, (cols,)),
+            TensorSpec(f"{layer.module}.g_idx", torch.int32, (cols,), optional=not spec.ordered),
         ]
 
     def encode(

@@ -2,7 +2,7 @@
 
 `dynamic` (GPTQModel's, which vLLM reads too) maps a regular expression of module names to what is different there; the
 first that matches at the start of a name counts. "-:" before it means "not quantized", "+:" or nothing "with these
-values". auto-round's `extra_config` maps names, or expressions, in the same way.
+values". Of files of auto-round's own, see `checkpoints.auto_round`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from bitgrain.checkpoints.auto_round import AUTO_ROUND, auto_round_settings, settings_table
 from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.checkpoints.patterns import name_matches
 from bitgrain.errors import CheckpointError
 from bitgrain.numerics import Format, IntFormat, QuantSpec, per_channel, per_group
 
 BITS = (2, 3, 4, 8)
-AUTO_ROUND = "auto-round"
-_PLAIN = re.compile(r"[\w.-]*")
-"""A name that is no expression."""
 _JOINED: dict[str, str] = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
@@ -65,7 +63,11 @@ class Settings:
 
 def settings_of(module: str, config: Mapping[str, Any]) -> Settings:
     """The settings of a quantized module. Raises CheckpointError for what is damaged or not known."""
-    merged = {"desc_act": False, "sym": True, **config, **_override(module, config)}
+    if config.get("quant_method") == AUTO_ROUND:
+        own = auto_round_settings(module, config)
+    else:
+        own = {**config, **_override(module, config)}
+    merged = {"desc_act": False, "sym": True, **own}
     bits, group, symmetric, ordered = (merged.get(key) for key in ("bits", "group_size", "sym", "desc_act"))
     if type(bits) is not int or bits not in BITS:
         raise CheckpointError(f"quantization_config: {module} has codes of {bits!r} bits; GPTQ has {BITS}")
@@ -80,25 +82,13 @@ def settings_of(module: str, config: Mapping[str, Any]) -> Settings:
 
 def _override(module: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is different for `module`."""
-    if config.get("quant_method") == AUTO_ROUND:
-        table = _table(config, "extra_config")
-        matching = (key for key in table if not _PLAIN.fullmatch(key) and name_matches(key, module))
-        found = table.get(module) or table.get(next(matching, ""), {})
-        return {key: value for key, value in found.items() if value is not None}
-    for pattern, values in _table(config, "dynamic").items():
+    for pattern, values in settings_table(config, "dynamic").items():
         if pattern.startswith("-:"):
             if name_matches(pattern[2:], module):
                 raise CheckpointError(f"{module} is quantized, but quantization_config says it is not: {pattern!r}")
         elif name_matches(pattern.removeprefix("+:"), module):
             return values
     return {}
-
-
-def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Mapping[str, Any]]:
-    found: Any = config.get(key) or {}
-    if not isinstance(found, Mapping) or not all(isinstance(values, Mapping) for values in found.values()):
-        raise CheckpointError(f"quantization_config: {key} is no table of settings by module")
-    return found
 
 
 def gptq_config(

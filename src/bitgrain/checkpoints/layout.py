@@ -33,6 +33,7 @@ class StoredLayer:
     transposed    the original stores [in, out]; codes are always stored [out, in]
     dtype         of the original
     original      shape of the tensor, where it is seen as a matrix and is none: a convolution's [out, in, *kernel]
+    input_global_scale  1 / the shared scale of nested input scales (NVFP4), where a file has another than ours
     """
 
     tensor: str
@@ -47,6 +48,7 @@ class StoredLayer:
     dtype: torch.dtype
     scheme: Scheme
     original: tuple[int, ...] = ()
+    input_global_scale: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

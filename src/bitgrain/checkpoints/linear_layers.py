@@ -62,9 +62,11 @@ def refuse_all_but_weights(layer: StoredLayer, name: str) -> str | None:
 
 
 def check_tensors(checkpoint: Checkpoint, wanted: list[TensorSpec]) -> None:
-    """CheckpointError unless the checkpoint has all these tensors, by its headers."""
+    """CheckpointError unless the checkpoint has all these tensors but optional ones, by its headers."""
     for spec in wanted:
         found = checkpoint.entries.get(spec.name)
+        if found is None and spec.optional:
+            continue
         if found is None or found.dtype != spec.dtype or tuple(found.shape) != spec.shape:
             have = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
             raise CheckpointError(f"{spec.name} is {have}; config.json means {spec.dtype} {list(spec.shape)}")

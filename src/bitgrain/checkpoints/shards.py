@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -35,12 +35,14 @@ _PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to come: its name, dtype and shape. any_size: that of another writer may be longer or shorter (text)."""
+    """A tensor to come: its name, dtype and shape. any_size: that of another writer may be longer or shorter (text);
+    optional: readers do without it."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     any_size: bool = False
+    optional: bool = field(default=False, compare=False)
 
     @property
     def nbytes(self) -> int:

@@ -104,7 +104,8 @@ def load_layers(
 
     static, columns = stored.static_inputs(), stored.columns()
     schemes = {name: layer.scheme for name, layer in stored.layers.items()}
-    quantizers = input_quantizers(anatomy, schemes, rounding, static=static, columns=columns)
+    shared = {name: layer.input_global_scale for name, layer in stored.layers.items()}
+    quantizers = input_quantizers(anatomy, schemes, rounding, static=static, columns=columns, global_scales=shared)
     packed = _packed_layers(skeleton, anatomy, stored) if low_bit else {}
     places: list[Place] = []
     kernels: dict[str, KernelChoice] = {}
@@ -177,14 +178,18 @@ def input_quantizer_for(
     rounding: Rounding = "vllm",
     static: Sequence[StaticInput] = (),
     columns: Tensor | None = None,
+    global_scales: Sequence[float | None] = (),
 ) -> InputQuantizer:
     """The simulation of an input spec; nested scales get the constant that is written to the file.
 
+    global_scales: what a file has in place of that constant's inverse; of several, the largest counts, as in vLLM.
     static: the scales of a static spec. Several, of layers or experts that engines run as one, become one as there:
     vLLM runs all experts with the largest. columns: channels that the weight keeps, which are not rounded. Raises
     SchemeError for a static spec without any.
     """
-    outer = NVFP4_INPUT_OUTER_SCALE if isinstance(spec.scale, QuantSpec) else None
+    outer, usual = None, 1 / NVFP4_INPUT_OUTER_SCALE
+    if isinstance(spec.scale, QuantSpec):
+        outer = 1 / max((usual if one is None else one for one in global_scales), default=usual)
     return InputQuantizer(spec, outer, rounding, shared_input(static, spec) if static else None, columns)
 
 
@@ -237,16 +242,18 @@ def input_quantizers(
     prefix: str = "",
     static: Mapping[str, Sequence[StaticInput]] | None = None,
     columns: Mapping[str, Sequence[Tensor]] | None = None,
+    global_scales: Mapping[str, float | None] | None = None,
 ) -> dict[str, InputQuantizer]:
     """The quantizers of inputs by the path of the parameter in memory; `schemes` by original tensor name.
 
     prefix: only paths that begin so. static: the scales of static specs, by original tensor name; columns: which ones
-    weights keep, likewise. Raises ModelError where tensors that share one parameter in memory have different input
-    specs or columns, SchemeError for a static spec without its scale.
+    weights keep, global_scales: `StoredLayer.input_global_scale`, likewise. Raises ModelError where tensors that share
+    one parameter in memory have different input specs or columns, SchemeError for a static spec without its scale.
     """
     specs: dict[str, QuantSpec] = {}
     scales: dict[str, list[StaticInput]] = defaultdict(list)
     kept: dict[str, list[Tensor | None]] = defaultdict(list)
+    shared: dict[str, list[float | None]] = defaultdict(list)
     for weight in anatomy.weights:
         scheme = schemes.get(weight.tensor)
         if scheme is None or scheme.input is None:
@@ -258,7 +265,10 @@ def input_quantizers(
                     raise ModelError(f"{target}: {parts} have different activation schemes; give them one scheme")
                 scales[target] += (static or {}).get(weight.tensor, ())
                 kept[target] += (columns or {}).get(weight.tensor, (None,))
+                shared[target].append((global_scales or {}).get(weight.tensor))
     return {
-        target: input_quantizer_for(spec, rounding, scales[target], shared_columns(kept[target], target))
+        target: input_quantizer_for(
+            spec, rounding, scales[target], shared_columns(kept[target], target), shared[target]
+        )
         for target, spec in specs.items()
     }

@@ -52,8 +52,9 @@ class QuantizedCheckpoint(StoredModel):
         config = read_settings(folder)
         layout = layout_of(config)
         if layout is None:
-            method = section(config).get("quant_method")
+            method, packing = (section(config).get(key) for key in ("quant_method", "packing_format"))
             what = f"is quantized with {method}" if method else "is not quantized"
+            what += f" (packed as {packing!r})" if packing else ""
             raise CheckpointError(f"{folder} {what}; bitgrain reads the layouts {', '.join(LAYOUTS)}")
         self.layout: Layout = layout
         self.kind = layout.name
@@ -76,6 +77,8 @@ class QuantizedCheckpoint(StoredModel):
             raise CheckpointError(f"{self.path}: {refusal}")
         for spec in self.layout.tensors(layer):
             entry = self.checkpoint.entries.get(spec.name)
+            if entry is None and spec.optional:
+                continue
             if entry is None:
                 raise CheckpointError(f"{self.path}: {spec.name} is missing. Download the checkpoint again.")
             shape, wanted = tuple(entry.shape), tuple(spec.shape)
@@ -140,7 +143,7 @@ class QuantizedCheckpoint(StoredModel):
     def nbytes(self, tensor: str) -> int:
         layer, entries = self.layers.get(tensor), self.checkpoint.entries
         parts = [tensor] if layer is None else [part.name for part in self.layout.tensors(layer)]
-        return sum(entries[part].nbytes for part in parts)
+        return sum(entries[part].nbytes for part in parts if part in entries)
 
     def side_files(self, with_code: bool) -> dict[str, bytes]:
         return _side_files(self.path, with_code)

@@ -1,4 +1,4 @@
-"""GPTQModel, with its plain torch kernel."""
+"""GPTQModel, with its plain torch kernel, which is built in float16 (7.7 takes no float32) and run in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ def _logits(path: Path, ids: Tensor) -> Tensor:
     library: Any = import_module("gptqmodel")
     try:
         with quiet(), torch.inference_mode():
-            # its kernels load 16 bits only, and then multiply in what they are given
             model = library.GPTQModel.load(str(path), device="cpu", backend=library.BACKEND.TORCH, dtype=torch.float16)
             return model.model.float()(input_ids=ids).logits
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
