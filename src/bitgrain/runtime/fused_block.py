@@ -146,7 +146,7 @@ class FusedForward(OwnedBy):
                 return False
         if guards is None or not guards.hold():
             self._native = build(block, self.plan)
-            guards = self._guards = Guards(block, {**self.plan.norms(), **_dense_parameters(block, self.plan)})
+            guards = self._guards = Guards.of_block(block, {**self.plan.norms(), **_dense_parameters(block, self.plan)})
         if torch.is_grad_enabled() and guards.need_gradients():
             return False
         return self._native is not None and guards.no_hooks()

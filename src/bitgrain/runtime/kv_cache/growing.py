@@ -18,82 +18,128 @@ _LEAST = 64
 """Tokens that memory is taken for at least."""
 
 
-class _Room:
-    """Memory [b, h, capacity, d] of which tokens start..stop are in use; `view` shows them."""
+class Room:
+    """Memory [b, h, capacity, d] of which tokens start..stop are in use, or another tensor that is held in its place."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
-        self.view: Tensor | None = None
-        self.start = self.stop = 0
+        self.start = self.stop = self.capacity = 0
+        self.kind: tuple[Any, ...] = ()
+        """(b, h, d, dtype) of the memory."""
+        self.place: tuple[int, int, int] = (0, 0, 0)
+        """Address of its first token, strides of b and h."""
+        self._held: Tensor | None = None
 
-    def append(self, held: Tensor, x: Tensor, write: bool) -> Tensor:
-        """held with x behind it. held: what the layer holds; another tensor than `view` where it was changed.
+    @property
+    def held(self) -> Tensor | None:
+        """What is held: a view, made when it is asked for."""
+        if self._held is None and self.memory is not None:
+            self._held = self.memory.narrow(2, self.start, self.stop - self.start)
+        return self._held
 
-        write False: room of the shape of x, which somebody else fills
-        """
-        if torch.is_grad_enabled() and (x.requires_grad or held.requires_grad):
-            return torch.cat([held, x], dim=2)
-        used, more = (0 if held.numel() == 0 else held.shape[2]), x.shape[2]
+    def hold(self, x: Tensor | None) -> None:
+        """Hold another tensor, until tokens are added to it."""
+        self.memory, self._held, self.capacity = None, x, 0
+
+    @property
+    def tokens(self) -> int:
+        if self.memory is not None:
+            return self.stop - self.start
+        return 0 if self._held is None or self._held.numel() == 0 else self._held.shape[2]
+
+    def append(self, x: Tensor, write: bool) -> None:
+        """Hold x too, behind the others. write False: only room of its shape, which somebody else fills."""
+        held, used, more = None, self.tokens, x.shape[2]
+        if torch.is_grad_enabled():
+            held = self.held
+            assert held is not None
+            if x.requires_grad or held.requires_grad:
+                self.hold(torch.cat([held, x], dim=2))
+                return
         memory = self.memory
-        fits = memory is not None and held is self.view and self.stop + more <= memory.shape[2]
+        fits = memory is not None and self.stop + more <= self.capacity
         if memory is None or not fits or (memory.is_inference() and not torch.is_inference_mode_enabled()):
             capacity = max(_LEAST, (used + more) + (used + more) // 2)
-            memory = x.new_empty(*x.shape[:2], capacity, x.shape[3])
+            memory, held = x.new_empty(*x.shape[:2], capacity, x.shape[3]), self.held
             if used:
+                assert held is not None
                 memory[:, :, :used] = held
-            self.memory, self.start, self.stop = memory, 0, used
+            self.memory, self.start, self.stop, self.capacity = memory, 0, used, capacity
+            self._found()
         if write:
             memory[:, :, self.stop : self.stop + more] = x
-        self.stop += more
-        return self.show()
+        self.extend(more)
 
-    def show(self) -> Tensor:
+    def extend(self, count: int) -> None:
+        """Hold so many tokens more, for which there is room."""
+        self.stop += count
+        self._held = None
+
+    def cut(self, first: int, last: int) -> None:
+        """Hold tokens first..last of what is held."""
+        if self.memory is None:
+            self._held = None if self._held is None else self._held[:, :, first:last]
+            return
+        self.start, self.stop, self._held = self.start + first, self.start + last, None
+        self._found()
+
+    def _found(self) -> None:
+        """Note what the memory is like."""
         assert self.memory is not None
-        self.view = self.memory.narrow(2, self.start, self.stop - self.start)
-        return self.view
-
-    def cut(self, held: Tensor, first: int, last: int) -> Tensor:
-        """Tokens first..last of what is held."""
-        if held is not self.view:
-            return held[:, :, first:last]
-        self.start, self.stop = self.start + first, self.start + last
-        return self.show()
+        (batch, heads, _, size), (a, b, _, _) = self.memory.shape, self.memory.stride()
+        self.kind = batch, heads, size, self.memory.dtype
+        self.place = self.memory.data_ptr() + self.start * size * self.memory.itemsize, a, b
 
 
 class GrowingLayer(DynamicLayer):
     """In place of transformers' DynamicLayer. What it returns is overwritten only after `crop`."""
 
     def __init__(self) -> None:
+        self.rooms = (Room(), Room())
         super().__init__()
-        self._rooms = (_Room(), _Room())
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[batch, heads, tokens, size]."""
+        return self.rooms[0].held
+
+    @keys.setter
+    def keys(self, x: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.rooms[0].hold(x)
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[batch, heads, tokens, size]."""
+        return self.rooms[1].held
+
+    @values.setter
+    def values(self, x: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.rooms[1].hold(x)
+
+    def get_seq_length(self) -> int:
+        return self.rooms[0].tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values [batch, heads, tokens, size]; returns views of all. write=False: only their room."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        write = bool(kwargs.get("write", True))
+        for room, x in zip(self.rooms, (key_states, value_states), strict=True):
+            room.append(x, write)
         assert self.keys is not None
         assert self.values is not None
-        write = bool(kwargs.get("write", True))
-        self.keys = self._rooms[0].append(self.keys, key_states, write)
-        self.values = self._rooms[1].append(self.values, value_states, write)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to remove as a negative number")
-        if tokens_to_remove and self.get_seq_length():
-            assert self.keys is not None
-            self._cut(0, max(0, self.keys.shape[2] + tokens_to_remove))
-
-    def reset(self) -> None:
-        super().reset()
-        self._rooms = (_Room(), _Room())
+        held = self.rooms[0].tokens
+        if tokens_to_remove and held:
+            self._cut(0, max(0, held + tokens_to_remove))
 
     def _cut(self, first: int, last: int) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = self._rooms[0].cut(self.keys, first, last)
-        self.values = self._rooms[1].cut(self.values, first, last)
+        for room in self.rooms:
+            room.cut(first, last)
 
 
 class GrowingSlidingLayer(SlidingWindow, GrowingLayer):
@@ -112,9 +158,7 @@ class GrowingSlidingLayer(SlidingWindow, GrowingLayer):
         return keys[:, :, -seen:], values[:, :, -seen:]
 
     def _shrink(self) -> None:
-        if self.keys is None:
-            return
-        tokens = self.keys.shape[2]
+        tokens = self.rooms[0].tokens
         self._cut(max(0, tokens - self.sliding_window + 1), tokens)
 
 
