@@ -171,23 +171,30 @@ class DecoderStack:
 
     def __init__(self, blocks: Sequence[DecoderBlock]) -> None:
         self.blocks = list(blocks)
+        self.heads = [(one.attention.kv_heads, one.attention.head_dim) for one in blocks]
+        """Heads of keys and values of each one, and their size."""
         self.handle: Any = native().DecoderStack([one.handle for one in blocks])
 
     def run(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[BlockCache]) -> Tensor | None:
         """As `DecoderBlock.run` of each, bit for bit; caches: of each."""
-        y = torch.empty_like(x)
         places: list[int] = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            places += cache.place(x, block.attention.kv_heads, block.attention.head_dim)
-        good = self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, y.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if not good:
+        for cache, (heads, size) in zip(caches, self.heads, strict=True):
+            places += cache.place(x, heads, size)
+        y = self.run_at(x, cos, sin, places)
+        if y is None:
             return None
         for cache in caches:
             cache.written()
         return y
+
+    def run_at(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, places: list[int]) -> Tensor | None:
+        """The same; places: what `BlockCache.place` says of each cache, one behind the other."""
+        y = torch.empty_like(x)
+        good = self.handle.run(
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, y.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y if good else None
 
 
 def _positions(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, int, int]:

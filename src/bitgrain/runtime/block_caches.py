@@ -44,3 +44,27 @@ def all_with_room(layers: Sequence[Any], x: Tensor, parts: Sequence[AttentionPar
         else:
             found.append(PackedCache(layer.held_keys.packed, layer.held_values.packed, x.shape[1]))
     return found
+
+
+def places_with_room(layers: Sequence[Any], x: Tensor, heads: Sequence[tuple[int, int]]) -> list[int] | None:
+    """As native code is told of plain layers that have room for the tokens of x, and hold them from now on; None, and
+    nothing is changed, where one has none yet.
+
+    heads: of each layer, and their size
+    """
+    (batch, new, _), dtype = x.shape, x.dtype
+    places: list[int] = []
+    for layer, (count, size) in zip(layers, heads, strict=True):
+        if type(layer) is not GrowingLayer:
+            return None
+        keys, values = layer.rooms
+        if not keys.has_room(new) or not values.has_room(new) or keys.tokens != values.tokens:
+            return None
+        if keys.kind != (batch, count, size, dtype) or values.kind != keys.kind:
+            return None
+        (k, k_batch, k_head), (v, v_batch, v_head) = keys.place, values.place
+        places += (0, keys.stop - keys.start + new, k, v, k_batch, k_head, v_batch, v_head)
+    for layer in layers:
+        for room in layer.rooms:
+            room.extend(new)
+    return places

@@ -29,6 +29,7 @@ class Room:
         self.place: tuple[int, int, int] = (0, 0, 0)
         """Address of its first token, strides of b and h."""
         self._held: Tensor | None = None
+        self._inference = False
 
     @property
     def held(self) -> Tensor | None:
@@ -57,8 +58,7 @@ class Room:
                 self.hold(torch.cat([held, x], dim=2))
                 return
         memory = self.memory
-        fits = memory is not None and self.stop + more <= self.capacity
-        if memory is None or not fits or (memory.is_inference() and not torch.is_inference_mode_enabled()):
+        if memory is None or not self.has_room(more):
             capacity = max(_LEAST, (used + more) + (used + more) // 2)
             memory, held = x.new_empty(*x.shape[:2], capacity, x.shape[3]), self.held
             if used:
@@ -69,6 +69,11 @@ class Room:
         if write:
             memory[:, :, self.stop : self.stop + more] = x
         self.extend(more)
+
+    def has_room(self, count: int) -> bool:
+        """For so many tokens more, behind those that are held."""
+        fits = self.stop + count <= self.capacity
+        return fits and not (self._inference and not torch.is_inference_mode_enabled())
 
     def extend(self, count: int) -> None:
         """Hold so many tokens more, for which there is room."""
@@ -87,7 +92,7 @@ class Room:
         """Note what the memory is like."""
         assert self.memory is not None
         (batch, heads, _, size), (a, b, _, _) = self.memory.shape, self.memory.stride()
-        self.kind = batch, heads, size, self.memory.dtype
+        self.kind, self._inference = (batch, heads, size, self.memory.dtype), self.memory.is_inference()
         self.place = self.memory.data_ptr() + self.start * size * self.memory.itemsize, a, b
 
 

@@ -1,0 +1,194 @@
+"""The forward of a model whose decoder layers run in one native call: one new token goes past transformers' own code.
+
+What that code does for one token behind a cache is little: rows of the embedding, a position, no mask, the layers, the
+last norm. `models.fused_steps` finds out that it is no more and proves it by running both; whatever else is asked for
+(a mask that hides something, embeddings in place of tokens, hidden states, gradients, hooks) goes the model's own way.
+"""
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bitgrain.runtime.fused_block import MOST_ROWS, FusedForward, fit
+from bitgrain.runtime.fused_stack import FusedStack
+from bitgrain.runtime.guards import Guards
+from bitgrain.runtime.kv_cache.growing import GrowingLayer
+from bitgrain.runtime.kv_cache.layers import QuantizedLayer
+from bitgrain.runtime.owned import OwnedBy
+from bitgrain.runtime.positions import Positions
+
+_SETTINGS = (
+    "_attn_implementation_internal",
+    "num_hidden_layers",
+    "output_attentions",
+    "_output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "is_causal",
+    "sliding_window",
+    "attention_chunk_size",
+    "layer_types",
+)
+"""What transformers asks a config about while it makes one token."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Paths in the model, and what its forward takes and gives.
+
+    rotary  gives what layers are passed as position_embeddings; "" where they are passed none
+    cache   name of the past among the arguments and in the output
+    """
+
+    embedding: str
+    rotary: str
+    layers: str
+    norm: str
+    cache: str
+    output: type[Any]
+
+
+class FusedModel(OwnedBy):
+    """In place of the forward of a model that calls the layers of `stack`; plan None: it always runs its own."""
+
+    def __init__(self, model: nn.Module, stack: FusedStack | None, plan: ModelPlan | None = None) -> None:
+        super().__init__(model)
+        self.stack, self.plan = stack, plan
+        self._own = type(model).forward
+        own = inspect.signature(self._own)
+        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+        self._known = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
+        self._known |= {plan.cache} if plan else set()
+        self._guards: Guards | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["owner"], None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.plan is not None and not args and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = self.step(self.plan, kwargs)
+            if found is not None:
+                return found
+        return self.original(*args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        owner, stack = self.owner, self.stack
+        if stack is None:
+            return type(owner).forward(owner, *args, **kwargs)
+        stack.enter()
+        try:
+            return type(owner).forward(owner, *args, **kwargs)
+        finally:
+            stack.leave()
+
+    def step(self, plan: ModelPlan, kwargs: dict[str, Any]) -> Any:
+        """The output for one new token of each sequence; None where the model has to find it by itself."""
+        owner, stack, ids, cache = self.owner, self.stack, kwargs.get("input_ids"), kwargs.get(plan.cache)
+        if stack is None or type(ids) is not Tensor or cache is None or owner.training:
+            return None
+        if kwargs.get("use_cache") is not True or kwargs.get("return_dict") is False:
+            return None
+        for name, value in kwargs.items():
+            if value is not None and value is not False and name not in self._known:
+                return None
+        if ids.ndim != 2 or ids.shape[1] != 1 or not 0 < len(ids) <= MOST_ROWS or ids.device.type != "cpu":
+            return None
+        layers = getattr(cache, "layers", None)
+        if not layers or type(layers[0]) not in (GrowingLayer, QuantizedLayer):
+            return None
+        past = layers[0].get_seq_length()
+        if not past or not _sees_all(kwargs.get("attention_mask"), (len(ids), past + 1)):
+            return None
+        guards = self._guards
+        if guards is None or not guards.hold():
+            guards = self._guards = self._look(plan, stack, ids)
+        if guards is None or not guards.no_hooks() or type(owner).forward is not self._own:
+            return None
+        if len(layers) != self._count:
+            return None
+        x: Tensor = self._embedding[0](self._embedding[1], ids)
+        turned = None, None
+        if self._positions is not None:
+            turned = self._positions.of(x, kwargs.get("position_ids"), past)
+            if turned is None or not fit(x, *turned, self._attention):
+                return None
+        y = stack.compute(x, *turned, layers)
+        if y is None:
+            return None
+        return plan.output(last_hidden_state=self._norm[0](self._norm[1], y), **{plan.cache: cache})
+
+    def _look(self, plan: ModelPlan, stack: FusedStack, ids: Tensor) -> Guards | None:
+        """What steps rest on from now on; None where they cannot be."""
+        owner, forwards = self.owner, stack.forwards()
+        config = cast(Any, owner).config
+        container = owner.get_submodule(plan.layers)
+        found = [block.__dict__.get("forward") for block in container.children()]
+        if found != forwards or not _is_plain(config) or config.num_hidden_layers != len(found):
+            return None
+        attentions = [one.plan.attention for one in forwards]
+        if [one.layer for one in attentions] != list(range(len(found))) or any(
+            value is not None for one in attentions for value in one.extras.values()
+        ):
+            return None
+        embedding, norm = owner.get_submodule(plan.embedding), owner.get_submodule(plan.norm)
+        if any(one.attended.config is not config for one in forwards) or not stack.is_whole(embedding(ids)):
+            return None
+        guards = Guards()
+        for path in (plan.embedding, plan.norm, plan.layers, *((plan.rotary,) if plan.rotary else ())):
+            parent, _, name = path.rpartition(".")
+            guards.watch_child(owner.get_submodule(parent), name)
+        for name, block in container.named_children():
+            guards.watch_value(container._modules, name)
+            guards.watch_value(block.__dict__, "forward")
+            guards.watch_value(block.__dict__, "training")
+            guards.watch_hooks(block)
+        for one in forwards:
+            assert one.guards is not None
+            guards.join(one.guards)
+        for name in _SETTINGS:
+            guards.watch_value(vars(config), config.attribute_map.get(name, name))
+        self._positions = None
+        if plan.rotary:
+            rotary = owner.get_submodule(plan.rotary)
+            self._positions = Positions(rotary)
+            guards.watch_tensors(rotary._buffers, rotary._buffers)
+            for name, value in vars(rotary).items():
+                if isinstance(value, int | float | str):
+                    guards.watch_value(vars(rotary), name)
+        self._embedding, self._norm = (type(embedding).forward, embedding), (type(norm).forward, norm)
+        self._attention, self._count = attentions[0], len(found)
+        guards.look()
+        return guards
+
+
+def unfuse(module: nn.Module) -> None:
+    """Undo `fuse` for everything inside `module`."""
+    for part in module.modules():
+        if isinstance(part.__dict__.get("forward"), FusedForward | FusedModel):
+            del part.__dict__["forward"]
+
+
+def _sees_all(mask: Any, shape: tuple[int, int]) -> bool:
+    """Whether a mask hides nothing."""
+    return mask is None or (isinstance(mask, Tensor) and mask.shape == shape and bool(mask.all()))
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether transformers makes no mask for one token, and gives what it is asked for and no more."""
+    return (
+        config._attn_implementation == "sdpa"
+        and getattr(config, "is_causal", True) is True
+        and getattr(config, "sliding_window", None) is None
+        and getattr(config, "attention_chunk_size", None) is None
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+        and config.return_dict is not False
+        and not config.output_attentions
+        and not config.output_hidden_states
+    )
