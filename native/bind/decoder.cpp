@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "bind/bind.h"
+#include "decoder/module_norm.h"
 #include "decoder/stack.h"
 #include "kernels.h"
 #include "pool.h"
@@ -171,6 +172,11 @@ void bind_decoder(nb::module_& m) {
     nb::gil_scoped_release free;
     const NormRows rows{norm, at<void>(x), DType(type), stride};
     make_rows({kernels().norm_row, &rows}, count, norm.width, at<void>(y), DType(type), threads);
+  });
+  m.def("module_norm", [](uintptr_t x, int type, int64_t rows, int64_t width, uintptr_t weight, float eps, int lanes,
+                          uintptr_t y) {
+    nb::gil_scoped_release free;
+    module_norm(at<void>(x), DType(type), rows, width, at<void>(weight), eps, lanes, at<void>(y));
   });
   m.def("gated_rows", [](uintptr_t gate, uintptr_t up, int type, int64_t count, int64_t stride, int64_t width, int act,
                          uintptr_t y, int threads) {

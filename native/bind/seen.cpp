@@ -11,6 +11,8 @@ namespace nb = nanobind;
 
 namespace {
 
+constexpr size_t kAhead = 16;  // entries
+
 class Seen {
  public:
   using Entry = std::tuple<nb::dict, nb::str, nb::object>;  // a dictionary, a key, its value; None: the key is absent
@@ -19,7 +21,14 @@ class Seen {
 
   // the very same objects
   bool hold() const {
-    for (const auto& [owner, key, value] : entries_) {
+    const size_t count = entries_.size();
+    for (size_t i = 0; i < count; ++i) {
+      // they lie anywhere, and weights have driven them out of the caches
+      if (i + kAhead < count) __builtin_prefetch(std::get<0>(entries_[i + kAhead]).ptr());
+      if (i + kAhead / 2 < count) {
+        __builtin_prefetch(reinterpret_cast<PyDictObject*>(std::get<0>(entries_[i + kAhead / 2]).ptr())->ma_keys);
+      }
+      const auto& [owner, key, value] = entries_[i];
       PyObject* now = PyDict_GetItemWithError(owner.ptr(), key.ptr());
       if (now != value.ptr() && (now != nullptr || !value.is_none())) {
         if (PyErr_Occurred()) throw nb::python_error();

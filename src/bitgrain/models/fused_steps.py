@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitgrain.errors import KernelError
+from bitgrain.kernels.rows import ModuleNorm
 from bitgrain.models.block_trace import TOKENS, embedded_tokens, some_tokens
 from bitgrain.runtime.fused_block import stack
 from bitgrain.runtime.fused_model import FusedModel, ModelPlan
@@ -85,7 +87,25 @@ def _plan(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> ModelPlan | No
             return None
         if given.get("position_embeddings") is not turned:
             return None
-    return ModelPlan(embedding, rotary, layers, norm, past, type(output))
+    return ModelPlan(embedding, rotary, layers, norm, past, type(output), _gain(base.get_submodule(norm), x[-1]))
+
+
+def _gain(norm: nn.Module, x: Tensor) -> tuple[str, float] | None:
+    """The parameter and eps with which `ModuleNorm` gives the bits that the norm gives for inputs like x."""
+    rows = torch.randn(64, *x.shape, generator=torch.Generator().manual_seed(0))
+    rows = (rows * torch.logspace(-2, 2, len(rows)).view(-1, *(1,) * x.ndim)).to(x.dtype)
+    parameters = dict(norm.named_parameters())
+    if len(parameters) != 1 or x.numel() != x.shape[-1]:
+        return None
+    name, weight = next(iter(parameters.items()))
+    for eps in {value for value in vars(norm).values() if isinstance(value, float) and 0 < value < 1e-2}:
+        try:
+            own = ModuleNorm(weight, eps)
+            if all(own(row).equal(norm(row)) for row in (*rows, x)):
+                return name, eps
+        except KernelError:
+            return None
+    return None
 
 
 def _watched(

@@ -9,12 +9,15 @@ last norm. `models.fused_steps` finds out that it is no more and proves it by ru
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from bitgrain.kernels.rows import ModuleNorm
 from bitgrain.runtime.fused_block import MOST_ROWS, FusedForward, fit
 from bitgrain.runtime.fused_stack import FusedStack
 from bitgrain.runtime.guards import Guards
@@ -44,6 +47,7 @@ class ModelPlan:
 
     rotary  gives what layers are passed as position_embeddings; "" where they are passed none
     cache   name of the past among the arguments and in the output
+    gain    (parameter, eps) of the norm, where `ModuleNorm` gives its bits; or None
     """
 
     embedding: str
@@ -52,6 +56,7 @@ class ModelPlan:
     norm: str
     cache: str
     output: type[Any]
+    gain: tuple[str, float] | None
 
 
 class FusedModel(OwnedBy):
@@ -66,6 +71,8 @@ class FusedModel(OwnedBy):
         self._known = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
         self._known |= {plan.cache} if plan else set()
         self._guards: Guards | None = None
+        self._embedding: Callable[[Tensor], Tensor]
+        self._norm: Callable[[Tensor], Tensor]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["owner"], None)
@@ -113,7 +120,7 @@ class FusedModel(OwnedBy):
             return None
         if len(layers) != self._count:
             return None
-        x: Tensor = self._embedding[0](self._embedding[1], ids)
+        x: Tensor = self._embedding(ids)
         turned = None, None
         if self._positions is not None:
             turned = self._positions.of(x, kwargs.get("position_ids"), past)
@@ -122,7 +129,7 @@ class FusedModel(OwnedBy):
         y = stack.compute(x, *turned, layers)
         if y is None:
             return None
-        return plan.output(last_hidden_state=self._norm[0](self._norm[1], y), **{plan.cache: cache})
+        return plan.output(last_hidden_state=self._norm(y), **{plan.cache: cache})
 
     def _look(self, plan: ModelPlan, stack: FusedStack, ids: Tensor) -> Guards | None:
         """What steps rest on from now on; None where they cannot be."""
@@ -138,7 +145,8 @@ class FusedModel(OwnedBy):
         ):
             return None
         embedding, norm = owner.get_submodule(plan.embedding), owner.get_submodule(plan.norm)
-        if any(one.attended.config is not config for one in forwards) or not stack.is_whole(embedding(ids)):
+        embedded = embedding(ids)
+        if any(one.attended.config is not config for one in forwards) or not stack.is_whole(embedded):
             return None
         guards = Guards()
         for path in (plan.embedding, plan.norm, plan.layers, *((plan.rotary,) if plan.rotary else ())):
@@ -159,10 +167,12 @@ class FusedModel(OwnedBy):
             rotary = owner.get_submodule(plan.rotary)
             self._positions = Positions(rotary)
             guards.watch_tensors(rotary._buffers, rotary._buffers)
-            for name, value in vars(rotary).items():
-                if isinstance(value, int | float | str):
-                    guards.watch_value(vars(rotary), name)
-        self._embedding, self._norm = (type(embedding).forward, embedding), (type(norm).forward, norm)
+            guards.watch_settings(rotary)
+        self._embedding, self._norm = partial(type(embedding).forward, embedding), partial(type(norm).forward, norm)
+        if plan.gain is not None and norm.get_parameter(plan.gain[0]).dtype == embedded.dtype:
+            self._norm = ModuleNorm(norm.get_parameter(plan.gain[0]), plan.gain[1])
+            guards.watch_tensors(norm._parameters, [plan.gain[0]])
+            guards.watch_settings(norm)
         self._attention, self._count = attentions[0], len(found)
         guards.look()
         return guards

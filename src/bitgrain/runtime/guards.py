@@ -79,6 +79,12 @@ class Guards:
                 self.watch_value(owner, name)
                 self._tensors.append(one)
 
+    def watch_settings(self, module: nn.Module) -> None:
+        """Numbers and names among a module's attributes."""
+        for name, value in vars(module).items():
+            if isinstance(value, int | float | str):
+                self.watch_value(vars(module), name)
+
     def look(self) -> None:
         """Note what everything is like."""
         self._seen, self._unpatched = native().Seen(self._entries), native().Seen(self._forwards)
