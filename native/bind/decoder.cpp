@@ -115,12 +115,12 @@ class DecoderStack {
     for (const DecoderBlock* one : blocks) blocks_.push_back({&one->attention_, one->mlp()});
   }
 
-  // caches: as of one block, one behind the other
+  // caches: where the numbers of each block's lie, one behind the other
   bool run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
-           int64_t cos_rows, int64_t rotary_dim, const std::vector<int64_t>& caches, uintptr_t y, int threads) const {
+           int64_t cos_rows, int64_t rotary_dim, uintptr_t caches, uintptr_t y, int threads) const {
     nb::gil_scoped_release free;
     std::vector<KeysValues> all;
-    for (size_t i = 0; i < blocks_.size(); ++i) all.push_back(cache_of(&caches[kCacheNumbers * i]));
+    for (size_t i = 0; i < blocks_.size(); ++i) all.push_back(cache_of(at<int64_t>(caches) + kCacheNumbers * i));
     return run_stack(blocks_, at<void>(x), DType(type), batch, tokens,
                      {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim}, all, Mask{}, at<void>(y),
                      threads);

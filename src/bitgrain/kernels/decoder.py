@@ -7,6 +7,7 @@ made of is said by `AttentionPart` and `MlpPart`; the twin is the module itself.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,9 +178,9 @@ class DecoderStack:
 
     def run(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[BlockCache]) -> Tensor | None:
         """As `DecoderBlock.run` of each, bit for bit; caches: of each."""
-        places: list[int] = []
+        places = array("q")
         for cache, (heads, size) in zip(caches, self.heads, strict=True):
-            places += cache.place(x, heads, size)
+            places.extend(cache.place(x, heads, size))
         y = self.run_at(x, cos, sin, places)
         if y is None:
             return None
@@ -187,12 +188,12 @@ class DecoderStack:
             cache.written()
         return y
 
-    def run_at(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, places: list[int]) -> Tensor | None:
+    def run_at(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, places: array[int]) -> Tensor | None:
         """The same; places: what `BlockCache.place` says of each cache, one behind the other."""
         y = torch.empty_like(x)
         good = self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, y.data_ptr(),
-            torch.get_num_threads(),
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places.buffer_info()[0],
+            y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y if good else None
 

@@ -18,28 +18,60 @@ _LEAST = 64
 """Tokens that memory is taken for at least."""
 
 
+class Lent:
+    """Tokens that several rooms hold since a lease of them was made, and have not noted."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+
 class Room:
-    """Memory [b, h, capacity, d] of which tokens start..stop are in use, or another tensor that is held in its place."""
+    """Memory [b, h, capacity, d] of which tokens start..stop are in use; or another tensor that is held instead."""
+
+    changes = 0
+    """Of all rooms, but for tokens that are lent."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
-        self.start = self.stop = self.capacity = 0
+        self.start = self.capacity = self._stop = 0
         self.kind: tuple[Any, ...] = ()
         """(b, h, d, dtype) of the memory."""
         self.place: tuple[int, int, int] = (0, 0, 0)
         """Address of its first token, strides of b and h."""
         self._held: Tensor | None = None
-        self._inference = False
+        self._lent: Lent | None = None
+        self.inference = False
+        Room.changes += 1
+
+    def __getstate__(self) -> tuple[Tensor | None, int, int]:
+        memory = self._held if self.memory is None else self.memory
+        return memory, self.start, -1 if self.memory is None else self.stop
+
+    def __setstate__(self, state: tuple[Tensor | None, int, int]) -> None:
+        self.__init__()
+        memory, start, stop = state
+        if stop < 0:
+            self._held = memory
+        else:
+            self.memory, self.start, self._stop = memory, start, stop
+            self._found()
+
+    @property
+    def stop(self) -> int:
+        return self._stop if self._lent is None else self._stop + self._lent.tokens
 
     @property
     def held(self) -> Tensor | None:
         """What is held: a view, made when it is asked for."""
-        if self._held is None and self.memory is not None:
-            self._held = self.memory.narrow(2, self.start, self.stop - self.start)
+        if self.memory is None:
+            return self._held
+        if self._held is None or self._held.shape[2] != self.tokens:
+            self._held = self.memory.narrow(2, self.start, self.tokens)
         return self._held
 
     def hold(self, x: Tensor | None) -> None:
         """Hold another tensor, until tokens are added to it."""
+        self._change()
         self.memory, self._held, self.capacity = None, x, 0
 
     @property
@@ -50,7 +82,7 @@ class Room:
 
     def append(self, x: Tensor, write: bool) -> None:
         """Hold x too, behind the others. write False: only room of its shape, which somebody else fills."""
-        held, used, more = None, self.tokens, x.shape[2]
+        used, more = self.tokens, x.shape[2]
         if torch.is_grad_enabled():
             held = self.held
             assert held is not None
@@ -64,7 +96,8 @@ class Room:
             if used:
                 assert held is not None
                 memory[:, :, :used] = held
-            self.memory, self.start, self.stop, self.capacity = memory, 0, used, capacity
+            self._change()
+            self.memory, self.start, self._stop = memory, 0, used
             self._found()
         if write:
             memory[:, :, self.stop : self.stop + more] = x
@@ -73,26 +106,39 @@ class Room:
     def has_room(self, count: int) -> bool:
         """For so many tokens more, behind those that are held."""
         fits = self.stop + count <= self.capacity
-        return fits and not (self._inference and not torch.is_inference_mode_enabled())
+        return fits and not (self.inference and not torch.is_inference_mode_enabled())
 
     def extend(self, count: int) -> None:
         """Hold so many tokens more, for which there is room."""
-        self.stop += count
-        self._held = None
+        self._change()
+        self._stop += count
+
+    def lend(self, lent: Lent) -> None:
+        """Hold what is added to `lent` too, as long as nothing else changes."""
+        self._change()
+        self._lent = lent
 
     def cut(self, first: int, last: int) -> None:
         """Hold tokens first..last of what is held."""
+        self._change()
         if self.memory is None:
             self._held = None if self._held is None else self._held[:, :, first:last]
             return
-        self.start, self.stop, self._held = self.start + first, self.start + last, None
+        self.start, self._stop = self.start + first, self.start + last
         self._found()
+
+    def _change(self) -> None:
+        """Before anything is changed: take note of tokens that were added by a lease, and end it."""
+        self._stop, self._lent = self.stop, None
+        Room.changes += 1
 
     def _found(self) -> None:
         """Note what the memory is like."""
         assert self.memory is not None
-        (batch, heads, _, size), (a, b, _, _) = self.memory.shape, self.memory.stride()
-        self.kind, self._inference = (batch, heads, size, self.memory.dtype), self.memory.is_inference()
+        (batch, heads, self.capacity, size), (a, b, _, _) = self.memory.shape, self.memory.stride()
+        self.kind, self.inference, self._held = (
+            (batch, heads, size, self.memory.dtype), self.memory.is_inference(), None,
+        )  # fmt: skip
         self.place = self.memory.data_ptr() + self.start * size * self.memory.itemsize, a, b
 
 
@@ -101,7 +147,12 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         self.rooms = (Room(), Room())
+        self.lease: Any = None
+        """What the first layer of a cache keeps for `runtime.block_caches`."""
         super().__init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lease": None}
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
