@@ -16,7 +16,7 @@ from bitgrain.kernels.decoder import DecoderStack
 from bitgrain.models.fused_blocks import fuse_blocks
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.runtime.fused_block import FusedForward, is_fused
-from bitgrain.runtime.fused_model import FusedModel, unfuse
+from bitgrain.runtime.fused_model import unfuse
 from bitgrain.runtime.kv_cache import KVCache, use_cache
 from bitgrain.runtime.kv_cache.growing import GrowingCache
 from bitgrain.runtime.kv_cache.layers import QuantizedLayer

@@ -8,7 +8,6 @@ again by the native kernels and compared. Names say nothing here. Whatever does 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from bitgrain.errors import KernelError
 from bitgrain.kernels.rows import ModuleNorm
 from bitgrain.models.block_trace import TOKENS, embedded_tokens, some_tokens
 from bitgrain.runtime.fused_block import stack
-from bitgrain.runtime.fused_model import FusedModel, ModelPlan
+from bitgrain.runtime.fused_model import FusedModel, ModelPlan, Output
 from bitgrain.runtime.kv_cache import past_argument
 from bitgrain.runtime.kv_cache.growing import GrowingCache
 
@@ -71,7 +71,8 @@ def _plan(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> ModelPlan | No
     last = ids[:, TOKENS:]
     output, calls = _watched(base, {**around, **inner}, {"input_ids": last, **arguments})
     through = [calls.pop(place) for place in inner if place in calls]
-    if len(through) != len(blocks) or set(output) != {"last_hidden_state", past} or output[past] is not cache:
+    kind = Output.like(output, past)
+    if len(through) != len(blocks) or kind is None or output[past] is not cache:
         return None
     x = [args[0] for args, _, _ in through] + [through[-1][2]]
     embedding = _name(calls, (last,), x[0])
@@ -87,22 +88,24 @@ def _plan(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> ModelPlan | No
             return None
         if given.get("position_embeddings") is not turned:
             return None
-    return ModelPlan(embedding, rotary, layers, norm, past, type(output), _gain(base.get_submodule(norm), x[-1]))
+    return ModelPlan(embedding, rotary, layers, norm, past, kind, _gain(base.get_submodule(norm), x[-1]))
 
 
-def _gain(norm: nn.Module, x: Tensor) -> tuple[str, float] | None:
-    """The parameter and eps with which `ModuleNorm` gives the bits that the norm gives for inputs like x."""
+def _gain(norm: nn.Module, x: Tensor) -> tuple[str, str] | None:
+    """The parameter and the attribute, eps, with which `ModuleNorm` gives the bits that the norm gives for inputs like x."""
     rows = torch.randn(64, *x.shape, generator=torch.Generator().manual_seed(0))
     rows = (rows * torch.logspace(-2, 2, len(rows)).view(-1, *(1,) * x.ndim)).to(x.dtype)
     parameters = dict(norm.named_parameters())
     if len(parameters) != 1 or x.numel() != x.shape[-1]:
         return None
     name, weight = next(iter(parameters.items()))
-    for eps in {value for value in vars(norm).values() if isinstance(value, float) and 0 < value < 1e-2}:
+    for attribute, eps in vars(norm).items():
+        if not isinstance(eps, float) or not 0 < eps < 1e-2:
+            continue
         try:
             own = ModuleNorm(weight, eps)
             if all(own(row).equal(norm(row)) for row in (*rows, x)):
-                return name, eps
+                return name, attribute
         except KernelError:
             return None
     return None
@@ -148,7 +151,7 @@ def _proved(model: PreTrainedModel, fused: FusedModel) -> bool:
         found: list[Tensor] = []
         for step in range(_STEPS):
             output = run(input_ids=ids[:, step : step + 1], **arguments)
-            if output is None or type(output) is not plan.output or output[plan.cache] is not cache:
+            if output is None or type(output) is not plan.output.kind or output[plan.cache] is not cache:
                 return False
             found.append(output["last_hidden_state"])
         results.append(found)

@@ -9,7 +9,8 @@ last norm. `models.fused_steps` finds out that it is no more and proves it by ru
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,8 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bitgrain.kernels.decoder import address_positions
 from bitgrain.kernels.rows import ModuleNorm
-from bitgrain.runtime.fused_block import MOST_ROWS, FusedForward, fit
+from bitgrain.runtime.fused_block import MOST_ROWS, FusedForward
 from bitgrain.runtime.fused_stack import FusedStack
 from bitgrain.runtime.guards import Guards
 from bitgrain.runtime.kv_cache.growing import GrowingLayer
@@ -41,13 +43,45 @@ _SETTINGS = (
 """What transformers asks a config about while it makes one token."""
 
 
+_NOWHERE = address_positions(None, None)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A ModelOutput of this class that has nothing but the last hidden state and the past, under this name."""
+
+    kind: type[Any]
+    cache: str
+    attributes: Mapping[str, Any]
+    """Its other ones."""
+
+    @classmethod
+    def like(cls, output: Any, cache: str) -> Output | None:
+        """None where it has more, or would not be what a new one is."""
+        attributes = {name: value for name, value in vars(output).items() if name not in ("last_hidden_state", cache)}
+        if set(output) != {"last_hidden_state", cache} or any(value is not None for value in attributes.values()):
+            return None
+        made = cls(type(output), cache, attributes)
+        again = made.made(output["last_hidden_state"], output[cache])
+        same = list(again.items()) == list(output.items()) and vars(again) == vars(output)
+        return made if same else None
+
+    def made(self, state: Tensor, cache: Any) -> Any:
+        """A new one, without its checks of fields."""
+        output: Any = OrderedDict.__new__(self.kind)
+        for name, value in (("last_hidden_state", state), (self.cache, cache)):
+            OrderedDict.__setitem__(output, name, value)
+        vars(output).update(self.attributes, last_hidden_state=state, **{self.cache: cache})
+        return output
+
+
 @dataclass(frozen=True)
 class ModelPlan:
     """Paths in the model, and what its forward takes and gives.
 
     rotary  gives what layers are passed as position_embeddings; "" where they are passed none
     cache   name of the past among the arguments and in the output
-    gain    (parameter, eps) of the norm, where `ModuleNorm` gives its bits; or None
+    gain    parameter and attribute, eps, of the norm, where `ModuleNorm` gives its bits with them; or None
     """
 
     embedding: str
@@ -55,8 +89,8 @@ class ModelPlan:
     layers: str
     norm: str
     cache: str
-    output: type[Any]
-    gain: tuple[str, float] | None
+    output: Output
+    gain: tuple[str, str] | None
 
 
 class FusedModel(OwnedBy):
@@ -121,15 +155,13 @@ class FusedModel(OwnedBy):
         if len(layers) != self._count:
             return None
         x: Tensor = self._embedding(ids)
-        turned = None, None
+        turned = (), _NOWHERE
         if self._positions is not None:
             turned = self._positions.of(x, kwargs.get("position_ids"), past)
-            if turned is None or not fit(x, *turned, self._attention):
+            if turned is None:
                 return None
-        y = stack.compute(x, *turned, layers)
-        if y is None:
-            return None
-        return plan.output(last_hidden_state=self._norm(y), **{plan.cache: cache})
+        y = stack.compute(x, turned[1], layers)
+        return None if y is None else plan.output.made(self._norm(y), cache)
 
     def _look(self, plan: ModelPlan, stack: FusedStack, ids: Tensor) -> Guards | None:
         """What steps rest on from now on; None where they cannot be."""
@@ -165,17 +197,29 @@ class FusedModel(OwnedBy):
         self._positions = None
         if plan.rotary:
             rotary = owner.get_submodule(plan.rotary)
-            self._positions = Positions(rotary)
+            self._positions = Positions(rotary, attentions[0])
             guards.watch_tensors(rotary._buffers, rotary._buffers)
             guards.watch_settings(rotary)
         self._embedding, self._norm = partial(type(embedding).forward, embedding), partial(type(norm).forward, norm)
+        if type(embedding) is nn.Embedding and embedding.max_norm is None and type(embedding.weight) is nn.Parameter:
+            self._embedding = partial(_rows, embedding)
+            guards.watch_value(embedding._parameters, "weight")
         if plan.gain is not None and norm.get_parameter(plan.gain[0]).dtype == embedded.dtype:
-            self._norm = ModuleNorm(norm.get_parameter(plan.gain[0]), plan.gain[1])
+            self._norm = ModuleNorm(norm.get_parameter(plan.gain[0]), vars(norm)[plan.gain[1]])
             guards.watch_tensors(norm._parameters, [plan.gain[0]])
             guards.watch_settings(norm)
-        self._attention, self._count = attentions[0], len(found)
+        self._count = len(found)
         guards.look()
         return guards
+
+
+def _rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """What a plain embedding gives for ids [batch, 1]; of one sequence a view of the row, which nobody changes."""
+    weight = embedding._parameters["weight"]
+    assert weight is not None
+    if len(ids) == 1 and weight.is_contiguous() and 0 <= (row := int(ids)) < len(weight):
+        return weight.narrow(0, row, 1).unsqueeze(0)
+    return embedding.forward(ids)
 
 
 def unfuse(module: nn.Module) -> None:

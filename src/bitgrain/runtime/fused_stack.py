@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from bitgrain.kernels.decoder import DecoderBlock, DecoderStack
+from bitgrain.kernels.decoder import DecoderBlock, DecoderStack, Turned, address_positions
 from bitgrain.runtime.block_caches import all_with_room, kind_of, places_with_room
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ class FusedStack:
             return None
         if not self.is_whole(x):
             return None
-        y = self.compute(x, cos, sin, [cache.layers[one.plan.attention.layer] for one in self.forwards()])
+        y = self.compute(
+            x, address_positions(cos, sin), [cache.layers[one.plan.attention.layer] for one in self.forwards()]
+        )
         if y is None:
             return None
         self._running.result, self._running.next = y, 1
@@ -86,15 +88,15 @@ class FusedStack:
             self._native = DecoderStack(blocks)
         return True
 
-    def compute(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, layers: Sequence[Any]) -> Tensor | None:
+    def compute(self, x: Tensor, turned: Turned, layers: Sequence[Any]) -> Tensor | None:
         """The same behind the tokens of layers of a cache, one for each layer. None where they cannot have it."""
         native = self._native
         assert native is not None
         places = places_with_room(layers, x, native.heads)
         if places is not None:
-            return native.run_at(x, cos, sin, places)
+            return native.run_at(x, turned, places)
         parts = [block.attention for block in native.blocks]
         kinds = {kind_of(layer, x, part) for layer, part in zip(layers, parts, strict=True)}
         if len(kinds) != 1 or None in kinds:
             return None
-        return native.run(x, cos, sin, all_with_room(layers, x, parts))
+        return native.run(x, turned, all_with_room(layers, x, parts))

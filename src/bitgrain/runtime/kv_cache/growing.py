@@ -115,7 +115,8 @@ class Room:
 
     def lend(self, lent: Lent) -> None:
         """Hold what is added to `lent` too, as long as nothing else changes."""
-        self._change()
+        if self._lent is not None:
+            self._change()
         self._lent = lent
 
     def cut(self, first: int, last: int) -> None:
