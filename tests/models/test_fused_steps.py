@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,6 +78,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: pack_linears(build("qwen3")),
     "Qwen2": lambda: other("Qwen2"),
     "Mistral": lambda: other("Mistral", sliding_window=None),
+    "Gemma": lambda: other("Gemma", head_dim=32),  # embeddings are scaled
     "yarn": lambda: other("Llama", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
 }
 
@@ -135,7 +137,6 @@ def test_a_mask_that_hides_nothing_is_none(llama: Any, served: list[bool]):
     ("name", "settings"),
     [
         ("Mistral", {"sliding_window": 12}),
-        ("Gemma", {"head_dim": 32}),  # embeddings are scaled
         ("Llama", {"attn_implementation": "eager"}),
     ],
 )
@@ -256,20 +257,20 @@ def test_arguments_that_ask_for_more(llama: Any, served: list[bool]):
     for more in ({"output_hidden_states": True}, {"return_dict": False}):
         assert run(llama, ids, **more).equal(by_itself(llama, ids, **more))
     with torch.no_grad():
-        cache = base(ids, use_cache=True).cache
+        cache = base(input_ids=ids, use_cache=True, cache=GrowingCache(base.config)).cache
         served.clear()
-        assert isinstance(base(ids[:, :1], cache=cache, use_cache=True, return_dict=False), tuple)
-        states = base(ids[:, :1], cache=cache, use_cache=True, output_hidden_states=True).hidden_states
+        assert isinstance(base(input_ids=ids[:, :1], cache=cache, use_cache=True, return_dict=False), tuple)
+        states = base(input_ids=ids[:, :1], cache=cache, use_cache=True, output_hidden_states=True).hidden_states
         assert len(states) == 3
         embedded = base.embed_tokens(ids[:, :1])
         base(inputs_embeds=embedded, cache=cache, use_cache=True)
         with torch.enable_grad():
-            base(ids[:, :1], cache=cache, use_cache=True)
+            base(input_ids=ids[:, :1], cache=cache, use_cache=True)
         base.train()
-        base(ids[:, :1], cache=cache, use_cache=True)
-        assert not any(served)
+        base(input_ids=ids[:, :1], cache=cache, use_cache=True)
+        assert served == [False] * 4  # not asked where there are gradients
         base.eval()
-        base(ids[:, :1], cache=cache, use_cache=True)
+        base(input_ids=ids[:, :1], cache=cache, use_cache=True)
         assert served[-1]
 
 
@@ -292,6 +293,18 @@ def test_numbers_that_change_count(llama: Any, served: list[bool]):
         assert served.count(True) == 6
         assert found[-1].equal(by_itself(llama, ids))
         assert not found[-1].equal(found[-2])
+
+
+@torch.no_grad()
+def test_an_embedding_of_another_dtype(llama: Any, served: list[bool]):
+    ids = ids_for(llama)
+    run(llama, ids)
+    llama.model.embed_tokens.to(torch.bfloat16)
+    served.clear()
+    assert run(llama, ids).equal(by_itself(llama, ids))
+    assert not any(served)
+    llama.model.embed_tokens.float()
+    assert run(llama, ids).equal(by_itself(llama, ids))
 
 
 @torch.no_grad()
@@ -371,8 +384,8 @@ def test_a_model_that_its_own_hooks_know_is_freed(llama: Any):
     model = copy.deepcopy(llama)
     unfuse(model)
     fuse_blocks(model)
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: None if model is not None else 0)
     run(model, ids_for(model))
+    model.model.layers[0].mlp.register_forward_hook(partial(lambda *_: None, model))
     layer = weakref.ref(model.model.layers[0])
     del model
     gc.collect()

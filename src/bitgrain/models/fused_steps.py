@@ -92,7 +92,7 @@ def _plan(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> ModelPlan | No
 
 
 def _gain(norm: nn.Module, x: Tensor) -> tuple[str, str] | None:
-    """The parameter and the attribute, eps, with which `ModuleNorm` gives the bits that the norm gives for inputs like x."""
+    """The parameter and the attribute, eps, with which `ModuleNorm` gives the norm's bits for inputs like x."""
     rows = torch.randn(64, *x.shape, generator=torch.Generator().manual_seed(0))
     rows = (rows * torch.logspace(-2, 2, len(rows)).view(-1, *(1,) * x.ndim)).to(x.dtype)
     parameters = dict(norm.named_parameters())

@@ -93,6 +93,18 @@ class ModelPlan:
     gain: tuple[str, str] | None
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What steps are made of, as long as the guards hold: the embedding's rows, of this dtype, and the last norm."""
+
+    guards: Guards
+    embedding: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+    positions: Positions | None
+    layers: int
+    norm: Callable[[Tensor], Tensor]
+
+
 class FusedModel(OwnedBy):
     """In place of the forward of a model that calls the layers of `stack`; plan None: it always runs its own."""
 
@@ -104,9 +116,7 @@ class FusedModel(OwnedBy):
         self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
         self._known = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
         self._known |= {plan.cache} if plan else set()
-        self._guards: Guards | None = None
-        self._embedding: Callable[[Tensor], Tensor]
-        self._norm: Callable[[Tensor], Tensor]
+        self._parts: _Parts | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["owner"], None)
@@ -121,7 +131,7 @@ class FusedModel(OwnedBy):
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         owner, stack = self.owner, self.stack
-        if stack is None:
+        if stack is None or torch.compiler.is_compiling():
             return type(owner).forward(owner, *args, **kwargs)
         stack.enter()
         try:
@@ -147,24 +157,24 @@ class FusedModel(OwnedBy):
         past = layers[0].get_seq_length()
         if not past or not _sees_all(kwargs.get("attention_mask"), (len(ids), past + 1)):
             return None
-        guards = self._guards
-        if guards is None or not guards.hold():
-            guards = self._guards = self._look(plan, stack, ids)
-        if guards is None or not guards.no_hooks() or type(owner).forward is not self._own:
+        parts = self._parts
+        if parts is None or not parts.guards.hold():
+            parts = self._parts = self._look(plan, stack, ids)
+        if parts is None or not parts.guards.no_hooks() or type(owner).forward is not self._own:
             return None
-        if len(layers) != self._count:
+        x = parts.embedding(ids)
+        if len(layers) != parts.layers or x.dtype != parts.dtype:
             return None
-        x: Tensor = self._embedding(ids)
         turned = (), _NOWHERE
-        if self._positions is not None:
-            turned = self._positions.of(x, kwargs.get("position_ids"), past)
+        if parts.positions is not None:
+            turned = parts.positions.of(x, kwargs.get("position_ids"), past)
             if turned is None:
                 return None
         y = stack.compute(x, turned[1], layers)
-        return None if y is None else plan.output.made(self._norm(y), cache)
+        return None if y is None else plan.output.made(parts.norm(y), cache)
 
-    def _look(self, plan: ModelPlan, stack: FusedStack, ids: Tensor) -> Guards | None:
-        """What steps rest on from now on; None where they cannot be."""
+    def _look(self, plan: ModelPlan, stack: FusedStack, ids: Tensor) -> _Parts | None:
+        """None where there can be no steps."""
         owner, forwards = self.owner, stack.forwards()
         config = cast(Any, owner).config
         container = owner.get_submodule(plan.layers)
@@ -194,23 +204,22 @@ class FusedModel(OwnedBy):
             guards.join(one.guards)
         for name in _SETTINGS:
             guards.watch_value(vars(config), config.attribute_map.get(name, name))
-        self._positions = None
+        positions = None
         if plan.rotary:
             rotary = owner.get_submodule(plan.rotary)
-            self._positions = Positions(rotary, attentions[0])
+            positions = Positions(rotary, attentions[0])
             guards.watch_tensors(rotary._buffers, rotary._buffers)
             guards.watch_settings(rotary)
-        self._embedding, self._norm = partial(type(embedding).forward, embedding), partial(type(norm).forward, norm)
+        embed, normed = partial(type(embedding).forward, embedding), partial(type(norm).forward, norm)
         if type(embedding) is nn.Embedding and embedding.max_norm is None and type(embedding.weight) is nn.Parameter:
-            self._embedding = partial(_rows, embedding)
+            embed = partial(_rows, embedding)
             guards.watch_value(embedding._parameters, "weight")
         if plan.gain is not None and norm.get_parameter(plan.gain[0]).dtype == embedded.dtype:
-            self._norm = ModuleNorm(norm.get_parameter(plan.gain[0]), vars(norm)[plan.gain[1]])
+            normed = ModuleNorm(norm.get_parameter(plan.gain[0]), vars(norm)[plan.gain[1]])
             guards.watch_tensors(norm._parameters, [plan.gain[0]])
             guards.watch_settings(norm)
-        self._count = len(found)
         guards.look()
-        return guards
+        return _Parts(guards, embed, embedded.dtype, positions, len(found), normed)
 
 
 def _rows(embedding: nn.Embedding, ids: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class Guards:
         if handles != self._handles:
             if not all_idle(self._hooks):
                 return False
-            self._handles, self._left_behind = handles, any(self._hooks)
+            self._left_behind = any(self._hooks)
+            self._handles = handles
         return not self._left_behind or _nobody_collects()
 
     def looked_at(self, block: nn.Module) -> bool:
