@@ -19,3 +19,4 @@ void bind_attention(nanobind::module_& m);
 void bind_solver(nanobind::module_& m);
 void bind_probes(nanobind::module_& m);
 void bind_embedding(nanobind::module_& m);
+void bind_seen(nanobind::module_& m);

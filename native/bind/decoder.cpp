@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "bind/bind.h"
+#include "decoder/module_norm.h"
 #include "decoder/stack.h"
 #include "kernels.h"
 #include "pool.h"
@@ -114,12 +115,12 @@ class DecoderStack {
     for (const DecoderBlock* one : blocks) blocks_.push_back({&one->attention_, one->mlp()});
   }
 
-  // caches: as of one block, one behind the other
+  // caches: where the numbers of each block's lie, one behind the other
   bool run(uintptr_t x, int type, int64_t batch, int64_t tokens, uintptr_t cos, uintptr_t sin, int cos_type,
-           int64_t cos_rows, int64_t rotary_dim, const std::vector<int64_t>& caches, uintptr_t y, int threads) const {
+           int64_t cos_rows, int64_t rotary_dim, uintptr_t caches, uintptr_t y, int threads) const {
     nb::gil_scoped_release free;
     std::vector<KeysValues> all;
-    for (size_t i = 0; i < blocks_.size(); ++i) all.push_back(cache_of(&caches[kCacheNumbers * i]));
+    for (size_t i = 0; i < blocks_.size(); ++i) all.push_back(cache_of(at<int64_t>(caches) + kCacheNumbers * i));
     return run_stack(blocks_, at<void>(x), DType(type), batch, tokens,
                      {at<void>(cos), at<void>(sin), DType(cos_type), cos_rows, rotary_dim}, all, Mask{}, at<void>(y),
                      threads);
@@ -171,6 +172,11 @@ void bind_decoder(nb::module_& m) {
     nb::gil_scoped_release free;
     const NormRows rows{norm, at<void>(x), DType(type), stride};
     make_rows({kernels().norm_row, &rows}, count, norm.width, at<void>(y), DType(type), threads);
+  });
+  m.def("module_norm", [](uintptr_t x, int type, int64_t rows, int64_t width, uintptr_t weight, float eps, int lanes,
+                          uintptr_t y) {
+    nb::gil_scoped_release free;
+    module_norm(at<void>(x), DType(type), rows, width, at<void>(weight), eps, lanes, at<void>(y));
   });
   m.def("gated_rows", [](uintptr_t gate, uintptr_t up, int type, int64_t count, int64_t stride, int64_t width, int act,
                          uintptr_t y, int threads) {

@@ -27,4 +27,5 @@ NB_MODULE(_native, m) {
   bind_solver(m);
   bind_probes(m);
   bind_embedding(m);
+  bind_seen(m);
 }

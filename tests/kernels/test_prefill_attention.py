@@ -1,5 +1,7 @@
 """Prefill attention equals torch's in float64, within the roundings of the inputs' dtype."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,3 +65,32 @@ def test_what_it_does_not_take_is_told():
         prefill_attention(x.double(), x.double(), x.double(), scaling=1.0)
     with pytest.raises(KernelError, match="no prefill attention"):
         prefill_attention(x, x[:, :, :2], x[:, :, :2], scaling=1.0)
+
+
+class Forgetful(torch.Tensor):
+    """Its numbers are made when they are asked for, and gone when something else is asked."""
+
+    numbers: torch.Tensor
+    made: list[torch.Tensor]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        (one,) = [arg for arg in args if isinstance(arg, cls)]
+        with torch._C.DisableTorchFunctionSubclass():
+            for old in one.made:
+                old.fill_(torch.nan)
+            one.made = [one.numbers.clone()]
+            return func(*(one.made[0] if arg is one else arg for arg in args), **(kwargs or {}))
+
+
+def forgetful(x: torch.Tensor) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        made = x.new_empty(1).as_subclass(Forgetful)
+        made.numbers, made.made = x, []
+    return made
+
+
+def test_keys_that_are_there_only_while_they_are_asked_for():
+    q, k, v = (torch.randn(1, 2, 5, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    expected = prefill_attention(q, k, v, scaling=0.25)
+    assert prefill_attention(q, forgetful(k), forgetful(v), scaling=0.25).equal(expected)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.native import native
 from bitgrain.kernels.reference import rows as twin
-from bitgrain.kernels.rows import ACTS, ROTARY, RowNorm, gated, rotate_
+from bitgrain.kernels.rows import ACTS, ROTARY, ModuleNorm, RowNorm, gated, rotate_
 
 LEVELS = native().isas()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -112,3 +113,30 @@ def test_what_does_not_fit_is_told():
         rotate_(torch.ones(2, 1, 8), torch.ones(1, 10), torch.ones(1, 10), "half")
     with pytest.raises(KernelError, match="float64"):
         RowNorm(8, None, eps=1e-6)(torch.ones(2, 8, dtype=torch.float64))
+
+
+@given(st.sampled_from([16, 64, 130, 2048, 5000, 11008]), ROWS, DTYPES, SEEDS, st.sampled_from([1e-6, 1e-5, 1e-3]))
+@settings(max_examples=60, deadline=None)
+def test_a_norm_with_the_bits_of_modules(width: int, rows: int, dtype: torch.dtype, seed: int, eps: float):
+    module = LlamaRMSNorm(width, eps).requires_grad_(False).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    module.weight.copy_(torch.randn(width, generator=generator))
+    x = (torch.randn(rows, 1, width, generator=generator) * 10 ** float(torch.rand(1, generator=generator))).to(dtype)
+    try:
+        norm = ModuleNorm(module.weight, eps)
+    except KernelError:
+        pytest.skip("torch sums in another order here")
+    for part in (x, *x.split(1)):
+        assert norm(part).equal(module(part))
+
+
+def test_norms_of_modules_that_cannot_be():
+    with pytest.raises(KernelError, match="unknown order"):
+        ModuleNorm(torch.ones(40_000), 1e-5)
+    try:
+        norm = ModuleNorm(torch.ones(64), 1e-5)
+    except KernelError:
+        pytest.skip("torch sums in another order here")
+    for x in (torch.ones(1, 32), torch.ones(1, 64, dtype=torch.float16), torch.ones(64, 2).t()):
+        with pytest.raises(KernelError, match="cannot read"):
+            norm(x)

@@ -15,7 +15,8 @@ from bitgrain.errors import NumericsError
 from bitgrain.kernels.decoder import DecoderStack
 from bitgrain.models.fused_blocks import fuse_blocks
 from bitgrain.numerics.packed import PackedMatrix
-from bitgrain.runtime.fused_block import FusedForward, is_fused, unfuse
+from bitgrain.runtime.fused_block import FusedForward, is_fused
+from bitgrain.runtime.fused_model import unfuse
 from bitgrain.runtime.kv_cache import KVCache, use_cache
 from bitgrain.runtime.kv_cache.growing import GrowingCache
 from bitgrain.runtime.kv_cache.layers import QuantizedLayer
@@ -336,7 +337,7 @@ def test_fewer_layers_than_there_are(llama: Any):
 
 
 def test_all_layers_run_in_one_call(llama: Any, monkeypatch: pytest.MonkeyPatch):
-    whole = DecoderStack.run
+    whole = DecoderStack.run_at
     calls = 0
 
     def counted(*args: Any) -> Any:
@@ -344,7 +345,7 @@ def test_all_layers_run_in_one_call(llama: Any, monkeypatch: pytest.MonkeyPatch)
         calls += 1
         return whole(*args)
 
-    monkeypatch.setattr(DecoderStack, "run", counted)
+    monkeypatch.setattr(DecoderStack, "run_at", counted)
     logits(llama, ids_for(llama), steps=6)
     assert calls == 6
 

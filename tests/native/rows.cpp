@@ -2,6 +2,7 @@
 #include "decoder/rows.h"
 
 #include "decoder/dense_rows.h"
+#include "decoder/module_norm.h"
 #include "kernels.h"
 #include "numbers.h"
 
@@ -63,6 +64,23 @@ void check_norm(Random& random, const std::string& name) {
       // one of few numbers may be near the mean
       check_near(y[r * width + i], one, 5e-4 + rounding(one, y.type()), what);
       check_near(y[r * width + i], alone[i], rounding(one, y.type()), what);
+    }
+  }
+}
+
+void check_module_norm(Random& random, const std::string& name) {
+  const int64_t width = random.within(1, 700), rows = random.within(0, 5);
+  const Edge edge = any_edge(random);
+  Numbers x(rows * width, any_float_type(random), edge), y(rows * width, x.type(), edge), gain(width, x.type(), edge);
+  x.fill(random, 3.f), gain.fill(random);
+  module_norm(x.data(), x.type(), rows, width, gain.data(), 1e-5f, random.one_of({4, 8, 16}), y.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    std::vector<double> row;
+    for (int64_t i = 0; i < width; ++i) row.push_back(x[r * width + i]);
+    const std::vector<double> meant = normed({width, nullptr, nullptr, 1e-5f, 0}, row);
+    for (int64_t i = 0; i < width; ++i) {
+      const double one = meant[size_t(i)] * gain[i];
+      check_near(y[r * width + i], one, 5e-4 + 2 * rounding(one, y.type()), name + ": module norm");
     }
   }
 }
@@ -194,7 +212,7 @@ void check_rows(const std::vector<const Kernels*>& levels, uint64_t seed, int64_
     Random random(seed);
     use_kernels(level->name);
     for (int64_t i = 0; i < 30 + rounds; ++i) {
-      for (const auto check : {check_norm, check_gated, check_add, check_rotate, check_dense, check_exp}) {
+      for (const auto check : {check_norm, check_module_norm, check_gated, check_add, check_rotate, check_dense, check_exp}) {
         check(random, level->name);
       }
     }

@@ -7,6 +7,7 @@ made of is said by `AttentionPart` and `MlpPart`; the twin is the module itself.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from bitgrain.kernels.int_linear import IntLinear
 from bitgrain.kernels.native import DTYPES, native
 from bitgrain.kernels.rows import ACTS, MAX_HEAD, ROTARY, Act, Rotary, RowNorm
 
+Turned = tuple[int, int, int, int, int]
+"""Positions at the seam: addresses of cos and sin, their dtype, how many there are, how many features they turn."""
 Weight = IntLinear | CodeLinear | DenseLinear
 
 
@@ -94,7 +97,7 @@ class DecoderBlock:
         m = x.shape[0] * x.shape[1]
         out = torch.empty(*x.shape[:2], self.attention.width, dtype=x.dtype)
         self.handle.start(
-            x.data_ptr(), DTYPES[x.dtype], m, *_positions(cos, sin), out.data_ptr(), torch.get_num_threads()
+            x.data_ptr(), DTYPES[x.dtype], m, *address_positions(cos, sin), out.data_ptr(), torch.get_num_threads()
         )
         return out
 
@@ -138,7 +141,7 @@ class DecoderBlock:
             a, b, c = (0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride(), strict=False))
             strides = (a, b, c)
         good = self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), place, kind, address,
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *address_positions(cos, sin), place, kind, address,
             *strides, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if not good:
@@ -171,26 +174,34 @@ class DecoderStack:
 
     def __init__(self, blocks: Sequence[DecoderBlock]) -> None:
         self.blocks = list(blocks)
+        self.heads = [(one.attention.kv_heads, one.attention.head_dim) for one in blocks]
+        """Heads of keys and values of each one, and their size."""
         self.handle: Any = native().DecoderStack([one.handle for one in blocks])
 
-    def run(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, caches: Sequence[BlockCache]) -> Tensor | None:
-        """As `DecoderBlock.run` of each, bit for bit; caches: of each."""
-        y = torch.empty_like(x)
-        places: list[int] = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            places += cache.place(x, block.attention.kv_heads, block.attention.head_dim)
-        good = self.handle.run(
-            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *_positions(cos, sin), places, y.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if not good:
+    def run(self, x: Tensor, turned: Turned, caches: Sequence[BlockCache]) -> Tensor | None:
+        """As `DecoderBlock.run` of each, bit for bit; turned: by `address_positions`; caches: of each."""
+        places = array("q")
+        for cache, (heads, size) in zip(caches, self.heads, strict=True):
+            places.extend(cache.place(x, heads, size))
+        y = self.run_at(x, turned, places)
+        if y is None:
             return None
         for cache in caches:
             cache.written()
         return y
 
+    def run_at(self, x: Tensor, turned: Turned, places: array[int]) -> Tensor | None:
+        """The same; places: what `BlockCache.place` says of each cache, one behind the other."""
+        y = torch.empty_like(x)
+        good = self.handle.run(
+            x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], *turned, places.buffer_info()[0],
+            y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y if good else None
 
-def _positions(cos: Tensor | None, sin: Tensor | None) -> tuple[int, int, int, int, int]:
+
+def address_positions(cos: Tensor | None, sin: Tensor | None) -> Turned:
+    """cos and sin [.., turned], contiguous, as native code is told; whoever has them keeps them meanwhile."""
     if cos is None or sin is None:
         return 0, 0, 0, 1, 0
     width = cos.shape[-1]

@@ -38,7 +38,8 @@ def prefill_attention(
     """
     if not serves(q, k, v) or k.shape[:3] != v.shape[:3] or k.shape[2] < q.shape[2]:
         raise KernelError(f"no prefill attention for {q.dtype} {tuple(q.shape)} over {k.dtype} {tuple(k.shape)}")
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    # a subclass may make its numbers when it is asked for them, and forget them: a packed cache's keys do
+    q, k, v = (x if type(x) is Tensor and x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, queries, size = q.shape
     out = torch.empty(batch, queries, heads, v.shape[-1], dtype=q.dtype)
     kind = DTYPES[q.dtype]

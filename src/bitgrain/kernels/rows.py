@@ -5,6 +5,7 @@ Computed in float32 and rounded once to the dtype of the rows. The twins are in 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,46 @@ class RowNorm:
             torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+
+class ModuleNorm:
+    """RMSNorm with the very bits of transformers' modules, which torch computes in eight steps: in float32 up to
+    x / sqrt(mean(x^2) + eps), rounded to the dtype of x, and again after `weight`.
+
+    Raises KernelError where torch's sums are in no order that is known here.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        """weight: [width], read anew by each call."""
+        self.weight, self.eps, self.lanes = weight, eps, _lanes_of_sums(weight.shape[0])
+        if self.lanes == 0:
+            raise KernelError(f"torch sums {weight.shape[0]} numbers in an unknown order")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., width], contiguous, of the dtype of the weight -> the same, normed. Raises KernelError for others."""
+        weight = self.weight
+        if x.shape[-1:] != weight.shape or x.dtype != weight.dtype or x.dtype not in DTYPES or not x.is_contiguous():
+            raise KernelError(f"a norm of {tuple(weight.shape)} {weight.dtype} cannot read {tuple(x.shape)} {x.dtype}")
+        return _module_norm(x, weight, self.eps, self.lanes)
+
+
+def _module_norm(x: Tensor, weight: Tensor, eps: float, lanes: int) -> Tensor:
+    y, width = torch.empty_like(x), x.shape[-1]
+    native().module_norm(
+        x.data_ptr(), DTYPES[x.dtype], x.numel() // width, width, weight.data_ptr(), eps, lanes, y.data_ptr()
+    )
+    return y
+
+
+@cache
+def _lanes_of_sums(width: int) -> int:
+    """Numbers in a vector of torch's sums over rows, found by summing; 0 where none gives its bits."""
+    if not 0 < width < 32768:  # more are summed in several threads
+        return 0
+    x = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    wanted = torch.cat([row * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + 1e-5) for row in x.split(1)])
+    ones = torch.ones(width)
+    return next((lanes for lanes in (8, 16, 4) if _module_norm(x, ones, 1e-5, lanes).equal(wanted)), 0)
 
 
 def gated(gate: Tensor, up: Tensor | None, act: Act) -> Tensor:

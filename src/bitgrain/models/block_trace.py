@@ -58,11 +58,16 @@ class BlockTrace:
     y: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def embedded_tokens(model: PreTrainedModel) -> Tensor:
-    """In the dtype of the embeddings."""
+def some_tokens(model: PreTrainedModel) -> Tensor:
+    """[1, TOKENS + 1]."""
     inputs = cast(nn.Embedding, model.get_input_embeddings())
     ids = torch.arange(1, TOKENS + 2) * 7919 % inputs.num_embeddings
-    return inputs(ids[None].to(inputs.weight.device))
+    return ids[None].to(inputs.weight.device)
+
+
+def embedded_tokens(model: PreTrainedModel) -> Tensor:
+    """In the dtype of the embeddings."""
+    return cast(nn.Embedding, model.get_input_embeddings())(some_tokens(model))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ again by the native kernels and compared. Names say nothing here. Whatever does 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ from bitgrain.errors import KernelError
 from bitgrain.kernels.decoder_caches import DenseCache
 from bitgrain.kernels.native import is_available
 from bitgrain.kernels.rows import ACTS, ROTARY, Rotary, RowNorm, gated, rotate_
-from bitgrain.models.block_trace import TOKENS, BlockTrace, Call, embedded_tokens, linears_in_float32, watch_blocks
+from bitgrain.models.block_trace import BlockTrace, Call, linears_in_float32, watch_blocks
+from bitgrain.models.fused_steps import fuse_model
 from bitgrain.models.trace import norm_paths
 from bitgrain.runtime.block_plan import AttentionPlan, BlockPlan, MlpPlan, NormPlan
 from bitgrain.runtime.fused_block import (
@@ -28,10 +28,7 @@ from bitgrain.runtime.fused_block import (
     native_weight,
     packed_weight,
     row_norm,
-    stack,
 )
-from bitgrain.runtime.kv_cache import past_argument
-from bitgrain.runtime.kv_cache.growing import GrowingCache
 
 CLOSE = 1e-4
 """How far a step may be off, as a fraction of its largest value: float32 sums in another order."""
@@ -58,27 +55,8 @@ def fuse_blocks(model: nn.Module) -> list[str]:
             fuse(block, plan)
             fused.append(path)
     if fused and fused == list(seen):
-        _stack_proved(model, [model.get_submodule(path) for path in fused])
+        fuse_model(model, [model.get_submodule(path) for path in fused])
     return fused
-
-
-def _stack_proved(model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-    """`stack` the layers if the model then gives the same bits: it does nothing between them."""
-    before = _run_tokens(model, GrowingCache(model.config))
-    made = stack(model.base_model, blocks)
-    if not _run_tokens(model, GrowingCache(model.config)).equal(before):
-        made.remove()
-
-
-@torch.no_grad()
-def _run_tokens(model: PreTrainedModel, cache: Cache) -> Tensor:
-    """The last hidden states of a few tokens, the last of them behind the others."""
-    embedded = embedded_tokens(model)
-    base = model.base_model
-    arguments: dict[str, Any] = {past_argument(base): cache, "use_cache": True}
-    first = base(inputs_embeds=embedded[:, :TOKENS], **arguments)
-    last = base(inputs_embeds=embedded[:, TOKENS:], **arguments)
-    return torch.cat([first.last_hidden_state, last.last_hidden_state], 1)
 
 
 def plan_of(block: nn.Module, trace: BlockTrace) -> BlockPlan | None:

@@ -46,7 +46,7 @@ class FusedForward(OwnedBy):
         self.stack: FusedStack | None = None
         self.place = 0
         self._native: DecoderBlock | None = None
-        self._guards: Guards | None = None
+        self.guards: Guards | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "plan": self.plan}
@@ -57,6 +57,12 @@ class FusedForward(OwnedBy):
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.owner).forward(self.owner, *args, **kwargs)
 
+    @property
+    def attended(self) -> Any:
+        """The module of attention: it has a config."""
+        attention = self.plan.attention
+        return self.owner.get_submodule(attention.module) if attention.module else self.owner
+
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         plan, stack = self.plan, self.stack
         if stack is not None and self.place and stack.hand_on(self.place, hidden_states):
@@ -66,14 +72,14 @@ class FusedForward(OwnedBy):
         native = self._native
         assert native is not None
         cos, sin = kwargs.get("position_embeddings") or (None, None)
-        if not _fit(hidden_states, cos, sin, plan.attention):
+        if not fit(hidden_states, cos, sin, plan.attention):
             return self.original(hidden_states, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         cache = kwargs.get(plan.cache)
         x = hidden_states if hidden_states.is_contiguous() else hidden_states.contiguous()
         attention = plan.attention
-        part = self.owner.get_submodule(attention.module) if attention.module else self.owner
-        implementation = cast(Any, part).config._attn_implementation
+        part = self.attended
+        implementation = part.config._attn_implementation
         if (
             x.shape[0] * x.shape[1] <= MOST_ROWS
             and cache is not None
@@ -136,7 +142,7 @@ class FusedForward(OwnedBy):
         return y
 
     def _is_plain(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        block, guards = self.owner, self._guards
+        block, guards = self.owner, self.guards
         if block.training or x.dtype not in DTYPES or x.device.type != "cpu" or x.numel() == 0:
             return False
         if torch.is_grad_enabled() and x.requires_grad:
@@ -146,7 +152,7 @@ class FusedForward(OwnedBy):
                 return False
         if guards is None or not guards.hold():
             self._native = build(block, self.plan)
-            guards = self._guards = Guards(block, {**self.plan.norms(), **_dense_parameters(block, self.plan)})
+            guards = self.guards = Guards.of_block(block, {**self.plan.norms(), **_dense_parameters(block, self.plan)})
         if torch.is_grad_enabled() and guards.need_gradients():
             return False
         return self._native is not None and guards.no_hooks()
@@ -154,7 +160,7 @@ class FusedForward(OwnedBy):
     def whole(self, x: Tensor) -> DecoderBlock | None:
         """The native block, if nobody would notice that this layer ran in one call with those around it."""
         plain = self.plan.attention.plain and self.plan.mlp is not None and self._is_plain(x, {})
-        watched = self._guards is None or self._guards.looked_at(self.owner)
+        watched = self.guards is None or self.guards.looked_at(self.owner)
         return self._native if plain and not watched else None
 
 
@@ -163,21 +169,14 @@ def fuse(block: nn.Module, plan: BlockPlan) -> None:
     cast(Any, block).forward = FusedForward(block, plan)
 
 
-def stack(model: nn.Module, blocks: Sequence[nn.Module]) -> FusedStack:
-    """Let fused layers that follow each other, and are all that `model` runs, run in one call."""
-    return FusedStack(model, [cast(FusedForward, block.__dict__["forward"]) for block in blocks])
+def stack(blocks: Sequence[nn.Module]) -> FusedStack:
+    """Let fused layers that follow each other, and are all that a model runs, run in one call."""
+    return FusedStack([cast(FusedForward, block.__dict__["forward"]) for block in blocks])
 
 
 def is_fused(block: nn.Module) -> bool:
     """Whether `fuse` was applied."""
     return isinstance(block.__dict__.get("forward"), FusedForward)
-
-
-def unfuse(module: nn.Module) -> None:
-    """Undo `fuse` for everything inside `module`."""
-    for part in module.modules():
-        if is_fused(part):
-            del part.__dict__["forward"]
 
 
 def build(block: nn.Module, plan: BlockPlan) -> DecoderBlock | None:
@@ -246,7 +245,7 @@ def attention_interface(part: nn.Module, implementation: str) -> Callable[..., A
     return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own))
 
 
-def _fit(x: Tensor, cos: Tensor | None, sin: Tensor | None, plan: AttentionPlan) -> bool:
+def fit(x: Tensor, cos: Tensor | None, sin: Tensor | None, plan: AttentionPlan) -> bool:
     """Whether there is a position for each token, as the kernels read them."""
     if cos is None or sin is None:
         return plan.rotary == "none"

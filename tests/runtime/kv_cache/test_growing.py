@@ -1,5 +1,7 @@
 """A plain cache that grows ahead: the same as transformers' own, token by token, cropped, reordered, in windows."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -102,3 +104,14 @@ def test_what_inference_mode_made_can_grow_outside():
         layer.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4))
     keys, _ = layer.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
     assert keys.sum() == 4
+
+
+def test_a_copy_grows_by_itself():
+    layer = GrowingLayer()
+    layer.update(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again.rooms[0].place != layer.rooms[0].place
+        keys, _ = again.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+        assert keys.sum() == 12
+        assert again.get_seq_length() == 4
+    assert layer.get_seq_length() == 3

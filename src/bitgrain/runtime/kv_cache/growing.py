@@ -18,82 +18,185 @@ _LEAST = 64
 """Tokens that memory is taken for at least."""
 
 
-class _Room:
-    """Memory [b, h, capacity, d] of which tokens start..stop are in use; `view` shows them."""
+class Lent:
+    """Tokens that several rooms hold since a lease of them was made, and have not noted."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+
+class Room:
+    """Memory [b, h, capacity, d] of which tokens start..stop are in use; or another tensor that is held instead."""
+
+    changes = 0
+    """Of all rooms, but for tokens that are lent."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
-        self.view: Tensor | None = None
-        self.start = self.stop = 0
+        self.start = self.capacity = self._stop = 0
+        self.kind: tuple[Any, ...] = ()
+        """(b, h, d, dtype) of the memory."""
+        self.place: tuple[int, int, int] = (0, 0, 0)
+        """Address of its first token, strides of b and h."""
+        self._held: Tensor | None = None
+        self._lent: Lent | None = None
+        self.inference = False
+        Room.changes += 1
 
-    def append(self, held: Tensor, x: Tensor, write: bool) -> Tensor:
-        """held with x behind it. held: what the layer holds; another tensor than `view` where it was changed.
+    def __getstate__(self) -> tuple[Tensor | None, int, int]:
+        memory = self._held if self.memory is None else self.memory
+        return memory, self.start, -1 if self.memory is None else self.stop
 
-        write False: room of the shape of x, which somebody else fills
-        """
-        if torch.is_grad_enabled() and (x.requires_grad or held.requires_grad):
-            return torch.cat([held, x], dim=2)
-        used, more = (0 if held.numel() == 0 else held.shape[2]), x.shape[2]
+    def __setstate__(self, state: tuple[Tensor | None, int, int]) -> None:
+        self.__init__()
+        memory, start, stop = state
+        if stop < 0:
+            self._held = memory
+        else:
+            self.memory, self.start, self._stop = memory, start, stop
+            self._found()
+
+    @property
+    def stop(self) -> int:
+        return self._stop if self._lent is None else self._stop + self._lent.tokens
+
+    @property
+    def held(self) -> Tensor | None:
+        """What is held: a view, made when it is asked for."""
+        if self.memory is None:
+            return self._held
+        if self._held is None or self._held.shape[2] != self.tokens:
+            self._held = self.memory.narrow(2, self.start, self.tokens)
+        return self._held
+
+    def hold(self, x: Tensor | None) -> None:
+        """Hold another tensor, until tokens are added to it."""
+        self._change()
+        self.memory, self._held, self.capacity = None, x, 0
+
+    @property
+    def tokens(self) -> int:
+        if self.memory is not None:
+            return self.stop - self.start
+        return 0 if self._held is None or self._held.numel() == 0 else self._held.shape[2]
+
+    def append(self, x: Tensor, write: bool) -> None:
+        """Hold x too, behind the others. write False: only room of its shape, which somebody else fills."""
+        used, more = self.tokens, x.shape[2]
+        if torch.is_grad_enabled():
+            held = self.held
+            assert held is not None
+            if x.requires_grad or held.requires_grad:
+                self.hold(torch.cat([held, x], dim=2))
+                return
         memory = self.memory
-        fits = memory is not None and held is self.view and self.stop + more <= memory.shape[2]
-        if memory is None or not fits or (memory.is_inference() and not torch.is_inference_mode_enabled()):
+        if memory is None or not self.has_room(more):
             capacity = max(_LEAST, (used + more) + (used + more) // 2)
-            memory = x.new_empty(*x.shape[:2], capacity, x.shape[3])
+            memory, held = x.new_empty(*x.shape[:2], capacity, x.shape[3]), self.held
             if used:
+                assert held is not None
                 memory[:, :, :used] = held
-            self.memory, self.start, self.stop = memory, 0, used
+            self._change()
+            self.memory, self.start, self._stop = memory, 0, used
+            self._found()
         if write:
             memory[:, :, self.stop : self.stop + more] = x
-        self.stop += more
-        return self.show()
+        self.extend(more)
 
-    def show(self) -> Tensor:
+    def has_room(self, count: int) -> bool:
+        """For so many tokens more, behind those that are held."""
+        fits = self.stop + count <= self.capacity
+        return fits and not (self.inference and not torch.is_inference_mode_enabled())
+
+    def extend(self, count: int) -> None:
+        """Hold so many tokens more, for which there is room."""
+        self._change()
+        self._stop += count
+
+    def lend(self, lent: Lent) -> None:
+        """Hold what is added to `lent` too, as long as nothing else changes."""
+        if self._lent is not None:
+            self._change()
+        self._lent = lent
+
+    def cut(self, first: int, last: int) -> None:
+        """Hold tokens first..last of what is held."""
+        self._change()
+        if self.memory is None:
+            self._held = None if self._held is None else self._held[:, :, first:last]
+            return
+        self.start, self._stop = self.start + first, self.start + last
+        self._found()
+
+    def _change(self) -> None:
+        """Before anything is changed: take note of tokens that were added by a lease, and end it."""
+        self._stop, self._lent = self.stop, None
+        Room.changes += 1
+
+    def _found(self) -> None:
+        """Note what the memory is like."""
         assert self.memory is not None
-        self.view = self.memory.narrow(2, self.start, self.stop - self.start)
-        return self.view
-
-    def cut(self, held: Tensor, first: int, last: int) -> Tensor:
-        """Tokens first..last of what is held."""
-        if held is not self.view:
-            return held[:, :, first:last]
-        self.start, self.stop = self.start + first, self.start + last
-        return self.show()
+        (batch, heads, self.capacity, size), (a, b, _, _) = self.memory.shape, self.memory.stride()
+        self.kind, self.inference, self._held = (
+            (batch, heads, size, self.memory.dtype), self.memory.is_inference(), None,
+        )  # fmt: skip
+        self.place = self.memory.data_ptr() + self.start * size * self.memory.itemsize, a, b
 
 
 class GrowingLayer(DynamicLayer):
     """In place of transformers' DynamicLayer. What it returns is overwritten only after `crop`."""
 
     def __init__(self) -> None:
+        self.rooms = (Room(), Room())
+        self.lease: Any = None
+        """What the first layer of a cache keeps for `runtime.block_caches`."""
         super().__init__()
-        self._rooms = (_Room(), _Room())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lease": None}
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[batch, heads, tokens, size]."""
+        return self.rooms[0].held
+
+    @keys.setter
+    def keys(self, x: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.rooms[0].hold(x)
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """[batch, heads, tokens, size]."""
+        return self.rooms[1].held
+
+    @values.setter
+    def values(self, x: Tensor | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.rooms[1].hold(x)
+
+    def get_seq_length(self) -> int:
+        return self.rooms[0].tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values [batch, heads, tokens, size]; returns views of all. write=False: only their room."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        write = bool(kwargs.get("write", True))
+        for room, x in zip(self.rooms, (key_states, value_states), strict=True):
+            room.append(x, write)
         assert self.keys is not None
         assert self.values is not None
-        write = bool(kwargs.get("write", True))
-        self.keys = self._rooms[0].append(self.keys, key_states, write)
-        self.values = self._rooms[1].append(self.values, value_states, write)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError("crop takes the number of tokens to remove as a negative number")
-        if tokens_to_remove and self.get_seq_length():
-            assert self.keys is not None
-            self._cut(0, max(0, self.keys.shape[2] + tokens_to_remove))
-
-    def reset(self) -> None:
-        super().reset()
-        self._rooms = (_Room(), _Room())
+        held = self.rooms[0].tokens
+        if tokens_to_remove and held:
+            self._cut(0, max(0, held + tokens_to_remove))
 
     def _cut(self, first: int, last: int) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = self._rooms[0].cut(self.keys, first, last)
-        self.values = self._rooms[1].cut(self.values, first, last)
+        for room in self.rooms:
+            room.cut(first, last)
 
 
 class GrowingSlidingLayer(SlidingWindow, GrowingLayer):
@@ -112,9 +215,7 @@ class GrowingSlidingLayer(SlidingWindow, GrowingLayer):
         return keys[:, :, -seen:], values[:, :, -seen:]
 
     def _shrink(self) -> None:
-        if self.keys is None:
-            return
-        tokens = self.keys.shape[2]
+        tokens = self.rooms[0].tokens
         self._cut(max(0, tokens - self.sliding_window + 1), tokens)
 
 
