@@ -13,6 +13,7 @@ Inputs and outputs carry the names that optimum and onnxruntime-genai use:
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import io
 import logging
@@ -97,6 +98,8 @@ def trace_onnx(model: nn.Module, past: Sequence[Past]) -> ModelProto:
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{type(model).__name__} cannot be traced into an ONNX graph: {reason}") from error
     proto = ir.to_proto(traced)
+    del program, traced
+    gc.collect()  # the exporter's graphs refer to each other in circles, and are large
     _tidy(proto, len(names))
     return proto
 

@@ -35,7 +35,8 @@ class Past:
 
 
 def find_past(skeleton: nn.Module) -> tuple[Past, ...]:
-    """The layers that keep keys and values, in their order; `skeleton` from `build_skeleton`.
+    """The layers that keep keys and values, in their order; `skeleton` from `build_skeleton`. None of a model that does
+    not hand them back, as encoders.
 
     Raises ModelError for a model that cannot be run on a few tokens without weights.
     """
@@ -47,12 +48,14 @@ def find_past(skeleton: nn.Module) -> tuple[Past, ...]:
     try:
         with torch.no_grad(), _noting(skeleton, cache) as paths:
             ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-            skeleton(input_ids=ids, use_cache=True, **{past_argument(skeleton): cache})
+            found = skeleton(input_ids=ids, use_cache=True, **{past_argument(skeleton): cache})
     except (TypeError, RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
         raise ModelError(f"{type(skeleton).__name__} cannot be run without weights ({error})") from error
     finally:
         for module in experts:
             del module.forward
+    if getattr(found, past_argument(skeleton), None) is None:
+        return ()
     return tuple(
         _past(layer, index, paths.get(index, ""))
         for index, layer in enumerate(cache.layers)

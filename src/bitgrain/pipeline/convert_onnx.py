@@ -8,6 +8,7 @@ the model's size.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from bitgrain.errors import CheckpointError, PlanError
 from bitgrain.models.anatomy import Anatomy, read_anatomy
 from bitgrain.models.materialize import Weightless, load_dense_into
 from bitgrain.models.onnx_trace import parameter_names, trace_onnx
-from bitgrain.models.past import find_past
+from bitgrain.models.past import Past, find_past
 from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource
 from bitgrain.pipeline.converted import Converted, as_json, changed, write_side_files
@@ -67,7 +68,7 @@ def convert_onnx(
     skeleton = build_skeleton(config, trust_remote_code)
     anatomy = read_anatomy(skeleton, stored.originals())
     layers = spell_all(stored, form, progress, torch.float32)
-    past, began = find_past(skeleton) if _keeps_past(skeleton) else (), time.perf_counter()
+    past, began = _past(skeleton), time.perf_counter()
     surgeon = Surgeon(trace_onnx(_weightless(skeleton, config, stored, anatomy), past))
     tracing = time.perf_counter() - began
     units = _operate(surgeon, stored, layers, anatomy, form)
@@ -89,13 +90,10 @@ def convert_onnx(
     return Converted(out, form.name, layers, changed(stored, layers), shard.nbytes + len(data), tracing_s=tracing)
 
 
-def _keeps_past(skeleton: nn.Module) -> bool:
-    """Whether the model hands a cache back: a decoder."""
-    if not hasattr(skeleton.config, "use_cache"):
-        return False
-    with torch.no_grad():
-        found = skeleton(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=True)
-    return getattr(found, past_argument(skeleton), None) is not None
+def _past(skeleton: nn.Module) -> tuple[Past, ...]:
+    """What the layers of a decoder keep; nothing of an encoder's."""
+    takes = past_argument(skeleton) in inspect.signature(skeleton.forward).parameters
+    return find_past(skeleton) if takes and hasattr(skeleton.config, "use_cache") else ()
 
 
 def _weightless(skeleton: nn.Module, config: Any, stored: StoredModel, anatomy: Anatomy) -> nn.Module:
