@@ -214,7 +214,7 @@ class JobFolder:
 
 def partial_folder(out: Path) -> Path:
     """Where the half-done run of `out` is."""
-    return out.with_name(out.name + ".partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def _names(layouts: Sequence[ShardLayout]) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bitgrain.checkpoints.job_folder import check_new, partial_folder
 from bitgrain.checkpoints.layouts import get_layout
 from bitgrain.checkpoints.onnx.forms import FORMS
 from bitgrain.errors import PlanError
@@ -42,6 +43,7 @@ def convert(
     """
     progress = progress or make_progress("quiet")
     source, name, out = resolve_model(model, gguf=True), to.lower(), Path(out)
+    check_new(out, resumed=partial_folder(out).exists())  # said now, not after everything was compared, or traced
     if name in FORMS and max_shard_bytes != DEFAULT_SHARD_BYTES:
         raise PlanError(f"{to} has all its numbers in one file: leave --max-shard-size out")
     target = None if is_gguf(name) or name in FORMS else get_layout(to, others=("gguf", *FORMS))
