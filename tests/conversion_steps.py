@@ -24,7 +24,7 @@ from bitgrain.checkpoints.onnx.reader import OnnxFile
 from bitgrain.numerics import QTensor
 from bitgrain.numerics.packed import PackedMatrix
 from bitgrain.numerics.respell import respell_packed
-from bitgrain.pipeline.gguf_types import candidates, refusal
+from bitgrain.pipeline.gguf_types import choose_type, refusal
 from bitgrain.pipeline.spelling import respelled, spell
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import Scheme
@@ -114,9 +114,8 @@ class IntoGguf:
 
     def take(self, held: Held, folder: Path) -> tuple[str, Held] | None:
         layer, count = held.layer, len(held.matrices)
-        chosen = (one for one in candidates(layer, self._wanted) if refusal(layer, lambda: held.matrices, one) is None)
-        kind = next(chosen, None)
-        if kind is None:
+        kind = choose_type(layer, self._wanted, lambda one: refusal(layer, lambda: held.matrices, one))
+        if isinstance(kind, str):
             return None
         rows = [kind.pack(respell_packed(one, kind.spec, compared=True)) for one in held.matrices]
         name, shape = "blk.0.ffn_up.weight", layer.shape if count == 1 else (count, *layer.shape)

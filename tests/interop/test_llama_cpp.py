@@ -34,20 +34,11 @@ TYPES = [one.name for one in BLOCK_TYPES.values() if one.spec is not None]
 
 
 @pytest.fixture(autouse=True)
-def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The package, without kernels for repacked weights: those for AMX fault on virtual machines that only claim it."""
+def llama_cpp() -> Any:
+    """The package."""
     if (why := READER.missing()) is not None:
         pytest.skip(why)
-    package = import_module("llama_cpp")
-    defaults = package.llama_cpp.llama_model_default_params
-
-    def plain() -> Any:
-        found = defaults()
-        found.use_extra_bufts = False
-        return found
-
-    monkeypatch.setattr(package.llama_cpp, "llama_model_default_params", plain)
-    return package
+    return import_module("llama_cpp")
 
 
 @torch.no_grad()

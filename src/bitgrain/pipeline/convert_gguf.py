@@ -33,7 +33,7 @@ from bitgrain.models.skeleton import build_skeleton, load_config
 from bitgrain.models.source import ModelSource
 from bitgrain.numerics.respell import respell_packed
 from bitgrain.pipeline.gguf_tokenizer import tokenizer_of
-from bitgrain.pipeline.gguf_types import candidates, no_type, refusal
+from bitgrain.pipeline.gguf_types import choose_type, refusal
 from bitgrain.pipeline.stored_model import StoredModel
 from bitgrain.pipeline.threads import work_through
 from bitgrain.progress import Progress
@@ -239,14 +239,12 @@ def _type_of(job: _Job, name: str, originals: Mapping[int, str], wanted: BlockTy
         return chosen
     first = layers[0]
     assert first is not None
-    reasons: list[str] = []
-    for candidate in candidates(first, wanted):
+
+    def refused(candidate: BlockType) -> str | None:
         each = (refusal(stored.layers[one], partial(stored.packed, one), candidate) for one in originals.values())
-        reason = next(filter(None, each), None)
-        if reason is None:
-            return candidate
-        reasons.append(reason)
-    return reasons[0] if reasons else no_type(first)
+        return next(filter(None, each), None)
+
+    return choose_type(first, wanted, refused)
 
 
 def _shape(job: _Job, originals: Mapping[int, str]) -> tuple[int, ...]:

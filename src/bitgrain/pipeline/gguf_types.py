@@ -57,8 +57,18 @@ def refusal(layer: StoredLayer, matrices: Callable[[], Iterable[PackedMatrix]], 
     return None
 
 
-def no_type(layer: StoredLayer) -> str:
-    """What is said where there are no candidates."""
+def choose_type(
+    layer: StoredLayer, wanted: BlockType | None, refused: Callable[[BlockType], str | None]
+) -> BlockType | str:
+    """The first of the candidates that is not refused; or why there is none."""
+    reasons: list[str] = []
+    for candidate in candidates(layer, wanted):
+        reason = refused(candidate)
+        if reason is None:
+            return candidate
+        reasons.append(reason)
+    if reasons:
+        return reasons[0]
     return f"{layer.module}: no type of GGUF has the numbers of {layer.scheme.weight.describe()}"
 
 
@@ -88,10 +98,5 @@ def _planned_refusal(layer: StoredLayer, wanted: BlockType | None) -> str | None
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(rows, layer.in_features, generator=draw) + torch.randn(rows, 1, generator=draw)
     sample = [PackedMatrix.of(quantize(values, spec))]
-    reasons: list[str] = []
-    for candidate in candidates(layer, wanted):
-        reason = refusal(layer, lambda: sample, candidate)
-        if reason is None:
-            return None
-        reasons.append(reason)
-    return reasons[0] if reasons else no_type(layer)
+    chosen = choose_type(layer, wanted, lambda candidate: refusal(layer, lambda: sample, candidate))
+    return chosen if isinstance(chosen, str) else None
