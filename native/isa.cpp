@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -24,10 +28,14 @@ BG_LEVEL(avx512vnni)
 BG_LEVEL(avx512bf16)
 BG_LEVEL(neon)
 
+namespace amx {
+const Kernels& kernels();
+}
+
 namespace {
 
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false, neon = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false, amx = false, neon = false;
 
   Cpu() {
 #if defined(__x86_64__)
@@ -39,6 +47,7 @@ struct Cpu {
     avxvnni = avx2 && bit(7, 1, 'a', 4);
     avx512vnni = avx2 && avx512 && bit(7, 0, 'c', 11);
     avx512bf16 = avx512vnni && bit(7, 1, 'a', 5) && bit(7, 0, 'c', 1);
+    amx = avx512bf16 && bit(7, 0, 'd', 22) && bit(7, 0, 'd', 24) && bit(7, 0, 'd', 25) && may_use_tiles();
 #elif defined(__aarch64__) && defined(__linux__)
     const unsigned long caps = getauxval(AT_HWCAP);
     neon = (caps & HWCAP_ASIMDDP) && (caps & HWCAP_FPHP) && (caps & HWCAP_ASIMDHP);
@@ -54,6 +63,16 @@ struct Cpu {
     const unsigned value = which == 'a' ? a : which == 'b' ? b : which == 'c' ? c : d;
     return value >> index & 1;
   }
+
+  // Linux saves tiles only for a process that has asked.
+  static bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, the feature's number in XCR0
+    return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+    return false;
+#endif
+  }
 #endif
 };
 
@@ -65,6 +84,9 @@ int list_kernels(const Kernels** found, int room) {
   [[maybe_unused]] auto add = [&](bool has, const Kernels& one) {
     if (has && count < room) found[count++] = &one;
   };
+#if BITGRAIN_HAS_AMX
+  add(cpu.amx, amx::kernels());
+#endif
 #if BITGRAIN_HAS_AVX512BF16
   add(cpu.avx512bf16, avx512bf16::kKernels);
 #endif

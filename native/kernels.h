@@ -59,6 +59,12 @@ struct Kernels {
                   int64_t y_at);
   void (*rotate_rows)(const RotateRows&, int64_t first, int64_t last);
   void (*dense_rows)(const DenseRowsJob&, int64_t first, int64_t last);
+  // products on the matrix unit
+  int64_t int_matrix_rows, code_matrix_rows;  // from so many rows on; out of reach where there is none
+  void (*quantize_matrix)(const ActivationJob&, int64_t first, int64_t last);  // tiles
+  void (*int_matrix)(const IntPanelJob&, int64_t first, int64_t last);         // panels
+  void (*arrange_matrix)(const InputJob&, int64_t first, int64_t last);        // tiles
+  void (*code_matrix)(const CodePanelJob&, int64_t first, int64_t last);       // panels
 };
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.

@@ -15,11 +15,12 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(BITGRAIN_ISA_avxvnni ${_avx2} -mavxvnni)
   set(BITGRAIN_ISA_avx512vnni ${_avx512})
   set(BITGRAIN_ISA_avx512bf16 ${_avx512} -mavx512bf16 -mavx512vbmi)
+  set(BITGRAIN_ISA_amx ${_avx512} -mavx512bf16 -mavx512vbmi -mamx-tile -mamx-int8 -mamx-bf16)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(BITGRAIN_ISA_neon -march=armv8.2-a+dotprod+fp16)
 endif()
 
-set(BITGRAIN_LEVELS avx2 avxvnni avx512vnni avx512bf16 neon CACHE STRING "Levels to build beside the portable one")
+set(BITGRAIN_LEVELS avx2 avxvnni avx512vnni avx512bf16 amx neon CACHE STRING "Levels to build beside the portable one")
 # its vectors are passed to no code of another level: nobody minds how. It is not there for speed
 set(BITGRAIN_ISA_portable -Wno-psabi)
 if(NOT BITGRAIN_SANITIZE)

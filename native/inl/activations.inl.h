@@ -2,7 +2,8 @@
 namespace bitgrain {
 namespace BG_ISA {
 
-template <DType T>
+// MATRIX: for the matrix unit, where `rows` is 16 in each tile.
+template <DType T, bool MATRIX>
 static void quantize_row(const ActivationJob& job, const void* x, uint8_t* bytes, int32_t* sums, int64_t r, int64_t rows,
                          float* scale) {
   const IntWeights& w = *job.w;
@@ -25,7 +26,8 @@ static void quantize_row(const ActivationJob& job, const void* x, uint8_t* bytes
     const int32_t zero = span.a_zero - job.spec.shift;
     const F32 by = set_f(job.spec.fixed ? span.a_scale : step), offset = set_f((float)zero);
     const I32 minus_zero = set_i(-zero), shift = set_i(job.spec.shift);
-    uint8_t* to = bytes + ((int64_t)span.step * rows + r) * 4;
+    const int64_t features = span.chunks * chunk_features(w.bits);
+    uint8_t* to = bytes + (MATRIX ? r * kMatrixBytes : ((int64_t)span.step * rows + r) * 4);
     I32 sum = zero_i();
     int64_t f = 0;
     for (; f < span.count; f += 16) {
@@ -36,36 +38,47 @@ static void quantize_row(const ActivationJob& job, const void* x, uint8_t* bytes
       alignas(16) uint8_t four[16];
       store_low_bytes(four, add_i(code, shift));
       const int64_t words = count < 16 ? ceil_div(count, 4) : 4;
-      if (rows == 1 && words == 4) {
+      if constexpr (MATRIX) {
+        if (count < 16) std::memset(four + count, 0, 16 - count);
+        std::memcpy(to + f / kMatrixBytes * kMatrixTile * kMatrixBytes + f % kMatrixBytes, four, 16);
+      } else if (rows == 1 && words == 4) {
         std::memcpy(to + f, four, 16);
       } else {
         for (int64_t i = 0; i < words; ++i) std::memcpy(to + (f / 4 + i) * rows * 4, four + 4 * i, 4);
       }
     }
-    const uint32_t padding = (uint32_t)(uint8_t)span.a_zero * 0x01010101u;
-    const int64_t steps = span.chunks * chunk_features(w.bits) / 4;
-    for (int64_t i = ceil_div(span.count, 4); i < steps; ++i) std::memcpy(to + i * rows * 4, &padding, 4);
+    if constexpr (MATRIX) {
+      const int64_t padded = matrix_steps(features) * kMatrixBytes;
+      for (; f < padded; f += 16) {
+        std::memset(to + f / kMatrixBytes * kMatrixTile * kMatrixBytes + f % kMatrixBytes, 0, 16);
+      }
+      bytes += kMatrixTile * padded;
+    } else {
+      const uint32_t padding = (uint32_t)(uint8_t)span.a_zero * 0x01010101u;
+      for (int64_t i = ceil_div(span.count, 4); i < features / 4; ++i) std::memcpy(to + i * rows * 4, &padding, 4);
+    }
     sums[s * rows + r] = sum_i(sum) * job.sum_factor;
   }
 }
 
-static void quantize_tiles(const ActivationJob& job, int64_t first, int64_t last) {
-  const int64_t row_bytes = 4 * job.w->steps;
+template <bool MATRIX>
+static void quantize_rows(const ActivationJob& job, int64_t first, int64_t last) {
   for (int64_t tile = first; tile < last; ++tile) {
-    const int64_t rows = rows_of_tile(job.m, job.rows, tile);
+    const int64_t rows = rows_of_tile(job.m, job.rows, tile), apart = MATRIX ? kMatrixTile : rows;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = tile * job.rows + r;
-      uint8_t* bytes = job.bytes + tile * job.rows * row_bytes;
+      uint8_t* bytes = job.bytes + tile * job.rows * job.row_bytes;
       int32_t* sums = job.sums + tile * job.rows * job.w->spans;
+      float* scale = job.scales + row;
       if (job.source) {
         job.source->make(job.source->context, row, job.row);
-        quantize_row<DType::f32>(job, job.row, bytes, sums, r, rows, job.scales + row);
+        quantize_row<DType::f32, MATRIX>(job, job.row, bytes, sums, r, apart, scale);
         continue;
       }
       const void* x = (const uint8_t*)job.x + row * job.stride * (int64_t)size_of(job.type);
-      if (job.type == DType::f32) quantize_row<DType::f32>(job, x, bytes, sums, r, rows, job.scales + row);
-      else if (job.type == DType::bf16) quantize_row<DType::bf16>(job, x, bytes, sums, r, rows, job.scales + row);
-      else quantize_row<DType::f16>(job, x, bytes, sums, r, rows, job.scales + row);
+      if (job.type == DType::f32) quantize_row<DType::f32, MATRIX>(job, x, bytes, sums, r, apart, scale);
+      else if (job.type == DType::bf16) quantize_row<DType::bf16, MATRIX>(job, x, bytes, sums, r, apart, scale);
+      else quantize_row<DType::f16, MATRIX>(job, x, bytes, sums, r, apart, scale);
     }
   }
 }

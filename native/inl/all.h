@@ -5,13 +5,17 @@
 #include "kernels.h"
 //
 #include "inl/activations.inl.h"
+//
+#include "inl/int_codes.inl.h"
 #include "inl/int_linear.inl.h"
 #include "inl/attention_prefill.inl.h"
 //
 #include "inl/code_pairs.inl.h"
 #include "inl/float_grid.inl.h"
 //
+#include "inl/code_groups.inl.h"
 #include "inl/code_inputs.inl.h"
+//
 #include "inl/code_linear.inl.h"
 #include "inl/attention.inl.h"
 #include "inl/attention_dense.inl.h"
@@ -53,6 +57,8 @@ const Kernels kKernels = {
     read_bytes, int8_loop, bf16_loop,
     // rows between products
     norm_row, gated_row, add_row, rotate_rows, dense_rows,
+    // no matrix unit
+    INT64_MAX, INT64_MAX, nullptr, nullptr, nullptr, nullptr,
 };
 
 }  // namespace BG_ISA

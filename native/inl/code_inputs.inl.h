@@ -15,7 +15,8 @@ BG_INLINE float find_scale(const InputRounding& to, const void* x, int64_t at, i
   return *step + sum_f(bad);
 }
 
-template <DType T>
+// MATRIX: for the matrix unit, where `rows` is 16 in each tile.
+template <DType T, bool MATRIX>
 static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float* sums, float* scales, int64_t r,
                         int64_t rows) {
   const CodeWeights& w = *job.w;
@@ -23,7 +24,8 @@ static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float
   float step = 1.f;  // of rounded inputs
   if (scales && !w.inputs.groups) scales[r] = find_scale<T>(w.inputs, x, 0, w.k, &step);
   for (int64_t s = 0; s < w.spans; ++s) {
-    const int64_t count = features_of(w, s), pairs = chunks_of(w, s) * chunk_features(w.bits) / 2;
+    const int64_t count = features_of(w, s);
+    const int64_t pairs = MATRIX ? matrix_steps(w, s) * 16 : chunks_of(w, s) * chunk_features(w.bits) / 2;
     F32 sum = zero_f();
     if (w.inputs.groups) scales[s * rows + r] = find_scale<T>(w.inputs, x, s * w.group, count, &step);
     for (int64_t p = 0; p < pairs; p += 8) {
@@ -40,7 +42,9 @@ static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float
       sum = add_f(sum, v);
       const int64_t now = pairs - p < 8 ? pairs - p : 8;
       uint8_t* to = tile + (p * rows + r) * (int64_t)kPair;
-      if (rows == 1 && now == 8) {
+      if constexpr (MATRIX) {
+        std::memcpy(tile + (p / 16 * kMatrixTile + r) * kMatrixBytes + p % 16 * (int64_t)kPair, some, 8 * kPair);
+      } else if (rows == 1 && now == 8) {
         std::memcpy(to, some, 8 * kPair);
       } else {
         for (int64_t i = 0; i < now; ++i) std::memcpy(to + i * rows * (int64_t)kPair, some + i * kPair, kPair);
@@ -51,20 +55,21 @@ static void arrange_row(const InputJob& job, const void* x, uint8_t* tile, float
   }
 }
 
-static void arrange_inputs(const InputJob& job, int64_t first, int64_t last) {
+template <bool MATRIX>
+static void arrange_rows(const InputJob& job, int64_t first, int64_t last) {
   for (int64_t t = first; t < last; ++t) {
-    const int64_t rows = rows_of_tile(job.m, job.rows, t);
-    uint8_t* tile = job.tiles + t * job.rows * job.w->steps * 2 * kInputBytes;
+    const int64_t rows = rows_of_tile(job.m, job.rows, t), apart = MATRIX ? kMatrixTile : rows;
+    uint8_t* tile = job.tiles + t * job.rows * job.row_bytes;
     float* sums = job.sums ? job.sums + t * job.rows * job.w->spans : nullptr;
     float* scales = job.scales ? job.scales + t * job.rows * scales_of_row(*job.w) : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const void* x = (const uint8_t*)job.x + (t * job.rows + r) * job.stride * (int64_t)size_of(job.type);
       if (job.source) {
         job.source->make(job.source->context, t * job.rows + r, job.row);
-        arrange_row<DType::f32>(job, job.row, tile, sums, scales, r, rows);
-      } else if (job.type == DType::f32) arrange_row<DType::f32>(job, x, tile, sums, scales, r, rows);
-      else if (job.type == DType::bf16) arrange_row<DType::bf16>(job, x, tile, sums, scales, r, rows);
-      else arrange_row<DType::f16>(job, x, tile, sums, scales, r, rows);
+        arrange_row<DType::f32, MATRIX>(job, job.row, tile, sums, scales, r, apart);
+      } else if (job.type == DType::f32) arrange_row<DType::f32, MATRIX>(job, x, tile, sums, scales, r, apart);
+      else if (job.type == DType::bf16) arrange_row<DType::bf16, MATRIX>(job, x, tile, sums, scales, r, apart);
+      else arrange_row<DType::f16, MATRIX>(job, x, tile, sums, scales, r, apart);
     }
   }
 }

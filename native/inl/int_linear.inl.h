@@ -2,82 +2,10 @@
 namespace bitgrain {
 namespace BG_ISA {
 
-// Chunks of a half panel at p: kSteps times four features of 16 columns. step: one of them, unpacked.
-template <int BITS>
-struct Codes;
-
-// How far ahead weights are prefetched by the first tile, which reads them from memory; the others find them in a cache.
-constexpr int64_t kAhead = 4096;
-
-template <>
-struct Codes<8> {
-  static constexpr int kSteps = 1, kVectors = 1;
-  BG_INLINE Bytes step(const uint8_t* p, int) { return load_b(p); }
-};
-
-template <>
-struct Codes<4> {
-  static constexpr int kSteps = 2, kVectors = 1;
-  BG_INLINE Bytes step(const uint8_t* p, int i) {
-    const Bytes x = load_b(p);
-    return and_b(i == 0 ? x : shift_right_b<4>(x), 15);
-  }
-};
-
-template <>
-struct Codes<2> {
-  static constexpr int kSteps = 4, kVectors = 1;
-  BG_INLINE Bytes step(const uint8_t* p, int i) {
-    const Bytes x = load_b(p);
-    switch (i) {
-      case 0: return and_b(x, 3);
-      case 1: return and_b(shift_right_b<2>(x), 3);
-      case 2: return and_b(shift_right_b<4>(x), 3);
-      default: return and_b(shift_right_b<6>(x), 3);
-    }
-  }
-};
-
-template <>
-struct Codes<3> {
-  static constexpr int kSteps = 8, kVectors = 3;
-  BG_INLINE Bytes step(const uint8_t* p, int i) {
-    return or_b(Codes<2>::step(p + 64 * (i / 4), i % 4), and_b(high(load_b(p + 128), i), 4));
-  }
-  BG_INLINE Bytes high(Bytes x, int i) {
-    switch (i) {
-      case 0: return shift_left_b<2>(x);
-      case 1: return shift_left_b<1>(x);
-      case 2: return x;
-      case 3: return shift_right_b<1>(x);
-      case 4: return shift_right_b<2>(x);
-      case 5: return shift_right_b<3>(x);
-      case 6: return shift_right_b<4>(x);
-      default: return shift_right_b<5>(x);
-    }
-  }
-};
-
 template <int BITS, int STEPS>
 BG_INLINE void product(I32& sum, const Bytes* w, const Bytes* x) {
   if constexpr (BITS == 8) dot4_shifted(sum, *x, *w);
   else dot4_small<STEPS>(sum, w, x);
-}
-
-// Scales of the rows, the bias, and the type of y: of sums [rows][16 * halves] of the columns from `first` on.
-static __attribute__((noinline)) void finish_tile(const IntPanelJob& job, int64_t first, int64_t row, int rows,
-                                                  int halves, const float* sums) {
-  const IntWeights& w = *job.w;
-  for (int v = 0; v < halves; ++v) {
-    const int64_t column = first + 16 * v, left = w.n - column;
-    if (left <= 0) return;
-    const int64_t count = left < 16 ? left : 16;
-    const F32 bias = w.bias ? load_elements<DType::f32>(w.bias, column, count) : zero_f();
-    for (int r = 0; r < rows; ++r) {
-      const F32 y = fma_f(load_f(sums + (r * halves + v) * 16), set_f(job.scales[row + r]), bias);
-      store_elements(job.y, job.type, (row + r) * job.stride + column, count, y);
-    }
-  }
 }
 
 // R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span (8 bits). CONSTANT: they have one zero
@@ -181,13 +109,17 @@ BG_INLINE void int_tile_rows(int64_t rows, const IntPanelJob& job, int64_t panel
 
 template <int BITS, bool SINGLE>
 static void int_panels_of(const IntPanelJob& job, int64_t first, int64_t last) {
-  const int64_t tile_bytes = job.rows * 4 * job.w->steps, tile_sums = job.rows * job.w->spans;
+  const int64_t tile_bytes = job.rows * job.row_bytes, tile_sums = job.rows * job.w->spans;
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t tile = job.first_tile; tile < job.last_tile; ++tile) {
       int_tile_rows<BITS, SINGLE>(rows_of_tile(job.m, job.rows, tile), job, panel, job.bytes + tile * tile_bytes,
                                   job.sums + tile * tile_sums, tile * job.rows, tile == job.first_tile ? kAhead : 0);
     }
   }
+}
+
+static void quantize_tiles(const ActivationJob& job, int64_t first, int64_t last) {
+  quantize_rows<false>(job, first, last);
 }
 
 static void int_panels(const IntPanelJob& job, int64_t first, int64_t last) {

@@ -8,14 +8,15 @@ namespace bitgrain {
 
 // Inputs as the kernels read them: tiles of up to `rows` rows; a tile of R rows is [steps][R][2], two neighbouring
 // features of each row, in bfloat16 or float32 (Kernels::input_bytes). Groups are padded as those of the weights are,
-// with 0.
+// with 0. For the matrix unit tiles have 16 rows and are [steps][16][32] of bfloat16, groups are padded to whole steps.
 struct InputJob {
   const void* x;  // [m, k], rows `stride` elements apart
   DType type;     // f32, bf16, f16
   int64_t m, stride;
   const CodeWeights* w;  // its groups
   int64_t rows;          // of a tile
-  uint8_t* tiles;        // [tiles][rows * steps * 2] elements
+  int64_t row_bytes;     // of a row in a tile
+  uint8_t* tiles;        // [tiles][rows * row_bytes]
   float* sums;           // null, or [tiles][rows * spans], in a tile [spans][R]: of the features of a group, as rounded
   float* scales = nullptr;  // null, or of rounded inputs: [tiles][rows * scales_of_row], in a tile [spans][R] or [R]
   const RowSource* source = nullptr;  // makes the rows, in place of x
@@ -27,7 +28,7 @@ struct CodePanelJob {
   const CodeWeights* w;
   const uint8_t* tiles;
   const float *sums, *scales;
-  int64_t m, rows, first_tile, last_tile;
+  int64_t m, rows, row_bytes, first_tile, last_tile;
   float* totals;  // [rows of those tiles, 32], this thread's; null: sums stay in registers, each tile reads the panel
   void* y;        // [m, n], rows `stride` elements apart
   DType type;

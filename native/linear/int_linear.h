@@ -12,10 +12,12 @@ struct IntPanelJob {
   const uint8_t* bytes;
   const int32_t* sums;
   const float* scales;
-  int64_t m, rows, first_tile, last_tile;
+  int64_t m, rows, row_bytes, first_tile, last_tile;
   void* y;  // [m, n], rows `stride` elements apart
   DType type;
   int64_t stride;
+  float* totals = nullptr;     // for the matrix unit: [rows of those tiles, 32], this thread's
+  int32_t* partial = nullptr;  // as many: sums of a span that goes on
 };
 
 // Several weights that read the same activations (q, k and v of attention; gate and up of an MLP).

@@ -117,6 +117,7 @@ BG_INLINE Bytes repeat4(const uint8_t* p) {
   return _mm512_set1_epi32(word);
 }
 BG_INLINE Bytes and_b(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8((char)mask)); }
+BG_INLINE Bytes sub_bytes(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
 BG_INLINE Bytes or_b(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 template <int COUNT>
 BG_INLINE Bytes shift_right_b(Bytes x) {  // bits of a neighbour come in from above: mask afterwards

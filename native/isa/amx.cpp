@@ -1,0 +1,48 @@
+// The level below it, and products of many rows on the matrix unit.
+#define BG_ISA amx
+#define BITGRAIN_AVX512_BF16 1
+#include "simd/avx512.h"
+//
+#include "inl/loads.h"
+//
+#include "floats.h"
+#include "kernels.h"
+//
+#include "inl/activations.inl.h"
+//
+#include "inl/int_codes.inl.h"
+//
+#include "inl/matrix.inl.h"
+//
+#include "inl/int_matrix.inl.h"
+//
+#include "inl/code_pairs.inl.h"
+#include "inl/float_grid.inl.h"
+//
+#include "inl/code_groups.inl.h"
+#include "inl/code_inputs.inl.h"
+//
+#include "inl/code_matrix.inl.h"
+
+namespace bitgrain {
+
+namespace avx512bf16 {
+extern const Kernels kKernels;
+}
+
+namespace amx {
+
+const Kernels& kernels() {
+  static const Kernels all = [] {
+    Kernels one = avx512bf16::kKernels;
+    one.name = "amx";
+    one.int_matrix_rows = kIntMatrixRows, one.code_matrix_rows = kCodeMatrixRows;
+    one.quantize_matrix = quantize_matrix, one.int_matrix = int_matrix;
+    one.arrange_matrix = arrange_matrix, one.code_matrix = code_matrix;
+    return one;
+  }();
+  return all;
+}
+
+}  // namespace amx
+}  // namespace bitgrain
