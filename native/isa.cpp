@@ -35,11 +35,12 @@ const Kernels& kernels();
 namespace {
 
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false, amx = false, neon = false;
+  bool intel = false, avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false, amx = false, neon = false;
 
   Cpu() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    intel = __builtin_cpu_is("intel");
     avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && bit(1, 0, 'c', 29);
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -87,11 +88,15 @@ int list_kernels(const Kernels** found, int room) {
 #if BITGRAIN_HAS_AMX
   add(cpu.amx, amx::kernels());
 #endif
+#if BITGRAIN_HAS_AVX512VNNI
+  // Intel's vdpbf16ps is slower than float32
+  add(cpu.avx512vnni && cpu.intel, avx512vnni::kKernels);
+#endif
 #if BITGRAIN_HAS_AVX512BF16
   add(cpu.avx512bf16, avx512bf16::kKernels);
 #endif
 #if BITGRAIN_HAS_AVX512VNNI
-  add(cpu.avx512vnni, avx512vnni::kKernels);
+  add(cpu.avx512vnni && !cpu.intel, avx512vnni::kKernels);
 #endif
 #if BITGRAIN_HAS_AVXVNNI
   add(cpu.avxvnni, avxvnni::kKernels);

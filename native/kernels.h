@@ -67,6 +67,12 @@ struct Kernels {
   void (*code_matrix)(const CodePanelJob&, int64_t first, int64_t last);       // panels
 };
 
+// Whether m rows meet a weight on the matrix unit. Sums of short spans take longer on their way out than they take to make.
+inline bool uses_matrix(const Kernels& kernel, const IntWeights& w, int64_t m) {
+  return m >= kernel.int_matrix_rows && w.k >= kMatrixBytes * w.spans;
+}
+inline bool uses_matrix(const Kernels& kernel, const CodeWeights&, int64_t m) { return m >= kernel.code_matrix_rows; }
+
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.
 const Kernels& kernels();
 

@@ -54,6 +54,6 @@ void bind_code_linear(nb::module_& m) {
       .def("gather", &CodeWeight::gather)
       .def("run", &CodeWeight::run)
       .def("weights_at", [](const CodeWeight& w) { return reinterpret_cast<uintptr_t>(&w.weights()); });
-  m.def("rounds_inputs", [] { return kernels().input_bytes == 2; },
+  m.def("rounds_inputs", [](int64_t m) { return kernels().input_bytes == 2 || m >= kernels().code_matrix_rows; },
         "Whether the level that runs rounds the inputs and tables of CodeWeight to bfloat16.");
 }

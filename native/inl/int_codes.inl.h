@@ -58,20 +58,13 @@ struct Codes<3> {
   }
 };
 
-// Scales of the rows, the bias, and the type of y: of sums [rows][16 * halves] of the columns from `first` on.
-static __attribute__((noinline)) void finish_tile(const IntPanelJob& job, int64_t first, int64_t row, int rows,
-                                                  int halves, const float* sums) {
+// Scale of a row, the bias, and the type of y: of sums of 16 columns from `column` on.
+BG_INLINE void finish_sums(const IntPanelJob& job, int64_t column, int64_t row, F32 sums) {
   const IntWeights& w = *job.w;
-  for (int v = 0; v < halves; ++v) {
-    const int64_t column = first + 16 * v, left = w.n - column;
-    if (left <= 0) return;
-    const int64_t count = left < 16 ? left : 16;
-    const F32 bias = w.bias ? load_elements<DType::f32>(w.bias, column, count) : zero_f();
-    for (int r = 0; r < rows; ++r) {
-      const F32 y = fma_f(load_f(sums + (r * halves + v) * 16), set_f(job.scales[row + r]), bias);
-      store_elements(job.y, job.type, (row + r) * job.stride + column, count, y);
-    }
-  }
+  const int64_t left = w.n - column, count = left < 16 ? left : 16;
+  if (left <= 0) return;
+  const F32 bias = w.bias ? load_elements<DType::f32>(w.bias, column, count) : zero_f();
+  store_elements(job.y, job.type, row * job.stride + column, count, fma_f(sums, set_f(job.scales[row]), bias));
 }
 
 }  // namespace BG_ISA

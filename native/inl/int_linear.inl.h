@@ -8,6 +8,15 @@ BG_INLINE void product(I32& sum, const Bytes* w, const Bytes* x) {
   else dot4_small<STEPS>(sum, w, x);
 }
 
+// Of sums [rows][16 * halves] of the columns from `first` on. Apart from the loop that made them, so that gcc 12 leaves
+// them in registers there.
+static __attribute__((noinline)) void finish_tile(const IntPanelJob& job, int64_t first, int64_t row, int rows,
+                                                  int halves, const float* sums) {
+  for (int v = 0; v < halves; ++v) {
+    for (int r = 0; r < rows; ++r) finish_sums(job, first + 16 * v, row + r, load_f(sums + (r * halves + v) * 16));
+  }
+}
+
 // R rows against V half panels, from half panel `half` on. SINGLE: the weights have one span (8 bits). CONSTANT: they have one zero
 // point, or none. `ahead`: how far to prefetch weights.
 template <int BITS, int R, int V, bool SINGLE, bool CONSTANT>

@@ -5,7 +5,7 @@
 namespace bitgrain {
 namespace BG_ISA {
 
-constexpr int64_t kIntMatrixRows = 8;  // from so many rows on the unit is faster than registers
+constexpr int64_t kIntMatrixRows = 12;  // from so many rows on the unit is faster than registers
 constexpr int64_t kMatrixSteps = 8;  // 16 KB of unpacked weights, beside as many bytes of two tiles of inputs
 
 // A part of a span in a run of steps.
@@ -53,18 +53,30 @@ BG_INLINE SpanScales span_scales(const IntWeights& w, const Span& span, const ui
   return of;
 }
 
-// total [16][32] += scale * (found [2][16][16] + start + add) - shift * sums. START: there is something to add to the
-// integers; SHIFT: something to take off. sums: of the rows' inputs, `add` if they belong to the integers.
-template <bool START, bool SHIFT>
-static void add_matrix_sums(const int32_t* found, const SpanScales& of, const int32_t* sums, bool add, float* total) {
-  for (int r = 0; r < kMatrixTile; ++r) {
+// Sums of a tile of rows against a span: found [2][16][16], of the rows' inputs sums [16].
+struct FoundSums {
+  const int32_t *found, *sums;
+  const SpanScales* of;
+  bool add;          // the inputs' sums belong to the integers
+  bool first, last;  // of the spans
+};
+
+// total [16][32] = total + scale * (found + start + add) - shift * sums; LAST: that are outputs, of rows `row` on. START:
+// there is something to add to the integers; SHIFT: something to take off.
+template <bool START, bool SHIFT, bool LAST>
+static void add_matrix_sums(const IntPanelJob& job, const FoundSums& one, int64_t panel, int64_t row, float* total) {
+  const float* before = one.first ? kNoSums : total;
+  const int64_t left = job.m - row, rows = LAST && left < kMatrixTile ? left : kMatrixTile;
+  for (int64_t r = 0; r < rows; ++r) {
+    F32 y[2];
     BG_UNROLL for (int v = 0; v < 2; ++v) {
-      I32 whole = load_i(found + (v * 16 + r) * 16);
-      if (START) whole = add_i(whole, add_i(of.start[v], set_i(add ? sums[r] : 0)));
-      F32 y = fma_f(to_float(whole), of.scale[v], load_f(total + r * kPanel + 16 * v));
-      if (SHIFT) y = fnma_f(of.shift[v], set_f((float)sums[r]), y);
-      store_f(total + r * kPanel + 16 * v, y);
+      I32 whole = load_i(one.found + (v * 16 + r) * 16);
+      if (START) whole = add_i(whole, add_i(one.of->start[v], set_i(one.add ? one.sums[r] : 0)));
+      y[v] = fma_f(to_float(whole), one.of->scale[v], load_f(before + r * kPanel + 16 * v));
+      if (SHIFT) y[v] = fnma_f(one.of->shift[v], set_f((float)one.sums[r]), y[v]);
+      if (!LAST) store_f(total + r * kPanel + 16 * v, y[v]);
     }
+    BG_UNROLL for (int v = 0; LAST && v < 2; ++v) finish_sums(job, panel * kPanel + 16 * v, row + r, y[v]);
   }
 }
 
@@ -112,30 +124,38 @@ static int next_parts(const IntWeights& w, const uint8_t*& header, int32_t& s, i
   return count;
 }
 
+// Where step `done` of a span begins; the next panel follows the last span.
+template <int BITS>
+BG_INLINE const uint8_t* parts_at(const IntWeights& w, const uint8_t* header, int64_t done) {
+  const int64_t chunk = done * kMatrixBytes / chunk_features(BITS);
+  return header + (done > 0 ? header_bytes(w.scale_type, w.zeros, w.sums) + chunk * 2 * 64 * chunk_vectors(BITS) : 0);
+}
+
 template <int BITS, int T>
-static void multiply_parts(const IntPanelJob& job, const MatrixPart* parts, int count, const SpanScales* of, int64_t tile,
-                           int64_t place) {
+static void multiply_parts(const IntPanelJob& job, int64_t panel, const MatrixPart* parts, int count,
+                           const SpanScales* of, int64_t tile) {
   constexpr MatrixKind kKind = BITS == 8 ? MatrixKind::unsigned_signed : MatrixKind::signed_signed;
   const IntWeights& w = *job.w;
-  const int64_t x_tile = job.row_bytes * kMatrixTile;
+  const int64_t x_tile = job.row_bytes * kMatrixTile, place = (tile - job.first_tile) * kMatrixSums;
   const uint8_t* x = job.bytes + tile * x_tile;
-  const int32_t* sums = job.sums + tile * kMatrixTile * w.spans;
-  int32_t* kept = job.partial + place * kMatrixSums;
   const bool add = BITS == 8 && w.zeros == Zeros::constant && w.zero != 0, start = add || w.sums;
   const bool shift = w.zeros == Zeros::real || w.zeros == Zeros::minima || (w.zeros == Zeros::codes && BITS == 8);
   for (int i = 0; i < count; ++i) {
     const MatrixPart& part = parts[i];
     alignas(64) int32_t own[T * kMatrixSums];
-    int32_t* found = part.first && part.last ? own : kept;
+    int32_t* found = part.first && part.last ? own : job.partial + place;
     multiply_matrix<kKind, T>(x + part.x_step * 1024, x_tile, part.weights, part.steps, !part.first, found);
     if (!part.last) continue;
     for (int t = 0; t < T; ++t) {
-      const int32_t *ints = found + t * kMatrixSums, *of_rows = sums + (t * w.spans + part.index) * kMatrixTile;
-      float* total = job.totals + (place + t) * kMatrixSums;
-      if (start && shift) add_matrix_sums<true, true>(ints, of[i], of_rows, add, total);
-      else if (start) add_matrix_sums<true, false>(ints, of[i], of_rows, add, total);
-      else if (shift) add_matrix_sums<false, true>(ints, of[i], of_rows, add, total);
-      else add_matrix_sums<false, false>(ints, of[i], of_rows, add, total);
+      const int32_t* sums = job.sums + ((tile + t) * w.spans + part.index) * kMatrixTile;
+      const FoundSums one{found + t * kMatrixSums, sums, of + i, add, part.index == 0, part.index + 1 == w.spans};
+      const int64_t row = (tile + t) * kMatrixTile;
+      float* total = job.totals + place + t * kMatrixSums;
+      if (one.last) add_matrix_sums<true, true, true>(job, one, panel, row, total);
+      else if (start && shift) add_matrix_sums<true, true, false>(job, one, panel, row, total);
+      else if (start) add_matrix_sums<true, false, false>(job, one, panel, row, total);
+      else if (shift) add_matrix_sums<false, true, false>(job, one, panel, row, total);
+      else add_matrix_sums<false, false, false>(job, one, panel, row, total);
     }
   }
 }
@@ -143,25 +163,23 @@ static void multiply_parts(const IntPanelJob& job, const MatrixPart* parts, int 
 template <int BITS>
 static void int_matrix_panel(const IntPanelJob& job, int64_t panel) {
   const IntWeights& w = *job.w;
-  const int64_t tiles = job.last_tile - job.first_tile;
-  for (int64_t i = 0; i < tiles * kMatrixSums; i += 16) store_f(job.totals + i, zero_f());
   alignas(64) uint8_t room[kMatrixSteps * kMatrixStep];
   const uint8_t* header = w.panels + panel * w.panel_bytes;
   int64_t done = 0, x_step = 0;
   for (int32_t s = 0; s < w.spans;) {
     MatrixPart parts[kMatrixSteps];
     SpanScales of[kMatrixSteps];
+    const uint8_t* from = parts_at<BITS>(w, header, done);
     const int count = next_parts<BITS>(w, header, s, done, x_step, room, parts);
     for (int i = 0; i < count; ++i) of[i] = span_scales<BITS>(w, *parts[i].span, parts[i].header);
-    int64_t t = 0;
-    for (; t + 2 <= tiles; t += 2) multiply_parts<BITS, 2>(job, parts, count, of, job.first_tile + t, t);
-    if (t < tiles) multiply_parts<BITS, 1>(job, parts, count, of, job.first_tile + t, t);
-  }
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = (job.first_tile + t) * kMatrixTile, left = job.m - row;
-    for (int64_t r = 0; r < kMatrixTile && r < left; ++r) {
-      finish_tile(job, panel * kPanel, row + r, 1, 2, job.totals + t * kMatrixSums + r * kPanel);
+    const uint8_t* next = parts_at<BITS>(w, header, done);
+    Ahead ahead(next, next - from, ceil_div(job.last_tile - job.first_tile, 2));
+    int64_t tile = job.first_tile;
+    for (; tile + 2 <= job.last_tile; tile += 2) {
+      ahead.fetch();
+      multiply_parts<BITS, 2>(job, panel, parts, count, of, tile);
     }
+    if (tile < job.last_tile) ahead.fetch(), multiply_parts<BITS, 1>(job, panel, parts, count, of, tile);
   }
 }
 

@@ -9,6 +9,8 @@ namespace BG_ISA {
 constexpr int64_t kMatrixSums = 16 * kPanel;  // of a tile of inputs against a panel: [2][16][16]
 constexpr int64_t kMatrixStep = 16 * 2 * 64;  // bytes of a panel's weights in a step, [16][2][64]: as chunks of 8 bits lie
 
+alignas(64) static const float kNoSums[kMatrixSums] = {};
+
 // Tiles are the thread's while this lives: what it leaves behind would be saved with each switch between threads.
 struct MatrixUnit {
   MatrixUnit() {
@@ -65,21 +67,36 @@ BG_INLINE void multiply_matrix(const uint8_t* x, int64_t x_tile, const uint8_t* 
     if constexpr (T == 2) zero_tile<2>(), zero_tile<3>();
   }
   for (int64_t i = 0; i < steps; ++i) {
-    load_tile<4>(x, 64);
     load_tile<6>(w, 128);
-    multiply_tiles<KIND, 0, 4, 6>();
+    load_tile<4>(x, 64);
+    if constexpr (T == 2) load_tile<5>(x + x_tile, 64);
     load_tile<7>(w + 64, 128);
+    multiply_tiles<KIND, 0, 4, 6>();
+    if constexpr (T == 2) multiply_tiles<KIND, 2, 5, 6>();
     multiply_tiles<KIND, 1, 4, 7>();
-    if constexpr (T == 2) {
-      load_tile<5>(x + x_tile, 64);
-      multiply_tiles<KIND, 2, 5, 6>();
-      multiply_tiles<KIND, 3, 5, 7>();
-    }
+    if constexpr (T == 2) multiply_tiles<KIND, 3, 5, 7>();
     x += 1024, w += kMatrixStep;
   }
   store_tile<0>(to), store_tile<1>(to + 1024);
   if constexpr (T == 2) store_tile<2>(to + 2048), store_tile<3>(to + 3072);
 }
+
+// Weights that the next run will read, fetched a part at a time while the unit is at this one: by itself the processor
+// would begin when the run does.
+class Ahead {
+ public:
+  Ahead(const uint8_t* from, int64_t bytes, int64_t times) : at_(from), end_(from + bytes) {
+    step_ = round_up(ceil_div(bytes, times), 64);
+  }
+  void fetch() {
+    const uint8_t* stop = end_ - at_ < step_ ? end_ : at_ + step_;
+    for (; at_ < stop; at_ += 64) _mm_prefetch((const char*)at_, _MM_HINT_T1);
+  }
+
+ private:
+  const uint8_t *at_, *end_;
+  int64_t step_;
+};
 
 }  // namespace BG_ISA
 }  // namespace bitgrain

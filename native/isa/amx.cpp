@@ -1,4 +1,7 @@
-// The level below it, and products of many rows on the matrix unit.
+// AVX512-VNNI, and products of many rows on the matrix unit.
+//
+// Few rows meet float32, as at avx512vnni: on the processors that have the unit, Sapphire Rapids to Granite Rapids,
+// vdpbf16ps does a third of the products of vfmadd (seen on Emerald Rapids).
 #define BG_ISA amx
 #define BITGRAIN_AVX512_BF16 1
 #include "simd/avx512.h"
@@ -26,7 +29,7 @@
 
 namespace bitgrain {
 
-namespace avx512bf16 {
+namespace avx512vnni {
 extern const Kernels kKernels;
 }
 
@@ -34,7 +37,7 @@ namespace amx {
 
 const Kernels& kernels() {
   static const Kernels all = [] {
-    Kernels one = avx512bf16::kKernels;
+    Kernels one = avx512vnni::kKernels;
     one.name = "amx";
     one.int_matrix_rows = kIntMatrixRows, one.code_matrix_rows = kCodeMatrixRows;
     one.quantize_matrix = quantize_matrix, one.int_matrix = int_matrix;

@@ -21,7 +21,7 @@ void code_linear(const CodeLinearCall& call, int threads) {
   static thread_local Scratch tiles_memory, sums_memory, scales_memory;
   const Kernels& kernel = kernels();
   const CodeWeights& w = *call.weights[0];
-  const bool matrix = call.m >= kernel.code_matrix_rows, convert = w.bits == 8 && call.m > kConvertedRows;
+  const bool matrix = uses_matrix(kernel, w, call.m), convert = w.bits == 8 && call.m > kConvertedRows;
   const bool unpacked = matrix || convert || call.m > kernel.packed_rows;
   int64_t tiles = ceil_div(call.m, matrix ? kMatrixTile : unpacked ? kernel.single_rows : kernel.grouped_rows);
   // of about one size, and no tile of few rows at the end

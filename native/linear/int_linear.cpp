@@ -19,7 +19,7 @@ void int_linear(const IntLinearCall& call, int threads) {
   static thread_local Scratch bytes_memory, sums_memory, scales_memory;
   const Kernels& kernel = kernels();
   const IntWeights& w = *call.weights[0];
-  const bool matrix = call.m >= kernel.int_matrix_rows;
+  const bool matrix = uses_matrix(kernel, w, call.m);
   const int64_t rows = matrix ? kMatrixTile : has_one_span(w) ? kernel.single_rows : kernel.grouped_rows;
   const int64_t row_bytes = matrix ? matrix_row_bytes(w) : 4 * w.steps;
   const int64_t tiles = ceil_div(call.m, rows);

@@ -28,7 +28,7 @@ def test_equals_torch(isa, seed, m, n, k, x_dtype, dtype, with_bias):
     native().use_isa(isa)
     try:
         y = dense_rows(x, weight, bias)
-        rounded = m > EXACT_ROWS and dtype == torch.bfloat16 and rounds_inputs()
+        rounded = m > EXACT_ROWS and dtype == torch.bfloat16 and rounds_inputs(1)
     finally:
         native().use_isa(before)
     x = x.bfloat16() if rounded else x

@@ -152,20 +152,37 @@ void run_kernels(const Case& c, const CodeWeights& w, Numbers& x, Numbers& y, bo
   const bool zeros = w.zeros != Zeros::constant;
   InputJob job{};
   job.x = x.data(), job.type = c.x_type, job.m = c.m, job.stride = c.k + c.gap, job.w = &w, job.rows = rows;
-  job.tiles = inputs.data(), job.sums = zeros ? sums.data() : nullptr;
+  job.row_bytes = w.steps * 2 * kernel.input_bytes, job.tiles = inputs.data(), job.sums = zeros ? sums.data() : nullptr;
   kernel.arrange_inputs(job, 0, tiles);
-  kernel.code_panels({&w, inputs.data(), zeros ? sums.data() : nullptr, nullptr, c.m, rows, 0, tiles,
+  kernel.code_panels({&w, inputs.data(), zeros ? sums.data() : nullptr, nullptr, c.m, rows, job.row_bytes, 0, tiles,
                       unpacked ? totals.data() : nullptr, y.data(), c.x_type, c.n + c.gap},
                      0, ceil_div(c.n, kPanel));
 }
 
-void check_output(const Case& c, Layer& layer, Numbers& x, Numbers& y, const std::string& what) {
+// The same on the matrix unit.
+void run_matrix(const Case& c, const CodeWeights& w, Numbers& x, Numbers& y) {
+  const Kernels& kernel = kernels();
+  const int64_t tiles = ceil_div(c.m, kMatrixTile), rows = tiles * kMatrixTile;
+  Guarded<uint8_t> inputs(rows * matrix_row_bytes(w), c.edge, 0x5a);
+  Guarded<float> sums(rows * w.spans, c.edge), totals(rows * kPanel, c.edge);
+  const bool zeros = w.zeros != Zeros::constant;
+  InputJob job{};
+  job.x = x.data(), job.type = c.x_type, job.m = c.m, job.stride = c.k + c.gap, job.w = &w, job.rows = kMatrixTile;
+  job.row_bytes = matrix_row_bytes(w), job.tiles = inputs.data(), job.sums = zeros ? sums.data() : nullptr;
+  kernel.arrange_matrix(job, 0, tiles);
+  kernel.code_matrix({&w, inputs.data(), job.sums, nullptr, c.m, kMatrixTile, job.row_bytes, 0, tiles, totals.data(),
+                      y.data(), c.x_type, c.n + c.gap},
+                     0, ceil_div(c.n, kPanel));
+}
+
+// rounded: inputs and table were rounded to bfloat16.
+void check_output(const Case& c, Layer& layer, Numbers& x, Numbers& y, bool rounded, const std::string& what) {
   const int64_t size = int64_t(size_of(c.x_type)), stride = c.n + c.gap;
   std::vector<float> row(static_cast<size_t>(c.k));
   for (int64_t r = 0; r < c.m; ++r) {
     for (int64_t i = 0; i < c.k; ++i) row[size_t(i)] = x[r * (c.k + c.gap) + i];
     for (int64_t i = 0; i < c.n; ++i) {
-      double bound, meant = layer.output(row, i, kernels().input_bytes == 2, &bound);
+      double bound, meant = layer.output(row, i, rounded, &bound);
       check_near(y[r * stride + i], meant, bound + rounding(meant, c.x_type), what);
     }
     if (r + 1 < c.m) check_untouched(y.bytes() + (r * stride + c.n) * size, c.gap * size, 0x77, what);
@@ -189,7 +206,8 @@ void check_case(const Case& c, Random& random, const std::vector<const Kernels*>
     code_linear({x.data(), c.x_type, c.m, c.k + c.gap, 2, weights, both, strides, c.x_type}, c.threads);
     code_linear({x.data(), c.x_type, c.m, c.k + c.gap, 1, weights, one, strides, c.x_type}, 1);
     if (c.m == 0) continue;
-    check_output(c, layer, x, alone, what);
+    const bool narrow = level->input_bytes == 2;
+    check_output(c, layer, x, alone, narrow || uses_matrix(*level, layer.weights(), c.m), what);
     if (std::memcmp(alone.bytes(), first.bytes(), first.size()) ||
         std::memcmp(alone.bytes(), second.bytes(), second.size())) {
       fail(what + ": threads or fused weights change bytes");
@@ -197,8 +215,12 @@ void check_case(const Case& c, Random& random, const std::vector<const Kernels*>
     for (const bool unpacked : {false, true}) {
       Numbers y(elements(c.n), c.x_type, c.edge, 0x77);
       run_kernels(c, layer.weights(), x, y, unpacked);
-      check_output(c, layer, x, y, what + (unpacked ? ", unpacked" : ", from panels"));
+      check_output(c, layer, x, y, narrow, what + (unpacked ? ", unpacked" : ", from panels"));
     }
+    if (!level->code_matrix) continue;
+    Numbers y(elements(c.n), c.x_type, c.edge, 0x77);
+    run_matrix(c, layer.weights(), x, y);
+    check_output(c, layer, x, y, true, what + ", on the matrix unit");
   }
 }
 

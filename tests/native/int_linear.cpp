@@ -174,7 +174,7 @@ void run_kernels(const Case& c, const Layer& layer, const uint8_t* x, uint8_t* y
   Guarded<float> scales(c.m, c.edge);
   ActivationJob acts{};
   acts.x = x, acts.type = c.x_type, acts.m = c.m, acts.stride = x_stride, acts.spec = layer.spec(), acts.w = &w;
-  acts.rows = rows, acts.bytes = bytes.data(), acts.sums = sums.data(), acts.scales = scales.data();
+  acts.rows = rows, acts.row_bytes = 4 * w.steps, acts.bytes = bytes.data(), acts.sums = sums.data(), acts.scales = scales.data();
   acts.sum_factor = w.zeros == Zeros::constant ? -w.zero : 1;
   kernels().quantize_tiles(acts, 0, tiles);
   for (int64_t row = 0; row < c.m; ++row) {
@@ -191,8 +191,51 @@ void run_kernels(const Case& c, const Layer& layer, const uint8_t* x, uint8_t* y
       }
     }
   }
-  const IntPanelJob job{&w, bytes.data(), sums.data(), scales.data(), c.m, rows, 0, tiles, y, c.x_type, y_stride};
+  const IntPanelJob job{&w, bytes.data(), sums.data(), scales.data(), c.m, rows, 4 * w.steps, 0, tiles, y, c.x_type,
+                        y_stride};
   kernels().int_panels(job, 0, ceil_div(c.n, kPanel));
+}
+
+// The same on the matrix unit.
+void run_matrix(const Case& c, const Layer& layer, const uint8_t* x, uint8_t* y, int64_t x_stride, int64_t y_stride) {
+  const IntWeights& w = layer.weights();
+  const int64_t tiles = ceil_div(c.m, kMatrixTile), rows = tiles * kMatrixTile, row_bytes = matrix_row_bytes(w);
+  Guarded<uint8_t> bytes(rows * row_bytes, c.edge, 0x5a);
+  Guarded<int32_t> sums(rows * w.spans, c.edge), partial(rows * kPanel, c.edge);
+  Guarded<float> scales(c.m, c.edge), totals(rows * kPanel, c.edge);
+  ActivationJob acts{};
+  acts.x = x, acts.type = c.x_type, acts.m = c.m, acts.stride = x_stride, acts.spec = layer.spec(), acts.w = &w;
+  acts.rows = kMatrixTile, acts.row_bytes = row_bytes, acts.bytes = bytes.data(), acts.sums = sums.data();
+  acts.scales = scales.data(), acts.sum_factor = w.zeros == Zeros::constant ? -w.zero : 1;
+  kernels().quantize_matrix(acts, 0, tiles);
+  IntPanelJob job{&w, bytes.data(), sums.data(), scales.data(), c.m, kMatrixTile, row_bytes, 0, tiles, y, c.x_type,
+                  y_stride};
+  job.totals = totals.data(), job.partial = partial.data();
+  kernels().int_matrix(job, 0, ceil_div(c.n, kPanel));
+}
+
+// Row r of the outputs, of inputs that were stored so.
+void check_row(const Case& c, const Layer& layer, const int32_t* stored, float scale, int64_t r,
+               Guarded<uint8_t>& y, int64_t y_stride) {
+  const int64_t size = int64_t(size_of(c.x_type));
+  for (int64_t i = 0; i < y_stride && r * y_stride + i < int64_t(y.size()) / size; ++i) {
+    const uint8_t* at = y.data() + (r * y_stride + i) * size;
+    if (i >= c.n) {
+      for (int64_t b = 0; b < size; ++b) {
+        if (at[b] != 0x77) fail("written between rows: " + describe(c));
+      }
+      continue;
+    }
+    const double found = load(at, c.x_type);
+    double bound, meant = layer.output(stored, scale, i, &bound);
+    if (std::isnan(meant) && std::isnan(found)) continue;
+    if (c.x_type != DType::f32) bound += std::fabs(meant) * (c.x_type == DType::bf16 ? 1. / 256 : 1. / 2048) + 1e-7;
+    if (c.x_type == DType::f16 && std::fabs(meant) + bound >= 65504) continue;  // may round to Inf
+    if (!(std::fabs(found - meant) <= bound)) {
+      fail(std::string(kernels().name) + ": y[" + std::to_string(r) + "][" + std::to_string(i) + "] = " +
+           std::to_string(found) + ", not " + std::to_string(meant) + ": " + describe(c));
+    }
+  }
 }
 
 void check_case(const Case& c, uint64_t seed, const std::vector<const Kernels*>& levels) {
@@ -223,28 +266,15 @@ void check_case(const Case& c, uint64_t seed, const std::vector<const Kernels*>&
     void* outputs[] = {first.data(), second.data()};
     const int64_t strides[] = {y_stride, y_stride};
     int_linear({x.data(), c.x_type, c.m, x_stride, layer.spec(), 2, weights, outputs, strides, c.x_type}, c.threads);
-    if (c.m > 0 && (std::memcmp(y.data(), first.data(), y.size()) || std::memcmp(y.data(), second.data(), y.size()))) {
+    Guarded<uint8_t> z(elements(c.n, y_stride), c.edge, 0x77);  // of the matrix unit
+    if (c.m > 0 && level->int_matrix) run_matrix(c, layer, x.data(), z.data(), x_stride, y_stride);
+    auto& used = uses_matrix(*level, layer.weights(), c.m) ? z : y;
+    if (c.m > 0 &&
+        (std::memcmp(used.data(), first.data(), y.size()) || std::memcmp(used.data(), second.data(), y.size()))) {
       fail(std::string(level->name) + ": threads or fused weights change bytes: " + describe(c));
     }
-    for (int64_t r = 0; r < c.m; ++r) {
-      for (int64_t i = 0; i < y_stride && r * y_stride + i < int64_t(y.size()) / size; ++i) {
-        const uint8_t* at = y.data() + (r * y_stride + i) * size;
-        if (i >= c.n) {
-          for (int64_t b = 0; b < size; ++b) {
-            if (at[b] != 0x77) fail("written between rows: " + describe(c));
-          }
-          continue;
-        }
-        const double found = load(at, c.x_type);
-        double bound, meant = layer.output(stored.data() + r * k, scales[size_t(r)], i, &bound);
-        if (std::isnan(meant) && std::isnan(found)) continue;
-        if (c.x_type != DType::f32) bound += std::fabs(meant) * (c.x_type == DType::bf16 ? 1. / 256 : 1. / 2048) + 1e-7;
-        if (c.x_type == DType::f16 && std::fabs(meant) + bound >= 65504) continue;  // may round to Inf
-        if (!(std::fabs(found - meant) <= bound)) {
-          fail(std::string(level->name) + ": y[" + std::to_string(r) + "][" + std::to_string(i) + "] = " +
-               std::to_string(found) + ", not " + std::to_string(meant) + ": " + describe(c));
-        }
-      }
+    for (int64_t i = 0; i < (level->int_matrix ? 2 : 1) * c.m; ++i) {
+      check_row(c, layer, stored.data() + i % c.m * k, scales[size_t(i % c.m)], i % c.m, i < c.m ? y : z, y_stride);
     }
   }
 }

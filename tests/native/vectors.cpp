@@ -16,6 +16,7 @@ BITGRAIN_DUMP(avx2)
 BITGRAIN_DUMP(avxvnni)
 BITGRAIN_DUMP(avx512vnni)
 BITGRAIN_DUMP(avx512bf16)
+BITGRAIN_DUMP(amx)
 BITGRAIN_DUMP(neon)
 }  // namespace bitgrain
 
@@ -38,6 +39,9 @@ const struct {
 #endif
 #if BITGRAIN_HAS_AVX512BF16
     {"avx512bf16", avx512bf16::dump_vectors},
+#endif
+#if BITGRAIN_HAS_AMX
+    {"amx", amx::dump_vectors},
 #endif
 #if BITGRAIN_HAS_NEON
     {"neon", neon::dump_vectors},

@@ -8,7 +8,7 @@
 #elif defined(BITGRAIN_LEVEL_AVX512VNNI)
 #define BITGRAIN_AVX512_BF16 0
 #include "simd/avx512.h"
-#elif defined(BITGRAIN_LEVEL_AVX512BF16)
+#elif defined(BITGRAIN_LEVEL_AVX512BF16) || defined(BITGRAIN_LEVEL_AMX)
 #define BITGRAIN_AVX512_BF16 1
 #include "simd/avx512.h"
 #elif defined(BITGRAIN_LEVEL_NEON)

@@ -1,11 +1,11 @@
 """y = x W^T + b with weights of 2, 3 or 4 bits that are looked up in a table of up to 16 numbers, of 8-bit integers or
 of FP8; inputs as they are, or rounded to FP8 or FP4.
 
-Two arithmetics, by level (`native.isa()`); `rounds_inputs()` says which one runs:
+Two arithmetics, by level (`native.isa()`) and rows; `rounds_inputs()` says which one runs:
 
-- avx512bf16: inputs and the table's numbers are rounded to bfloat16, products are exact, sums are float32. Integers of
+- avx512bf16, and amx from 4 rows on: inputs and the table's numbers are rounded to bfloat16, products are exact, sums are float32. Integers of
   up to 8 bits, FP8 and E2M1 are bfloat16 numbers; NF4's are not (relative error of each: up to 2^-9).
-- avx512vnni, avxvnni, avx2, neon, portable: float32 throughout, inputs as they are.
+- amx for fewer rows, avx512vnni, avxvnni, avx2, neon, portable: float32 throughout, inputs as they are.
 
 Scales, zero points and bias are applied in float32 at every level. Inputs that are rounded to FP8 or FP4 are multiplied
 as numbers of that format, and the sums by the inputs' scale: the arithmetic of FP8 hardware. The twin is
@@ -33,9 +33,9 @@ FLOAT8 = {torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
 SCALE_DTYPES = {**DTYPES, torch.float8_e8m0fnu: 6, torch.float8_e4m3fn: 7}
 
 
-def rounds_inputs() -> bool:
-    """Whether the level that runs rounds inputs and tables to bfloat16."""
-    return native().rounds_inputs()
+def rounds_inputs(rows: int) -> bool:
+    """Whether the level that runs rounds so many rows of inputs, and tables, to bfloat16."""
+    return native().rounds_inputs(rows)
 
 
 class CodeLinear(PackedLinear):

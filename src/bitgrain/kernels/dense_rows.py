@@ -26,7 +26,7 @@ class DenseLinear:
 
     Called with x [..., k] float32, bfloat16 or float16 it gives [..., n] in the dtype of x. Products and sums are in
     float32: |y - twin| <= (k / 16 + 8) 2^-24 |x| |w|, and one rounding to its dtype. More than EXACT_ROWS rows are
-    rounded to bfloat16 first where the weight is bfloat16 and `code_linear.rounds_inputs()`. Raises KernelError for
+    rounded to bfloat16 first where the weight is bfloat16 and `code_linear.rounds_inputs(1)`. Raises KernelError for
     other weights and inputs.
     """
 

@@ -68,7 +68,7 @@ def check_isa() -> None:
 
 
 def isa() -> str:
-    """The instruction set that runs: avx512bf16, avx512vnni, avxvnni, avx2, neon or portable."""
+    """The instruction set that runs: amx, avx512bf16, avx512vnni, avxvnni, avx2, neon or portable."""
     return native().isa()
 
 

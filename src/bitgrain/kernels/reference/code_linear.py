@@ -59,7 +59,7 @@ def code_linear(
 ) -> Tensor:
     """Arguments as of `CodeLinear.pack`, x [m, k]; computed in float64 and rounded once to the dtype of x.
 
-    rounded  inputs and table are rounded to bfloat16, as the level avx512bf16 does; that changes no FP8 or FP4
+    rounded  inputs and table are rounded to bfloat16, as the levels avx512bf16 and amx do; that changes no FP8 or FP4
     The kernel's distance: |y - twin| <= (group + groups + 8) 2^-24 sum_k |x| ((|table| + |zero|) |scale| + |minimum|),
     and one rounding to its dtype. Minima are taken off as they are, times the sum of a group's inputs: no division by a
     scale, which may be 0. With 1 or 2 rows avx512bf16 multiplies 8-bit codes in two parts: 512 stands for the table.
