@@ -65,6 +65,9 @@ struct Kernels {
   void (*int_matrix)(const IntPanelJob&, int64_t first, int64_t last);         // panels
   void (*arrange_matrix)(const InputJob&, int64_t first, int64_t last);        // tiles
   void (*code_matrix)(const CodePanelJob&, int64_t first, int64_t last);       // panels
+  int64_t query_rows;                                                          // of a tile, of tokens in bfloat16
+  void (*pack_matrix)(const PrefillJob&, int64_t first, int64_t last);
+  void (*attend_matrix)(const PrefillJob&, int64_t first, int64_t last);
 };
 
 // Whether m rows meet a weight on the matrix unit. Sums of short spans take longer on their way out than they take to make.

@@ -58,7 +58,7 @@ const Kernels kKernels = {
     // rows between products
     norm_row, gated_row, add_row, rotate_rows, dense_rows,
     // no matrix unit
-    INT64_MAX, INT64_MAX, nullptr, nullptr, nullptr, nullptr,
+    INT64_MAX, INT64_MAX, nullptr, nullptr, nullptr, nullptr, 0, nullptr, nullptr,
 };
 
 }  // namespace BG_ISA

@@ -7,6 +7,7 @@
 #include "simd/avx512.h"
 //
 #include "inl/loads.h"
+#include "inl/exp.h"
 //
 #include "floats.h"
 #include "kernels.h"
@@ -26,6 +27,7 @@
 #include "inl/code_inputs.inl.h"
 //
 #include "inl/code_matrix.inl.h"
+#include "inl/prefill_matrix.inl.h"
 
 namespace bitgrain {
 
@@ -42,6 +44,7 @@ const Kernels& kernels() {
     one.int_matrix_rows = kIntMatrixRows, one.code_matrix_rows = kCodeMatrixRows;
     one.quantize_matrix = quantize_matrix, one.int_matrix = int_matrix;
     one.arrange_matrix = arrange_matrix, one.code_matrix = code_matrix;
+    one.query_rows = kQueryRows, one.pack_matrix = pack_matrix, one.attend_matrix = attend_matrix;
     return one;
   }();
   return all;
