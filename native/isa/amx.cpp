@@ -28,6 +28,8 @@
 //
 #include "inl/code_matrix.inl.h"
 #include "inl/prefill_matrix.inl.h"
+//
+#include "inl/matrix_probes.inl.h"
 
 namespace bitgrain {
 
@@ -44,6 +46,7 @@ const Kernels& kernels() {
     one.int_matrix_rows = kIntMatrixRows, one.code_matrix_rows = kCodeMatrixRows;
     one.quantize_matrix = quantize_matrix, one.int_matrix = int_matrix;
     one.arrange_matrix = arrange_matrix, one.code_matrix = code_matrix;
+    one.int8_loop = int8_matrix_loop, one.bf16_loop = bf16_matrix_loop;
     one.query_rows = kQueryRows, one.pack_matrix = pack_matrix, one.attend_matrix = attend_matrix;
     return one;
   }();
