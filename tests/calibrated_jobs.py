@@ -27,7 +27,7 @@ def activations(which: str) -> dict[str, Any]:
 
 def run(model: Path, out: Path, recipe: Any, workers: int = 1, progress: Progress | None = None) -> QuantizeResult:
     plan = bitgrain.plan(model, recipe=recipe, workers=workers, max_shard_bytes=300_000)
-    return run_plan(plan, out, device="cpu", progress=progress)
+    return run_plan(plan, out, progress=progress)
 
 
 def layers_of(result: QuantizeResult) -> dict[str, dict[str, Any]]:

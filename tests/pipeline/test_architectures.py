@@ -16,6 +16,8 @@ from bitgrain.pipeline.layers import matrices
 from bitgrain.pipeline.quantize import QuantizeResult
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 MOE = ("mixtral", "qwen3-moe", "gpt-oss")
 

@@ -17,6 +17,8 @@ from bitgrain.pipeline.blockwise import whole
 from bitgrain.pipeline.blockwise.layer import UNREACHED
 from calibrated_jobs import HEAD, TEXT, TUNED, activations, layers_of, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 NEAREST = {"policy": "nearest", "tokens": 1}
 EMBEDDING = "model.embed_tokens.weight"

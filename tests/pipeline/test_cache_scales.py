@@ -17,6 +17,8 @@ from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.runtime.kv_cache import KVCache, past_argument
 from calibrated_jobs import recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 
 
@@ -39,7 +41,7 @@ def test_scales_reach_as_far_as_the_quantized_model(readable: Make, text: Path, 
     assert len(scales) == 4
     assert all(value.shape == (1,) for value in scales.values())
     assert result.manifest["kv_cache"]["scales"] == {name: float(value) for name, value in scales.items()}
-    model = bitgrain.load(tmp_path / "out", device="cpu", kv_cache="none", execution="dequantize")
+    model = bitgrain.load(tmp_path / "out", kv_cache="none", execution="dequantize")
     assert made.calibration is not None
     for layer, (key, value) in enumerate(largest(model, made.calibration.ids)):
         prefix = f"model.layers.{layer}.self_attn"
@@ -63,7 +65,7 @@ def test_compressed_tensors_reads_the_scheme_and_transformers_the_rest(readable:
 
 def test_load_and_eval_use_them(readable: Make, text: Path, tmp_path: Path):
     run(readable("llama"), tmp_path / "out", recipe_of("fast", text, "W8A16", kv_cache="fp8"))
-    model = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
+    model = bitgrain.load(tmp_path / "out", execution="dequantize")
     ids = zoo.ids_for(model)
     found = getattr(model(input_ids=ids), past_argument(model))
     assert isinstance(found, KVCache)
@@ -73,7 +75,7 @@ def test_load_and_eval_use_them(readable: Make, text: Path, tmp_path: Path):
         float(stored["model.layers.1.self_attn.v_scale"]),
     )
     assert found.layers[1].held_keys.scale == stored["model.layers.1.self_attn.k_scale"]
-    kwargs = {"text": text, "seqlen": 24, "windows": 2, "device": "cpu", "against": readable("llama")}
+    kwargs = {"text": text, "seqlen": 24, "windows": 2, "against": readable("llama")}
     own, named, plain, other = (
         bitgrain.evaluate(tmp_path / "out", kv_cache=name, **kwargs) for name in (None, "fp8", "none", "int8")
     )
@@ -110,11 +112,11 @@ def test_what_cannot_be(readable: Make, text: Path, tmp_path: Path):
             path.unlink()
     (broken / "model.safetensors.index.json").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_scale is missing"):
-        bitgrain.load(broken, device="cpu", execution="dequantize")
+        bitgrain.load(broken, execution="dequantize")
 
 
 def test_statistics_hold_no_keys_and_values(readable: Make, text: Path, tmp_path: Path):
     calibration = {"text": str(text), "windows": 3, "seqlen": 24}
-    bitgrain.calibrate(readable("llama"), tmp_path / "stats", calibration=calibration, device="cpu")
+    bitgrain.calibrate(readable("llama"), tmp_path / "stats", calibration=calibration)
     made = bitgrain.plan(readable("llama"), "W8A8", statistics=tmp_path / "stats", kv_cache="fp8")
     assert any("kv_cache in the recipe: needs activations" in problem for problem in made.problems)

@@ -12,6 +12,8 @@ from bitgrain.numerics import QTensor
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import make_recipe
 
+pytestmark = pytest.mark.usefixtures("device")
+
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 

@@ -12,6 +12,8 @@ from bitgrain.calibration.corpus import builtin_text
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.evaluation.embeddings import embedding_agreement, sentence_embeddings
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture(scope="module")
 def encoder() -> Path:

@@ -21,6 +21,8 @@ from bitgrain.progress import Progress
 from bitgrain.recipes import make_recipe
 from calibrated_jobs import activations, layers_of, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 EVERY = ["mixtral", "qwen3-moe", "gpt-oss", *zoo.EXPERTS]
 POLICIES = ["borrow", "all", "nearest"]
@@ -42,7 +44,7 @@ def rerouted(source: Path, folder: Path) -> Path:
 @torch.no_grad()
 def routed(folder: Path, text: Path) -> dict[str, list[int]]:
     """How many tokens the routers of transformers' own model send to each expert."""
-    model: Any = bitgrain.load(folder, device="cpu", execution="dequantize")
+    model: Any = bitgrain.load(folder, execution="dequantize")
     found: dict[str, list[int]] = {}
 
     def counting(name: str, count: int) -> Callable[..., None]:

@@ -16,6 +16,8 @@ from bitgrain.progress import QuietProgress
 from bitgrain.training import next_token
 from bitgrain.training.lora import load_adapter
 
+pytestmark = pytest.mark.usefixtures("device")
+
 pytest.importorskip("peft")
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {"rank": 4, "seqlen": 24, "batch": 2, "steps": 8, "rate": 1e-2, "save_every": 2}

@@ -17,6 +17,8 @@ from bitgrain.errors import BitgrainError, CheckpointError, ModelError, SchemeEr
 from bitgrain.progress import Progress
 from bitgrain.recipes import load_recipe, make_recipe
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 
 

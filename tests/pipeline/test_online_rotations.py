@@ -15,12 +15,14 @@ import zoo
 from bitgrain.errors import CheckpointError
 from calibrated_jobs import TUNED, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 ONLINE = [{"name": "rotate", "r4": True, "learn": 20}]
 
 
 def logits(folder: Path) -> torch.Tensor:
-    model = bitgrain.load(folder, device="cpu", dtype=torch.float32, execution="dequantize")
+    model = bitgrain.load(folder, dtype=torch.float32, execution="dequantize")
     return zoo.outputs(model, zoo.ids_for(model))
 
 

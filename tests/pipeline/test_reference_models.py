@@ -17,6 +17,8 @@ from bitgrain.kernels.native import is_available
 from bitgrain.recipes import PRESETS, make_recipe
 from bitgrain.runtime.quant_linear import quant_layers
 
+pytestmark = pytest.mark.usefixtures("device")
+
 MODELS = ("llama", "llama-outliers", "stories260k", "tinystories-656k")
 SCHEMES = (
     *("W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A8", "INT8_TENSOR"),

@@ -30,6 +30,8 @@ from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import PRESETS, Scheme, make_recipe
 from bitgrain.runtime.watch import Key
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[[str], Path]
 WINDOWS = {"windows": 5, "seqlen": 24}
 
@@ -52,13 +54,13 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def job(model: Path, out: Path, scheme: str = "W8A8_STATIC", workers: int = 1, **settings: Any) -> Path:
     calibration = {"text": str(model / "text.txt"), **WINDOWS, "batch": 2, **settings.pop("calibration", {})}
     recipe = make_recipe(**{"scheme": scheme, "input_range": "minmax", "calibration": calibration, **settings})
-    bitgrain.quantize(model, out, recipe=recipe, device="cpu", workers=workers)
+    bitgrain.quantize(model, out, recipe=recipe, workers=workers)
     return out
 
 
 def largest_inputs(out: Path, source: Path) -> dict[str, float]:
     """Largest |x| that comes to each input quantizer of a quantized model, by original tensor name."""
-    model: Any = bitgrain.load(out, device="cpu", execution="dequantize")
+    model: Any = bitgrain.load(out, execution="dequantize")
     found: dict[str, float] = {}
 
     def before(parameter: str) -> Callable[..., None]:
@@ -125,7 +127,7 @@ def test_transformers_runs_the_result(scheme: str, readable: Make, tmp_path: Pat
     assert not info["unexpected_keys"]
     ids = zoo.ids_for(theirs)
     expected = zoo.outputs(theirs.eval(), ids)
-    assert torch.equal(zoo.outputs(bitgrain.load(out, device="cpu", execution="dequantize"), ids), expected)
+    assert torch.equal(zoo.outputs(bitgrain.load(out, execution="dequantize"), ids), expected)
 
 
 def test_neither_memory_nor_workers_nor_a_kill_change_the_bytes(

@@ -21,6 +21,8 @@ from bitgrain.recipes.steps import read_step
 from bitgrain.report.result import warning_lines
 from calibrated_jobs import HEAD, SOLVER, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 TRAINING = {"steps": 4, "checks": 2, "validation": 2, "batch": 2, "rate": 0.001, "scale_rate": 0.002, "warmup": 0}
 ROTATED = {"transforms": [{"name": "rotate", "r4": True}]}
@@ -214,7 +216,7 @@ def test_an_encoder_cannot_be_trained(readable: Make, text: Path, tmp_path: Path
 
 
 def test_the_python_face_is_the_recipe(readable: Make, text: Path, tmp_path: Path):
-    given = {"training": TRAINING, "text": text, "workers": 1, "device": "cpu"}
+    given = {"training": TRAINING, "text": text, "workers": 1}
     start = load_recipe("fast", scheme="W2A16", calibration={"windows": 5, "seqlen": 24, "batch": 2})
     told = bitgrain.train(readable("llama"), tmp_path / "out", recipe=start, **given)
     assert told.manifest["training"]["best_loss"] <= told.manifest["training"]["first_loss"]

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from test_blockwise_resume import run_interrupted
 
@@ -13,6 +14,8 @@ from bitgrain.calibration.text import load_tokenizer
 from bitgrain.calibration.windows import calibration_windows
 from bitgrain.recipes import load_recipe
 from calibrated_jobs import layers_of, recipe_of, run
+
+pytestmark = pytest.mark.usefixtures("device")
 
 Make = Callable[..., Path]
 BRIEF = {"blockwise": {**(load_recipe("zeroquant", scheme="W4A8").tuning.blockwise or {}), "steps": 16}}
@@ -25,7 +28,7 @@ def test_distilled_blocks_come_nearer(readable: Make, text: Path, tmp_path: Path
     errors: list[float] = []
     for name, changes in (("plain", {"tuning": {"blockwise": None}}), ("distilled", {"tuning": BRIEF})):
         result = run(model, tmp_path / name, recipe_of("zeroquant", text, "W4A8", **changes))
-        after = zoo.outputs(bitgrain.load(tmp_path / name, device="cpu", execution="dequantize"), ids)
+        after = zoo.outputs(bitgrain.load(tmp_path / name, execution="dequantize"), ids)
         errors.append(float((after - before).square().mean()))
     assert errors[1] < 0.8 * errors[0]
     told = [layer["tuning"] for layer in layers_of(result).values()]
