@@ -16,8 +16,8 @@ def report(data: dict[str, Any], machine: str) -> str:
         "# Jobs and generation on a GPU\n\n"
         f"{data['gpu']}; {machine}.\n\n"
         f"A Llama of random weights with {settings['blocks']} blocks of 2048 channels and a vocabulary of 32000. "
-        f"Methods that calibrate read {settings['windows']} x {settings['seqlen']} tokens. Memory is what torch allocated at "
-        "most on the GPU.\n\n"
+        f"Methods that calibrate read {settings['windows']} x {settings['seqlen']} tokens. Memory is what torch "
+        "allocated at most on the GPU.\n\n"
         + table(
             [
                 "method",

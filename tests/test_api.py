@@ -18,8 +18,6 @@ from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.quantize import QuantizeResult
 from bitgrain.recipes import make_recipe
 
-pytestmark = pytest.mark.usefixtures("device")
-
 
 def run(code: str) -> Any:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -16,8 +16,6 @@ from bitgrain.calibration.corpus import builtin_modules, builtin_text
 from bitgrain.demo import demo_model_path
 from bitgrain.errors import ModelError
 
-pytestmark = pytest.mark.usefixtures("device")
-
 WINDOW = 512
 
 

@@ -20,8 +20,6 @@ from bitgrain.calibration.text import load_tokenizer
 from bitgrain.errors import ModelError, NumericsError, TextError
 from bitgrain.evaluation.embeddings import embedding_agreement, sentence_embeddings
 
-pytestmark = pytest.mark.usefixtures("device")
-
 SENTENCES = [
     "A man is eating food.",
     "A man eats something",
@@ -106,7 +104,7 @@ def test_minilm_gives_what_its_own_library_gives():
     folder = Path(packaged.MODEL_DIR)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     ours = sentence_embeddings(model, load_tokenizer(folder), SENTENCES, "cpu", batch_size=2)
-    library = foreign.SentenceTransformer(str(folder), local_files_only=True)
+    library = foreign.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     theirs = library.encode(SENTENCES, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     half = model.to(torch.bfloat16)

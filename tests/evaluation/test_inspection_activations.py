@@ -20,8 +20,6 @@ from bitgrain.numerics.measures import sqnr_db
 from bitgrain.pipeline.load import experts_run_one_by_one
 from bitgrain.progress import QuietProgress
 
-pytestmark = pytest.mark.usefixtures("device")
-
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -142,7 +140,7 @@ def twins(shared: Path) -> dict[str, dict[str, ActivationInspection]]:
     found = {}
     for name in ("llama", "llama-outliers"):
         folder, text = shared / "models" / name, shared / "text" / "heldout.txt"
-        result = inspect_model(folder, layers="re:.*(q|k|v|gate|up)_proj", text=text, windows=2)
+        result = inspect_model(folder, layers="re:.*(q|k|v|gate|up)_proj", text=text, windows=2, device="cpu")
         assert result.text.tokens == 1024
         found[name] = {activation.module: activation for activation in result.activations}
     return found

@@ -25,8 +25,6 @@ from bitgrain.evaluation import language
 from bitgrain.evaluation.language import BaseReference, Evaluation, evaluate_model, record_base
 from bitgrain.runtime.kv_cache import get_cache_scheme
 
-pytestmark = pytest.mark.usefixtures("device")
-
 VOCAB = 11
 
 

@@ -24,8 +24,6 @@ from bitgrain.errors import (
 )
 from bitgrain.pipeline import planning
 
-pytestmark = pytest.mark.usefixtures("device")
-
 Tiny = Callable[[str], Path]
 Q = "model__layers__0__self_attn__q_proj__weight"
 

@@ -41,7 +41,7 @@ def test_scales_reach_as_far_as_the_quantized_model(readable: Make, text: Path, 
     assert len(scales) == 4
     assert all(value.shape == (1,) for value in scales.values())
     assert result.manifest["kv_cache"]["scales"] == {name: float(value) for name, value in scales.items()}
-    model = bitgrain.load(tmp_path / "out", kv_cache="none", execution="dequantize")
+    model = bitgrain.load(tmp_path / "out", device="cpu", kv_cache="none", execution="dequantize")
     assert made.calibration is not None
     for layer, (key, value) in enumerate(largest(model, made.calibration.ids)):
         prefix = f"model.layers.{layer}.self_attn"
@@ -65,7 +65,7 @@ def test_compressed_tensors_reads_the_scheme_and_transformers_the_rest(readable:
 
 def test_load_and_eval_use_them(readable: Make, text: Path, tmp_path: Path):
     run(readable("llama"), tmp_path / "out", recipe_of("fast", text, "W8A16", kv_cache="fp8"))
-    model = bitgrain.load(tmp_path / "out", execution="dequantize")
+    model = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
     ids = zoo.ids_for(model)
     found = getattr(model(input_ids=ids), past_argument(model))
     assert isinstance(found, KVCache)
@@ -112,7 +112,7 @@ def test_what_cannot_be(readable: Make, text: Path, tmp_path: Path):
             path.unlink()
     (broken / "model.safetensors.index.json").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_scale is missing"):
-        bitgrain.load(broken, execution="dequantize")
+        bitgrain.load(broken, device="cpu", execution="dequantize")
 
 
 def test_statistics_hold_no_keys_and_values(readable: Make, text: Path, tmp_path: Path):

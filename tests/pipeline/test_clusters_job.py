@@ -40,7 +40,7 @@ def static(out: Path) -> dict[str, StaticInput]:
 
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    return zoo.outputs(bitgrain.load(folder, dtype=torch.float32, execution="dequantize"), ids)
+    return zoo.outputs(bitgrain.load(folder, device="cpu", dtype=torch.float32, execution="dequantize"), ids)
 
 
 def ids_of(model: Path, text: Path) -> torch.Tensor:
@@ -212,7 +212,7 @@ def test_a_checkpoint_whose_order_is_lost_or_damaged(readable: Make, text: Path,
     norms["model.layers.0.input_layernorm"] = "model.layers.9.x.weight"
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"reorders the output of model\.layers\.0\.input_layernorm, but model"):
-        bitgrain.load(out, execution="dequantize")
+        bitgrain.load(out, device="cpu", execution="dequantize")
     norms["model.layers.0.input_layernorm"] = name = "model.layers.0.self_attn.q_proj.weight"
     path.write_text(json.dumps(config))
     for file in out.glob("*.safetensors"):
@@ -221,4 +221,4 @@ def test_a_checkpoint_whose_order_is_lost_or_damaged(readable: Make, text: Path,
             tensors[f"{name}.input_order"][:] = 0
             save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(NumericsError, match=r"q_proj: the order of its 128 columns does not name each once"):
-        bitgrain.load(out, execution="dequantize")
+        bitgrain.load(out, device="cpu", execution="dequantize")

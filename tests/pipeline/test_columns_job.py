@@ -60,10 +60,10 @@ def test_outlier_channels_are_found_and_left_out(workers: int, stretched: Path, 
                        columns["model.layers.0.self_attn.v_proj.weight"][0])  # fmt: skip
     model = zoo.stretch(zoo.build("llama"))
     ids, base = zoo.ids_for(model), zoo.outputs(model, zoo.ids_for(model))
-    found = zoo.outputs(bitgrain.load(tmp_path / "out", execution="dequantize"), ids)
+    found = zoo.outputs(bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize"), ids)
     assert torch.equal(found, zoo.outputs(simulated(model, stored), ids))
     job(stretched, text, tmp_path / "plain", "W8A8")
-    plain = zoo.outputs(bitgrain.load(tmp_path / "plain", execution="dequantize"), ids)
+    plain = zoo.outputs(bitgrain.load(tmp_path / "plain", device="cpu", execution="dequantize"), ids)
     assert float((found - base).norm()) < 0.3 * float((plain - base).norm())
     checks = bitgrain.verify(tmp_path / "out", against=stretched)
     assert not [check for check in checks if check.ok is False]
@@ -107,7 +107,7 @@ def test_experts_keep_the_same_columns(
             found.setdefault(key, set()).update(tuple(index.tolist()) for index in indices)
     assert found
     assert all(len(kept) == 1 for kept in found.values())
-    loaded = bitgrain.load(tmp_path / "out", execution="dequantize")
+    loaded = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
     original = bitgrain.load(model, device="cpu")
     base, now = (zoo.outputs(one, zoo.ids_for(original)) for one in (original, loaded))
     assert float(((now - base).norm(dim=-1) / base.norm(dim=-1)).median()) < 0.05  # a few tokens go to other experts
@@ -127,7 +127,7 @@ def test_weight_only_schemes_with_a_head(columns: Any, stretched: Path, text: Pa
     kept = {layer["tensor"]: layer for layer in result.manifest["layers"] if layer["scheme"]}
     assert len(kept) == 15
     assert all(layer["figures"]["loss"] <= layer["figures"]["rtn_loss"] for layer in kept.values())
-    bitgrain.load(tmp_path / "out", execution="dequantize")
+    bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
 
 
 def test_tuning_leaves_them_as_they_are(stretched: Path, text: Path, tmp_path: Path):
@@ -149,7 +149,7 @@ def test_without_text(stretched: Path, tmp_path: Path):
         result = bitgrain.quantize(stretched, out, "W4A8", columns=columns)
         assert result.plan.calibration is None
         assert result.plan.bytes_after == bytes_of(out)
-        loaded, model = bitgrain.load(out, execution="dequantize"), bitgrain.load(stretched, device="cpu")
+        loaded, model = bitgrain.load(out, device="cpu", execution="dequantize"), bitgrain.load(stretched, device="cpu")
         parts = bitgrain.quantize_(model, make_recipe(scheme="W4A8", columns=columns))
         assert all(part.columns is not None for of in parts.values() for part in of)
         ids = zoo.ids_for(model)

@@ -44,7 +44,7 @@ def rerouted(source: Path, folder: Path) -> Path:
 @torch.no_grad()
 def routed(folder: Path, text: Path) -> dict[str, list[int]]:
     """How many tokens the routers of transformers' own model send to each expert."""
-    model: Any = bitgrain.load(folder, execution="dequantize")
+    model: Any = bitgrain.load(folder, device="cpu", execution="dequantize")
     found: dict[str, list[int]] = {}
 
     def counting(name: str, count: int) -> Callable[..., None]:

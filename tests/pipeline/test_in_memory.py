@@ -13,8 +13,6 @@ from bitgrain.numerics import QTensor, QuantSpec, get_format, per_group, quantiz
 from bitgrain.recipes import PRESETS, make_recipe
 from bitgrain.runtime.activations import InputQuantizer
 
-pytestmark = pytest.mark.usefixtures("device")
-
 
 def sequential() -> nn.Sequential:
     torch.manual_seed(0)

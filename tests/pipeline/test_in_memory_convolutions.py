@@ -23,8 +23,6 @@ from bitgrain.runtime.convolutions import ConvolutionInput
 from bitgrain.solvers import get_solver
 from vision import images, network
 
-pytestmark = pytest.mark.usefixtures("device")
-
 
 def integers(bits: int, granularity: Granularity, **settings: Any) -> QuantSpec:
     return QuantSpec(IntFormat(bits), granularity, restricted=True, **settings)

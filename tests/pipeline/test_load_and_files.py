@@ -17,8 +17,6 @@ from bitgrain.errors import BitgrainError, CheckpointError, ModelError, SchemeEr
 from bitgrain.progress import Progress
 from bitgrain.recipes import load_recipe, make_recipe
 
-pytestmark = pytest.mark.usefixtures("device")
-
 Tiny = Callable[[str], Path]
 
 

@@ -12,8 +12,6 @@ import bitgrain
 import zoo
 from bitgrain.runtime.low_bit_linear import LowBitLinear, held_nbytes, hold_low_bit_, low_bit_layers
 
-pytestmark = pytest.mark.usefixtures("device")
-
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

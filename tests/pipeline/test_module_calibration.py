@@ -17,8 +17,6 @@ from bitgrain.pipeline.modules.calibrate import ROWS
 from bitgrain.recipes import make_recipe
 from vision import images, network
 
-pytestmark = pytest.mark.usefixtures("device")
-
 
 def inputs_of(net: nn.Module, batches: list[Tensor]) -> dict[str, list[Tensor]]:
     """What a plain hook sees."""
@@ -151,7 +149,7 @@ def test_bad_batches_are_one_clear_error():
     with pytest.raises(RecipeError, match="calibrated by batches"):
         bitgrain.calibrate(net, "folder")  # type: ignore[call-overload]
     with pytest.raises(RecipeError, match="where it is"):
-        bitgrain.calibrate(net, [images(2)])  # type: ignore[call-overload]
+        bitgrain.calibrate(net, [images(2)], device="cpu")  # type: ignore[call-overload]
     with pytest.raises(RecipeError, match="batches are for a module in memory"):
         bitgrain.calibrate("MODEL", [images(2)])  # type: ignore[call-overload]
     assert not any(part._forward_pre_hooks for part in net.modules())

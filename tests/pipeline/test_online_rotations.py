@@ -22,7 +22,7 @@ ONLINE = [{"name": "rotate", "r4": True, "learn": 20}]
 
 
 def logits(folder: Path) -> torch.Tensor:
-    model = bitgrain.load(folder, dtype=torch.float32, execution="dequantize")
+    model = bitgrain.load(folder, device="cpu", dtype=torch.float32, execution="dequantize")
     return zoo.outputs(model, zoo.ids_for(model))
 
 
@@ -67,4 +67,4 @@ def test_a_checkpoint_that_names_another_module(readable: Make, text: Path, tmp_
     config["quantization_config"]["online_rotations"]["model.layers.9.x"] = {"size": 8, "seed": 0}
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"layers\.9\.x"):
-        bitgrain.load(tmp_path / "out", execution="dequantize")
+        bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")

@@ -16,8 +16,6 @@ from bitgrain.errors import ModelError, OutputError, PlanError, SchemeError, Tra
 from bitgrain.recipes import PRESETS, make_recipe
 from bitgrain.runtime.activations import InputQuantizer
 
-pytestmark = pytest.mark.usefixtures("device")
-
 Make = Callable[[str], Path]
 IDS = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(0))
 DYNAMIC = [name for name, one in PRESETS.items() if not one.needs_calibration and one.indivisible(256, 128) is None]

@@ -8,8 +8,6 @@ from bitgrain import qat
 from bitgrain.recipes import PRESETS, Scheme
 from bitgrain.runtime.convolutions import input_quantizer_of
 
-pytestmark = pytest.mark.usefixtures("device")
-
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)

@@ -60,7 +60,7 @@ def job(model: Path, out: Path, scheme: str = "W8A8_STATIC", workers: int = 1, *
 
 def largest_inputs(out: Path, source: Path) -> dict[str, float]:
     """Largest |x| that comes to each input quantizer of a quantized model, by original tensor name."""
-    model: Any = bitgrain.load(out, execution="dequantize")
+    model: Any = bitgrain.load(out, device="cpu", execution="dequantize")
     found: dict[str, float] = {}
 
     def before(parameter: str) -> Callable[..., None]:
@@ -127,7 +127,7 @@ def test_transformers_runs_the_result(scheme: str, readable: Make, tmp_path: Pat
     assert not info["unexpected_keys"]
     ids = zoo.ids_for(theirs)
     expected = zoo.outputs(theirs.eval(), ids)
-    assert torch.equal(zoo.outputs(bitgrain.load(out, execution="dequantize"), ids), expected)
+    assert torch.equal(zoo.outputs(bitgrain.load(out, device="cpu", execution="dequantize"), ids), expected)
 
 
 def test_neither_memory_nor_workers_nor_a_kill_change_the_bytes(

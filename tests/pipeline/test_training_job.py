@@ -100,7 +100,10 @@ def test_what_it_measured_is_what_was_written(readable: Make, text: Path, tmp_pa
     """The loss of the best state, on the windows held back, computed anew from the files."""
     model = readable("llama")
     made = run(model, tmp_path / "out", job(text, "W4A4", **ROTATED))
-    base, found = bitgrain.load(model), bitgrain.load(tmp_path / "out", execution="dequantize")
+    base, found = (
+        bitgrain.load(model, device="cpu"),
+        bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize"),
+    )
     ids = made.plan.training.ids  # type: ignore[union-attr]
     held = training_job.held_back(len(ids), made.plan.recipe.tuning.training_settings())  # type: ignore[arg-type]
     with torch.no_grad():
@@ -182,7 +185,7 @@ def test_nan_stops_with_one_error_and_the_same_command_ends_with_the_best_state(
     assert "in step 4" in told["stopped"]
     assert any("in step 4" in line for line in warning_lines(made))
     assert told["best_step"] == 2
-    assert all(bool(p.isfinite().all()) for p in bitgrain.load(out, execution="dequantize").parameters())
+    assert all(bool(p.isfinite().all()) for p in bitgrain.load(out, device="cpu", execution="dequantize").parameters())
     assert weights(out) != weights(tmp_path / "whole")
 
 
