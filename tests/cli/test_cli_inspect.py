@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_inspect(run, model: Path, tmp_path: Path):
     file = tmp_path / "found.json"

@@ -1,6 +1,8 @@
 import shutil
 from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_all_is_well(run, model: Path, quantized: Path):
     ran = run("verify", quantized, "--against", model)

@@ -21,8 +21,6 @@ from bitgrain.numerics import QuantSpec, get_format, quantize
 from bitgrain.numerics.formats import BF16, FP32
 from bitgrain.numerics.measures import code_use, measure
 
-pytestmark = pytest.mark.usefixtures("device")
-
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -260,7 +258,7 @@ class TestModel:
         assert data["layers"][0]["losses"][0]["sqnr_db"] is None
 
     def test_a_quantized_checkpoint_is_refused(self, tiny: Path, tmp_path: Path):
-        quantize_checkpoint(tiny, tmp_path / "out", "W8A16")
+        quantize_checkpoint(tiny, tmp_path / "out", "W8A16", device="cpu")
         with pytest.raises(ModelError, match="already quantized"):
             inspect_model(tmp_path / "out")
 
@@ -271,7 +269,7 @@ class TestModel:
 
 def test_what_inspection_says_is_what_quantize_does(shared: Path, tmp_path: Path):
     found = inspect_model(shared / "models" / "llama", layers="re:.*layers.[01].*_proj")
-    result = quantize_checkpoint(shared / "models" / "llama", tmp_path / "out", "W4A16")
+    result = quantize_checkpoint(shared / "models" / "llama", tmp_path / "out", "W4A16", device="cpu")
     done = {layer["tensor"].removesuffix(".weight"): layer.get("sqnr_db") for layer in result.manifest["layers"]}
     assert len(found.layers) == 14
     for layer in found.layers:
