@@ -1,6 +1,8 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 pytestmark = pytest.mark.usefixtures("device")
 
 
