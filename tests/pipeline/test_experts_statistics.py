@@ -13,7 +13,7 @@ import zoo
 from bitgrain.calibration.statistics import layer_key, whole_key
 from bitgrain.calibration.statistics_file import MANIFEST, open_statistics
 from bitgrain.errors import ModelError, PlanError
-from calibrated_jobs import activations, layers_of, recipe_of, run
+from calibrated_jobs import activations, layers_of, recipe_of, run, same_layers
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -73,7 +73,7 @@ def test_the_same_as_from_text(
     by_saved = bitgrain.pipeline.quantize.run_plan(plan, tmp_path / "saved")
     one, other = zoo.contents(tmp_path / "text"), zoo.contents(tmp_path / "saved")
     assert {file for file in one if one[file] != other[file]} <= {"README.md", "manifest.json"}
-    assert layers_of(by_saved) == layers_of(by_text)
+    assert same_layers(layers_of(by_saved).values(), layers_of(by_text).values())
     assert by_saved.manifest["experts"] == by_text.manifest["experts"]
     told = [note for note in by_text.manifest["notes"] if "tokens reached" in note]
     assert told
@@ -149,7 +149,8 @@ def test_what_is_kept(policy: str, saved: Saved):
             assert found.tokens == 5 * 24
             assert found.hessian is not None
             assert found.hessian.shape == (width, width)
-            assert bool((found.high >= (stored.read(name).high if name in stored else found.low)).all())
+            least = stored.read(name).high if name in stored else found.low
+            assert bool((found.high >= least - 1e-5).all())  # of other batches, whose products may have other last bits
     routed = [stored.read(layer_key("model.layers.0.mlp.experts.gate_up_proj", i)).tokens for i in range(4)]
     assert sum(routed) == 2 * 5 * 24
 

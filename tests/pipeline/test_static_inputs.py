@@ -108,8 +108,10 @@ def test_transformers_computes_the_same(name: str, scheme: Scheme, dtype: torch.
     assert not info["unexpected_keys"]
     ids = zoo.ids_for(theirs)
     expected = zoo.outputs(theirs.eval(), ids)
-    assert torch.equal(zoo.outputs(load(out, rounding="transformers", execution="dequantize"), ids), expected)
-    plain = zoo.outputs(load(out, execution="dequantize"), ids)
+    assert torch.equal(
+        zoo.outputs(load(out, device="cpu", rounding="transformers", execution="dequantize"), ids), expected
+    )
+    plain = zoo.outputs(load(out, device="cpu", execution="dequantize"), ids)
     if dtype == torch.float32:  # otherwise transformers divides in the dtype of the model, vLLM in float32
         assert torch.equal(plain, expected)
     full = zoo.outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval(), ids)
@@ -118,7 +120,7 @@ def test_transformers_computes_the_same(name: str, scheme: Scheme, dtype: torch.
 
 def test_inputs_are_rounded_by_the_scales_in_the_file(tmp_path: Path):
     out = written("llama", PRESETS["W8A8_STATIC"], tmp_path)
-    model: Any = load(out, execution="dequantize")
+    model: Any = load(out, device="cpu", execution="dequantize")
     ids = zoo.ids_for(model)
     before = zoo.outputs(model, ids)
     scale = zoo.read_tensors(out)["model.layers.0.mlp.up_proj.input_scale"]
@@ -127,7 +129,7 @@ def test_inputs_are_rounded_by_the_scales_in_the_file(tmp_path: Path):
     path = out / "model.safetensors"
     changed = {name: t * 16 if name.endswith("input_scale") else t for name, t in zoo.read_tensors(out).items()}
     save_file(changed, path, metadata={"format": "pt"})
-    assert not torch.allclose(zoo.outputs(load(out, execution="dequantize"), ids), before, atol=1e-2)
+    assert not torch.allclose(zoo.outputs(load(out, device="cpu", execution="dequantize"), ids), before, atol=1e-2)
     save_file({name: t for name, t in changed.items() if name != "model.layers.1.mlp.down_proj.input_scale"}, path)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.input_scale is missing"):
         QuantizedCheckpoint(out)
@@ -147,7 +149,7 @@ def test_experts_of_one_parameter_run_with_the_largest_scale(name: str, tmp_path
     tensors[one] = tensors[one].clone()
     tensors[one][-1] *= 3
     save_file(tensors, out / "model.safetensors")
-    model: Any = load(out, execution="dequantize")
+    model: Any = load(out, device="cpu", execution="dequantize")
     quantizer = model.model.layers[0].mlp.experts.gate_up_proj_input_quantizer
     assert float(quantizer.static.scale) == float(tensors[one][-1])
     assert torch.isfinite(zoo.outputs(model, zoo.ids_for(model))).all()

@@ -41,7 +41,8 @@ def loss(weight: torch.Tensor, dense: torch.Tensor, hessian: torch.Tensor) -> fl
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_as_good_as_on_the_cpu(name: str, scheme: str, device: str):
     """Sums in another order move weights that lie between two codes, and all that is rounded after them: what is lost
-    in the outputs may grow by a hundredth, or a tenth where one weight's error is fed into the others."""
+    in the outputs may grow by a hundredth, or a tenth where one weight's error is fed into the others or limits are
+    learned."""
     weight, hessian = problem()
     solver, spec = get_solver(SOLVERS[name]), PRESETS[scheme].weight
     expected = solver.solve(weight, spec, Moments(hessian, 600)).q
@@ -49,6 +50,6 @@ def test_as_good_as_on_the_cpu(name: str, scheme: str, device: str):
         solution = solver.solve(weight.to(device), spec, Moments(hessian.to(device), 600))
     assert solution.q.codes.device.type == device
     found = to_cpu(solution.q)
-    feeds = name.startswith(("gptq", "obq", "spqr"))
+    feeds = name in ("clip", "obq", "spqr") or name.startswith("gptq")
     before, after = (loss(weight, q.dequantize(), hessian) for q in (expected, found))
     assert after <= (1.1 if feeds else 1.01) * before

@@ -62,7 +62,7 @@ def row_errors(x: Tensor, x_hat: Tensor) -> Tensor:
     shape = matrix_shape(tuple(x.shape))
     a, b = x.reshape(shape), x_hat.reshape(shape)
     if not x.numel():
-        return torch.zeros(shape[0], 5, dtype=torch.float64)
+        return torch.zeros(shape[0], 5, dtype=torch.float64, device=x.device)
     step = max(1, _PIECE // shape[1])
     parts = zip(a.split(step), b.split(step), strict=True)
     return torch.cat([_errors(part.to(torch.float32), part_hat.to(torch.float32)) for part, part_hat in parts])
@@ -126,10 +126,10 @@ def code_use(q: QTensor) -> CodeUse:
     spec = q.spec
     if spec.format.bits > 8:
         raise SchemeError(f"code use is counted for formats of up to 8 bits, not {spec.format}")
-    numbers = _numbers(spec.format)
+    numbers = _numbers(spec.format).to(q.codes.device)
     codes = numbers.numel()
     tiles = to_tiles(q.unsigned_codes().to(torch.int16), spec.granularity, fill=codes).flatten(0, 1)
-    used = torch.zeros(tiles.shape[0], codes + 1, dtype=torch.bool)
+    used = torch.zeros(tiles.shape[0], codes + 1, dtype=torch.bool, device=tiles.device)
     for start in range(0, tiles.shape[-1], 4096):  # the index takes 8 bytes for each element
         used.scatter_(-1, tiles[:, start : start + 4096].to(torch.int64), True)
     used = used[:, :codes]
