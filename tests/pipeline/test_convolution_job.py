@@ -73,7 +73,7 @@ def test_a_vision_transformer_with_its_patch_embedding(tmp_path: Path):
     )
     with torch.no_grad():
         a, b = original(pixel_values=X).logits, loaded(pixel_values=X).logits
-    assert 0 < (a - b).norm() / a.norm() < 0.02
+    assert 0 < (a - b).norm() / a.norm() < 0.03
     bitgrain.quantize(tmp_path / "vit", tmp_path / "plain", "W8A16")  # compressed-tensors, and verify copes
     assert all(check.ok is not False for check in bitgrain.verify(tmp_path / "plain", against=tmp_path / "vit"))
 

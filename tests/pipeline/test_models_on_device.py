@@ -96,6 +96,8 @@ def test_kernels_of_the_cpu_stay_there(tiny: Tiny, tmp_path: Path, device: str):
     bitgrain.quantize(tiny("llama"), tmp_path / "out", "W4A16", device=device)
     with pytest.raises(SchemeError, match=rf"no kernel on {device} for .*execution='dequantize'"):
         bitgrain.load(tmp_path / "out", device=device)
+    with pytest.raises(SchemeError, match=r"packed weights run on the CPU, not on .*execution='dequantize'"):
+        bitgrain.load(tmp_path / "out", device=device, execution="reference")
     packed = bitgrain.load(tmp_path / "out", device="cpu")
     with pytest.raises(SchemeError, match=r"packed weights run on the CPU, not on .*execution='dequantize'"):
         packed.to(device)
