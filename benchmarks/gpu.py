@@ -1,8 +1,8 @@
 """Jobs and generation on a GPU: seconds, GPU memory, and whether the CPU finds the same.
 
-    make bench-gpu                                 # 1.1 billion random parameters, 22 blocks
-    make bench-gpu ARGS="--blocks 4 --on-cpu GPTQ"  # a shorter model; the CPU repeats GPTQ alone
-    make bench-gpu ARGS="--device cpu"             # the same jobs without a GPU, to try the benchmark itself
+    make bench-gpu                       # 1.1 billion random parameters, 22 blocks
+    make bench-gpu ARGS="--whole 8 --blocks 1 --minutes 2"  # smaller models, and as many methods as there is time for
+    make bench-gpu ARGS="--device cpu"   # the same jobs without a GPU, to try the benchmark itself
 
 Everything runs in this process, one after the other. GPU memory is the largest that torch had allocated during a job.
 Models are of random weights: a method's error says whether two devices agree, not what the method is worth.
@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from common import ROOT, machine_line, random_llama, write_results
-from gpu_report import report
+from gpu_report import ROUNDED, report
 from safetensors import safe_open
 
 import bitgrain
@@ -31,7 +31,7 @@ from bitgrain.errors import BitgrainError
 from bitgrain.recipes import make_recipe
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "RTN W4A16": ("W4A16", {"solver": "rtn"}),
+    ROUNDED: ("W4A16", {"solver": "rtn"}),
     "RTN NVFP4A16": ("NVFP4A16", {"solver": "rtn"}),
     "GPTQ W4A16": ("W4A16", {"solver": {"name": "gptq", "order": "act"}}),
     "AWQ W4A16_ASYM": ("W4A16_ASYM", {"solver": "rtn", "transforms": ["awq"]}),
@@ -108,53 +108,72 @@ def generated(load: Callable[[], Any], device: str, tokens: int) -> dict[str, An
     }
 
 
-def measure(model: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All jobs that are asked for, then generation."""
-    jobs: dict[str, Any] = {}
-    for method in (name for name in METHODS if arguments.only is None or arguments.only in name):
-        out = scratch / method.replace(" ", "-")
-        try:
-            found = jobs[method] = {"gpu": quantized(model, out, method, arguments.device, arguments)}
-        except BitgrainError as error:
-            jobs[method] = {"error": str(error)}
-            continue
+def job(model: Path, scratch: Path, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A method on the GPU, and where it is asked for on the CPU."""
+    out = scratch / method.replace(" ", "-")
+    try:
+        found: dict[str, Any] = {"gpu": quantized(model, out, method, arguments.device, arguments)}
         if any(part and part in method for part in arguments.on_cpu.split(",")):
             found["cpu"] = quantized(model, scratch / "cpu", method, "cpu", arguments)
             found["equal"] = equal_share(out, scratch / "cpu")
             shutil.rmtree(scratch / "cpu")
-        print(method, found, file=sys.stderr, flush=True)
+    except BitgrainError as error:
+        found = {"error": str(error)}
+    print(f"{method}: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def generations(model: Path, packed: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The original, and the two ways to run packed weights without kernels."""
+    settings: dict[str, Any] = {"device": arguments.device, "dtype": torch.bfloat16}
     loads: dict[str, Callable[[], Any]] = {
-        "bfloat16, as it was": lambda: bitgrain.load(model, device=arguments.device, dtype=torch.bfloat16)
+        "bfloat16, as it was": lambda: bitgrain.load(model, **settings),
+        "W4A16, dequantized when loaded": lambda: bitgrain.load(packed, execution="dequantize", **settings),
+        "W4A16, dequantized for each product": lambda: bitgrain.load(packed, low_bit=True, **settings),
     }
-    packed = scratch / "RTN-W4A16"
-    if packed.exists():
-        ours: dict[str, Any] = {"device": arguments.device, "dtype": torch.bfloat16}
-        loads["W4A16, dequantized when loaded"] = lambda: bitgrain.load(packed, execution="dequantize", **ours)
-        loads["W4A16, dequantized for each product"] = lambda: bitgrain.load(packed, low_bit=True, **ours)
-    return {
-        "jobs": jobs,
-        "generation": {name: generated(one, arguments.device, arguments.tokens) for name, one in loads.items()},
-    }
+    found: dict[str, Any] = {}
+    for name, load in loads.items():
+        found[name] = generated(load, arguments.device, arguments.tokens)
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+    return found
+
+
+def measure(whole: Path, part: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rounding and generation with `whole`, then as many of the other methods as there is time for, on `part`."""
+    torch.ones(64, 64, device=arguments.device).mm(torch.ones(64, 64, device=arguments.device))  # libraries are loaded
+    until = time.monotonic() + 60 * arguments.minutes
+    jobs = {ROUNDED: job(whole, scratch, ROUNDED, arguments)}
+    generation = generations(whole, scratch / ROUNDED.replace(" ", "-"), arguments)
+    for method in (name for name in METHODS if name != ROUNDED):
+        if time.monotonic() < until:
+            jobs[method] = job(part, scratch, method, arguments)
+    return {"jobs": jobs, "generation": generation}
+
+
+def model_of(blocks: int) -> Path:
+    """A random model, with the tokenizer of the built-in one."""
+    model = random_llama(ROOT / "build" / f"random-llama-{blocks}", blocks=blocks)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model_path() / name, model / name)
+    return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--blocks", type=int, default=22, help="of the model")
+    parser.add_argument("--whole", type=int, default=22, help="blocks of the model that is rounded and generates")
+    parser.add_argument("--blocks", type=int, default=22, help="of the model on which the other methods run")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further method is begun")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64, help="that are generated")
-    parser.add_argument("--only", help="methods whose names contain this")
     parser.add_argument("--on-cpu", default="RTN,GPTQ", help="methods that the CPU repeats, with commas between them")
     parser.add_argument("--name", default="gpu", help="of the files in benchmarks/results")
     arguments = parser.parse_args()
-    model = random_llama(ROOT / "build" / f"random-llama-{arguments.blocks}", blocks=arguments.blocks)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo_model_path() / name, model / name)
     with tempfile.TemporaryDirectory(prefix="bitgrain-bench-") as scratch:
-        found = measure(model, Path(scratch), arguments)
+        found = measure(model_of(arguments.whole), model_of(arguments.blocks), Path(scratch), arguments)
     gpu = torch.cuda.get_device_name() if arguments.device != "cpu" else "no GPU"
-    settings = {key: getattr(arguments, key) for key in ("device", "blocks", "windows", "seqlen", "tokens")}
+    settings = {key: getattr(arguments, key) for key in ("device", "whole", "blocks", "windows", "seqlen", "tokens")}
     data = {"gpu": gpu, "settings": settings, **found}
     write_results(arguments.name, data, report(data, machine_line()))
 
