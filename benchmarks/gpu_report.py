@@ -18,8 +18,8 @@ def report(data: dict[str, Any], machine: str) -> str:
         "# Jobs and generation on a GPU\n\n"
         f"{data['gpu']}; {machine}.\n\n"
         f"Llamas of random weights, blocks of 2048 channels, a vocabulary of 32000. {ROUNDED} and generation: "
-        f"{settings['whole']} blocks; the other methods: {settings['blocks']}, where they calibrate on {settings['windows']} x "
-        f"{settings['seqlen']} tokens. MB: what torch allocated at most on the GPU.\n\n"
+        f"{settings['whole']} blocks; the other methods: {settings['blocks']}, calibrated on "
+        f"{settings['windows']} x {settings['seqlen']} tokens. MB: what torch allocated at most on the GPU.\n\n"
         + table(
             ["method", "GPU s", "GPU MB", "CPU s", "SQNR dB", "on the CPU", "loss", "on the CPU", "same bytes"],
             [_job(name, job) for name, job in data["jobs"].items()],

@@ -6,6 +6,7 @@ import torch
 from bitgrain.kernels.native import torch_only
 from bitgrain.numerics import QTensor, QuantSpec, dequantize, fake_quantize, get_format, per_group, quantize
 from bitgrain.numerics.hadamard import Rotation
+from bitgrain.numerics.measures import code_use, measure
 from bitgrain.numerics.packed import pack_qtensor, unpack_qtensor
 from bitgrain.numerics.packing import pack, unpack
 from bitgrain.numerics.qtensor import scale_values
@@ -73,6 +74,17 @@ def test_packed_and_unpacked(name: str, device: str):
     assert {key: part.device.type for key, part in mine.items()} == dict.fromkeys(theirs, device)
     assert all(torch.equal(part.cpu().view(torch.uint8), theirs[key].view(torch.uint8)) for key, part in mine.items())
     assert torch.equal(dequantize(again).cpu(), expected.dequantize())
+
+
+@pytest.mark.parametrize("name", ["W4A16", "NF4", "FP8_DYNAMIC", "TERNARY"])
+def test_measures(name: str, device: str):
+    expected, _ = both(numbers(), EXACT[name], device)
+    with torch_only():
+        found = quantize(numbers().to(device), EXACT[name])
+    assert code_use(found) == code_use(expected)
+    mine, theirs = measure(numbers().to(device), found.dequantize()), measure(numbers(), expected.dequantize())
+    assert (mine.max_error, mine.elements) == (theirs.max_error, theirs.elements)
+    assert mine.sqnr_db == pytest.approx(theirs.sqnr_db, abs=1e-9)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

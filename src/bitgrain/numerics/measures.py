@@ -13,6 +13,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics.formats import CodebookFormat, Format
 from bitgrain.numerics.granularity import matrix_shape, to_tiles
 from bitgrain.numerics.qtensor import QTensor
+from bitgrain.numerics.quotient import quotient
 from bitgrain.numerics.sums import row_sums
 
 _PIECE = 2**16  # elements that are worked on at a time: their float64 copies stay in a core's cache
@@ -136,7 +137,7 @@ def code_use(q: QTensor) -> CodeUse:
     usable = int(numbers.isfinite().sum().item()) - int(spec.restricted)
     hit = used.sum(-1).double() / (tiles < codes).sum(-1).clamp(max=usable)
     low, high = torch.where(used, numbers, math.inf).amin(-1), torch.where(used, numbers, -math.inf).amax(-1)
-    span = (high.double() - low.double()) / (spec.high - spec.low)
+    span = quotient(high.double() - low.double(), spec.high - spec.low)
     tile_count = hit.numel()
     return CodeUse(
         math.fsum(hit.tolist()) / tile_count,
