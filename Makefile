@@ -7,7 +7,7 @@ DEVICE ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-BENCHMARKS := accuracy attention digits experts export fine-tuning generate gguf-engine gguf-sizes kernels kv-cache memory numerics \
+BENCHMARKS := accuracy attention digits experts export fine-tuning generate gguf-engine gguf-sizes gpu kernels kv-cache memory numerics \
   outlier-channels peer-files solver-kernels streaming training
 
 .PHONY: setup native demo test test-interop test-native lint fuzz clean $(addprefix bench-,$(BENCHMARKS))
@@ -31,8 +31,9 @@ native: $(VENV)/.ready
 demo: setup
 	$(BIN)/bitgrain demo --device $(DEVICE)
 
+# The whole suite on the CPU; make test DEVICE=cuda: the tests of the jobs, on a GPU.
 test: setup
-	$(BIN)/pytest -n auto --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(if $(filter-out auto,$(DEVICE)),--device $(DEVICE)) $(PYTEST_ARGS)
 
 # Engines that take minutes to install. llama.cpp multiplies in float32 if it is built with BLAS (with libopenblas-dev and
 # pkg-config: LLAMA_CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS"), and is then compared more strictly.

@@ -50,10 +50,11 @@ def resident_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def random_llama(model: Path) -> Path:
-    """`model`: random weights of 1.1 billion parameters, made where they are absent."""
+def random_llama(model: Path, blocks: int = 22) -> Path:
+    """`model`: random weights, with 22 blocks 1.1 billion parameters, made where they are absent."""
     if not model.exists():
-        subprocess.run([sys.executable, ROOT / "tools" / "make_random_llama.py", model], check=True)
+        tool = ROOT / "tools" / "make_random_llama.py"
+        subprocess.run([sys.executable, tool, model, "--blocks", str(blocks)], check=True)
     return model
 
 

@@ -173,7 +173,7 @@ def ids_for(model: Any, length: int = 24, seed: int = 0) -> torch.Tensor:
 
 @torch.inference_mode()
 def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float32 logits, or the last hidden states of an encoder."""
-    result = model(input_ids=ids)
+    """float32 logits, or the last hidden states of an encoder, on the CPU wherever the model is."""
+    result = model(input_ids=ids.to(next(iter(model.parameters())).device))
     logits = getattr(result, "logits", None)
-    return (result.last_hidden_state if logits is None else logits).float()
+    return (result.last_hidden_state if logits is None else logits).float().cpu()

@@ -1,6 +1,7 @@
 """Writes a Llama of random weights, tensor by tensor: something large to measure speed and memory with.
 
     python tools/make_random_llama.py OUT               # 1.1 billion parameters, 2.2 GB, the shape of TinyLlama 1.1B
+    python tools/make_random_llama.py OUT --blocks 4    # the same with fewer blocks
     python tools/make_random_llama.py OUT --size tiny   # 3 million parameters
 
 The weights are normal numbers of a usual size with a few large input channels, so that scales and errors are lifelike;
@@ -83,9 +84,9 @@ def random_tensors(specs: list[TensorSpec], seed: int) -> Iterator[tuple[str, Te
         yield spec.name, tensor
 
 
-def write_random_llama(out: Path, size: str, seed: int = 0) -> int:
-    """Write the model of `size` into the new folder `out`; bytes of its weights."""
-    shape = SIZES[size]
+def write_random_llama(out: Path, size: str, seed: int = 0, blocks: int | None = None) -> int:
+    """Write the model of `size` into the new folder `out`; bytes of its weights. blocks: in place of the size's own."""
+    shape = {**SIZES[size], **({} if blocks is None else {"num_hidden_layers": blocks})}
     specs = tensor_specs(shape)
     total = sum(spec.nbytes for spec in specs)
     layouts = plan_shards(specs, math.ceil(total / (SHARDS - 1)))
@@ -116,11 +117,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--size", choices=sorted(SIZES), default="1.1b")
+    parser.add_argument("--blocks", type=int, help="in place of those of the size")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists already")
-    nbytes = write_random_llama(arguments.out, arguments.size, arguments.seed)
+    nbytes = write_random_llama(arguments.out, arguments.size, arguments.seed, arguments.blocks)
     print(f"{arguments.out}: {nbytes / 1e9:.2f} GB of weights")
 
 

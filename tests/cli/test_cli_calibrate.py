@@ -8,7 +8,9 @@ import pytest
 from bitgrain.calibration.statistics_file import MANIFEST
 from bitgrain.cli.main import main
 
-FEW = ("--windows", "2", "--seqlen", "32", "--device", "cpu", "--workers", "1")
+pytestmark = pytest.mark.usefixtures("device")
+
+FEW = ("--windows", "2", "--seqlen", "32", "--workers", "1")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_statistics_serve_every_scheme(run, scheme: str, model: Path, statistics
     planned = run("plan", *job)
     assert planned.status == 0
     assert "calibrated by the statistics" in " ".join(planned.out.split())
-    assert run("quantize", *job, "-o", tmp_path / "out", "--quiet", "--device", "cpu").status == 0
+    assert run("quantize", *job, "-o", tmp_path / "out", "--quiet").status == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["calibration"]["windows"] == 2
 

@@ -6,6 +6,8 @@ import torch
 
 from bitgrain.cli import demo
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_the_windows_come_from_all_over_the_text(model: Path):
     few, every = demo.held_out_windows(model, 8), demo.held_out_windows(model, 100_000)
@@ -18,7 +20,7 @@ def test_the_windows_come_from_all_over_the_text(model: Path):
 def test_the_demo(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "SCHEMES", ("W8A16", "INT4_G32", "W4A16"))
     threads = torch.get_num_threads()
-    ran = run("demo", "--device", "cpu", "--windows", "2", "--out", tmp_path / "kept", "--json", tmp_path / "demo.json")
+    ran = run("demo", "--windows", "2", "--out", tmp_path / "kept", "--json", tmp_path / "demo.json")
     assert torch.get_num_threads() == threads
     assert ran.status == 0
     assert "a Llama of 1.97 M parameters" in ran.out

@@ -7,6 +7,8 @@ import pytest
 
 from bitgrain.evaluation.language import Evaluation
 
+pytestmark = pytest.mark.usefixtures("device")
+
 KEYS = {
     *("perplexity", "base_perplexity", "kl", "kl_p99", "top1", "tokens_per_s"),
     *("tokens", "windows", "seqlen"),

@@ -8,8 +8,10 @@ import pytest
 
 from bitgrain.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("device")
+
 pytest.importorskip("peft")
-FEW = ("--steps", "2", "--batch", "1", "--seqlen", "32", "--rank", "2", "--device", "cpu")
+FEW = ("--steps", "2", "--batch", "1", "--seqlen", "32", "--rank", "2")
 
 
 @pytest.fixture(scope="module")

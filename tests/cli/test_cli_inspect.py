@@ -1,6 +1,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_inspect(run, model: Path, tmp_path: Path):
     file = tmp_path / "found.json"

@@ -5,6 +5,8 @@ import pytest
 
 import bitgrain.pipeline.quantize
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_quantize_says_what_it_does(run, model: Path, tmp_path: Path):
     out = tmp_path / "my out"

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-FEW = ("--steps", "3", "--batch", "2", "--seqlen", "32", "--windows", "20", "--device", "cpu", "--workers", "1")
+pytestmark = pytest.mark.usefixtures("device")
+
+FEW = ("--steps", "3", "--batch", "2", "--seqlen", "32", "--windows", "20", "--workers", "1")
 
 
 def test_train_writes_what_quantize_does_and_shows_the_loss(run, model: Path, text: Path, tmp_path: Path):

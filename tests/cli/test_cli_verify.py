@@ -1,6 +1,10 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_all_is_well(run, model: Path, quantized: Path):
     ran = run("verify", quantized, "--against", model)

@@ -16,6 +16,8 @@ from bitgrain.pipeline.layers import matrices
 from bitgrain.pipeline.quantize import QuantizeResult
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 MOE = ("mixtral", "qwen3-moe", "gpt-oss")
 
@@ -43,7 +45,7 @@ def dense_twin(source: Path, folder: Path, result: QuantizeResult) -> Any:
 def test_what_is_loaded_is_what_was_meant(tiny: Tiny, tmp_path: Path, name: str, scheme: str):
     source, out = tiny(name), tmp_path / "out"
     result = bitgrain.quantize(source, out, scheme, workers=1)
-    loaded: Any = bitgrain.load(out, execution="dequantize")
+    loaded: Any = bitgrain.load(out, device="cpu", execution="dequantize")
     twin = dense_twin(source, tmp_path / "twin", result)
     assert type(loaded) is type(twin)
     mine, expected = loaded.state_dict(), twin.state_dict()
@@ -64,7 +66,7 @@ def test_what_is_loaded_is_what_was_meant(tiny: Tiny, tmp_path: Path, name: str,
     verdict = next(v for v in result.plan.engines if v.engine == "transformers")
     if verdict.loads:
         theirs: Any = getattr(transformers, zoo.ZOO[name][0]).from_pretrained(out).eval()
-        same = zoo.outputs(bitgrain.load(out, rounding="transformers", execution="dequantize"), ids)
+        same = zoo.outputs(bitgrain.load(out, device="cpu", rounding="transformers", execution="dequantize"), ids)
         assert float((zoo.outputs(theirs, ids) - same).abs().max()) <= 1e-4
     checks = bitgrain.verify(out, against=source)
     if verdict.loads or result.plan.layout.name == "bitgrain":
@@ -126,8 +128,8 @@ def test_nvfp4_experts_join_under_one_scale(tiny: Tiny, tmp_path: Path):
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16"])
 def test_in_memory_equals_disk(tiny: Tiny, tmp_path: Path, name: str, scheme: str):
     bitgrain.quantize(tiny(name), tmp_path / "out", scheme, workers=1)
-    loaded: Any = bitgrain.load(tmp_path / "out", execution="dequantize")
-    memory: Any = bitgrain.load(tiny(name))
+    loaded: Any = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
+    memory: Any = bitgrain.load(tiny(name), device="cpu")
     if scheme in ("W8A8", "FP8_DYNAMIC"):
         from bitgrain.pipeline.load import experts_run_one_by_one
 
@@ -143,10 +145,13 @@ def test_in_memory_equals_disk(tiny: Tiny, tmp_path: Path, name: str, scheme: st
 def test_sixteen_bit_checkpoints(tmp_path: Path, dtype: torch.dtype, scheme: str):
     source = zoo.save("llama", tmp_path / "llama", dtype)
     result = bitgrain.quantize(source, tmp_path / "out", scheme, workers=1)
-    loaded: Any = bitgrain.load(tmp_path / "out", execution="dequantize")
+    loaded: Any = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
     assert loaded.dtype == dtype
     twin = dense_twin(source, tmp_path / "twin", result)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), twin.parameters(), strict=True))
     scales = {n: t.dtype for n, t in zoo.read_tensors(tmp_path / "out").items() if n.endswith("weight_scale")}
     assert set(scales.values()) == {torch.uint8 if scheme == "MXFP4" else dtype}
-    assert bitgrain.load(tmp_path / "out", dtype=torch.float32, execution="dequantize").dtype == torch.float32  # type: ignore[attr-defined]
+    assert (
+        bitgrain.load(tmp_path / "out", device="cpu", dtype=torch.float32, execution="dequantize").dtype
+        == torch.float32
+    )  # type: ignore[attr-defined]

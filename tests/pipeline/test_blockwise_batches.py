@@ -9,6 +9,8 @@ import torch
 
 from bitgrain.pipeline.blockwise.batches import Pool, single_threaded
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_the_order_of_the_items(workers: int):

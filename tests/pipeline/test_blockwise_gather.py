@@ -20,6 +20,8 @@ from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments
 from block_zoo import open_block
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 
 TOLERANCE = 1e-6

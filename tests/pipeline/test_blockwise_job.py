@@ -17,6 +17,8 @@ from bitgrain.pipeline.blockwise import whole
 from bitgrain.pipeline.blockwise.layer import UNREACHED
 from calibrated_jobs import HEAD, TEXT, TUNED, activations, layers_of, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 NEAREST = {"policy": "nearest", "tokens": 1}
 EMBEDDING = "model.embed_tokens.weight"
@@ -65,8 +67,8 @@ def test_the_guard_holds_and_the_manifest_tells(readable: Make, text: Path, tmp_
     assert str(tmp_path) not in str(dict(result.manifest))
     assert result.manifest["solver"] == chosen.solver
 
-    loaded: Any = bitgrain.load(tmp_path / "out", execution="dequantize")
-    model: Any = bitgrain.load(readable(name))
+    loaded: Any = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
+    model: Any = bitgrain.load(readable(name), device="cpu")
     ids = zoo.ids_for(loaded)
     assert 0 < divergence(loaded, model, ids) < 0.05
     assert not [check for check in bitgrain.verify(tmp_path / "out", against=readable(name)) if check.ok is False]
@@ -88,13 +90,13 @@ def test_calibration_beats_rounding_on_a_trained_model(tmp_path: Path):
     source = demo_model_path()
     calibration = {"windows": 6, "seqlen": 48, "batch": 3}
     ids = calibration_windows("builtin", load_tokenizer(source), windows=6, seqlen=48).ids
-    model: Any = bitgrain.load(source, dtype=torch.float32)
+    model: Any = bitgrain.load(source, device="cpu", dtype=torch.float32)
     found: dict[str, float] = {}
     for name in ("rtn", "fast", "balanced"):
         how: dict[str, Any] = {"solver": "rtn"} if name == "rtn" else {"recipe": name, "calibration": calibration}
         bitgrain.quantize(source, tmp_path / name, "W4A16", workers=2, **how)
         found[name] = divergence(
-            bitgrain.load(tmp_path / name, dtype=torch.float32, execution="dequantize"), model, ids
+            bitgrain.load(tmp_path / name, device="cpu", dtype=torch.float32, execution="dequantize"), model, ids
         )
     assert found["balanced"] < 0.8 * found["fast"]
     assert found["fast"] < 0.8 * found["rtn"]
@@ -137,7 +139,7 @@ def test_experts_without_tokens_are_rounded_and_named(readable: Make, text: Path
             assert layer["method"] == ("rtn" if idle else "gptq"), tensor
             assert ("loss" in layer["figures"]) == (not idle)
         assert bool(
-            bitgrain.load(tmp_path / name, execution="dequantize")(input_ids=torch.arange(9)[None])
+            bitgrain.load(tmp_path / name, device="cpu", execution="dequantize")(input_ids=torch.arange(9)[None])
             .logits.isfinite()
             .all()
         )
@@ -183,7 +185,7 @@ def test_blocks_that_text_never_reaches_are_rounded_and_named(
         for path in ("vision_tower.encoder.layers.1", "language_model.model.layers.1"):
             scales = {float(after[f"{path}.self_attn.{part}_proj.weight_global_scale"]) for part in "qkv"}
             assert len(scales) == 1
-    loaded: Any = bitgrain.load(tmp_path / "out", execution="dequantize")
+    loaded: Any = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
     assert bool(loaded(input_ids=torch.arange(9)[None]).logits.isfinite().all())
 
 
@@ -229,10 +231,10 @@ def test_best_tunes_and_tells(readable: Make, text: Path, tmp_path: Path, scheme
         assert wrong.detail == f"{EMBEDDING} differs from the original"
     # what is told is what is written: the divergence from the full-precision model, head and all, on this text
     ids = calibration_windows(str(text), load_tokenizer(readable("llama")), windows=5, seqlen=24).ids
-    model: Any = bitgrain.load(readable("llama"))
+    model: Any = bitgrain.load(readable("llama"), device="cpu")
     batches = ids.split(whole.WINDOWS)
     for name, figure in (("balanced", told["kl_before"]), ("best", told["kl_after"])):
-        loaded: Any = bitgrain.load(tmp_path / name, execution="dequantize")
+        loaded: Any = bitgrain.load(tmp_path / name, device="cpu", execution="dequantize")
         found = [divergence(loaded, model, batch) for batch in batches]
         assert sum(found) / len(found) == pytest.approx(figure, rel=1e-3, abs=2e-7)  # float32
 

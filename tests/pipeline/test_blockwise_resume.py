@@ -14,6 +14,8 @@ from bitgrain.pipeline.blockwise.work import Work
 from bitgrain.progress import Progress
 from calibrated_jobs import HEAD, SOLVER, TUNED, activations, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 
 

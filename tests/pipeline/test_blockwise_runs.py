@@ -16,6 +16,8 @@ from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.runtime.watch import Key
 from block_zoo import Block, open_block
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 DENSE = ["llama", "phi", "gpt2", "opt", "bert"]
 

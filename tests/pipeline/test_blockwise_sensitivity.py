@@ -19,6 +19,8 @@ from bitgrain.progress import make_progress
 from bitgrain.recipes import make_recipe
 from bitgrain.runtime.activations import quantize_inputs
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 SPEC = int_weight(4)
 NEAR = {"rel": 0.6, "abs": 0}  # labels are drawn, and KL is of second order only for small errors
@@ -88,7 +90,7 @@ def test_weights(loud: Make, text: Path, tmp_path: Path, name: str, include: tup
         rules = [{"match": one, "include": True} for one in include]
         recipe = plan.recipe.model_dump() | {"solver": solver, "rules": [*rules, *keep]}
         out = tmp_path / tensor
-        bitgrain.quantize(model, out, recipe=make_recipe(**recipe), device="cpu")
+        bitgrain.quantize(model, out, recipe=make_recipe(**recipe))
         true = true_kl(
             model, bitgrain.load(out, device="cpu", dtype=torch.float32, execution="dequantize"), plan.calibration.ids
         )

@@ -15,6 +15,8 @@ from bitgrain.pipeline.blockwise.stages import Stage, find_stages
 from bitgrain.runtime.watch import Key
 from block_zoo import Block, open_block
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 

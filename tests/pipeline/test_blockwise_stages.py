@@ -13,6 +13,8 @@ from bitgrain.models.stream import Call
 from bitgrain.pipeline.blockwise.stages import BLOCK_INPUT, Stage, find_stages
 from block_zoo import open_block
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 
 QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")

@@ -17,6 +17,8 @@ from bitgrain.recipes.kv_cache import read_cache
 from bitgrain.runtime.kv_cache import KVCache, past_argument
 from calibrated_jobs import recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 
 
@@ -73,7 +75,7 @@ def test_load_and_eval_use_them(readable: Make, text: Path, tmp_path: Path):
         float(stored["model.layers.1.self_attn.v_scale"]),
     )
     assert found.layers[1].held_keys.scale == stored["model.layers.1.self_attn.k_scale"]
-    kwargs = {"text": text, "seqlen": 24, "windows": 2, "device": "cpu", "against": readable("llama")}
+    kwargs = {"text": text, "seqlen": 24, "windows": 2, "against": readable("llama")}
     own, named, plain, other = (
         bitgrain.evaluate(tmp_path / "out", kv_cache=name, **kwargs) for name in (None, "fp8", "none", "int8")
     )
@@ -115,6 +117,6 @@ def test_what_cannot_be(readable: Make, text: Path, tmp_path: Path):
 
 def test_statistics_hold_no_keys_and_values(readable: Make, text: Path, tmp_path: Path):
     calibration = {"text": str(text), "windows": 3, "seqlen": 24}
-    bitgrain.calibrate(readable("llama"), tmp_path / "stats", calibration=calibration, device="cpu")
+    bitgrain.calibrate(readable("llama"), tmp_path / "stats", calibration=calibration)
     made = bitgrain.plan(readable("llama"), "W8A8", statistics=tmp_path / "stats", kv_cache="fp8")
     assert any("kv_cache in the recipe: needs activations" in problem for problem in made.problems)

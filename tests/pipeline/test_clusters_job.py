@@ -24,6 +24,8 @@ from bitgrain.recipes import Scheme, make_recipe
 from bitgrain.recipes.scheme import PRESETS
 from calibrated_jobs import TUNED, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 WEIGHT = {"format": "int8", "restricted": True}
 

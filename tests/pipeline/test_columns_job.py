@@ -19,6 +19,8 @@ from bitgrain.recipes import get_scheme, make_recipe
 from bitgrain.runtime.activations import InputQuantizer
 from calibrated_jobs import TUNED
 
+pytestmark = pytest.mark.usefixtures("device")
+
 STATIC = get_scheme("LLM_INT8_STATIC")
 WEIGHT = {"share": 0.02, "by": "weight"}
 RANDOM = {"share": 0.02, "by": "random"}
@@ -35,7 +37,7 @@ def stretched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(model: Path, text: Path, out: Path, scheme: str = "LLM_INT8_STATIC", **settings: Any) -> Any:
     calibration = {"text": str(text), "windows": 5, "seqlen": 24, "batch": 2, **settings.pop("calibration", {})}
     recipe = make_recipe(scheme=scheme, calibration=calibration, **settings)
-    return bitgrain.quantize(model, out, recipe=recipe, device="cpu", workers=1)
+    return bitgrain.quantize(model, out, recipe=recipe, workers=1)
 
 
 def bytes_of(folder: Path) -> int:
@@ -63,7 +65,7 @@ def test_outlier_channels_are_found_and_left_out(workers: int, stretched: Path, 
     job(stretched, text, tmp_path / "plain", "W8A8")
     plain = zoo.outputs(bitgrain.load(tmp_path / "plain", device="cpu", execution="dequantize"), ids)
     assert float((found - base).norm()) < 0.3 * float((plain - base).norm())
-    checks = bitgrain.verify(tmp_path / "out", against=stretched, device="cpu")
+    checks = bitgrain.verify(tmp_path / "out", against=stretched)
     assert not [check for check in checks if check.ok is False]
 
 
@@ -144,7 +146,7 @@ def test_without_text(stretched: Path, tmp_path: Path):
     """By weight and random need none; a module in memory gives what the disk job gives."""
     for columns in (WEIGHT, RANDOM):
         out = tmp_path / columns["by"]
-        result = bitgrain.quantize(stretched, out, "W4A8", columns=columns, device="cpu")
+        result = bitgrain.quantize(stretched, out, "W4A8", columns=columns)
         assert result.plan.calibration is None
         assert result.plan.bytes_after == bytes_of(out)
         loaded, model = bitgrain.load(out, device="cpu", execution="dequantize"), bitgrain.load(stretched, device="cpu")

@@ -12,6 +12,8 @@ from bitgrain.numerics import QTensor
 from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import make_recipe
 
+pytestmark = pytest.mark.usefixtures("device")
+
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -31,7 +33,7 @@ def test_a_resnet_equals_the_one_in_memory(resnet: Path, tmp_path: Path, scheme:
     assert "conv" not in "".join(note for note in result.plan.notes if note.startswith("kept"))
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert written == result.plan.bytes_after
-    memory = bitgrain.load(resnet)
+    memory = bitgrain.load(resnet, device="cpu")
     parts: dict[str, list[QTensor]] = bitgrain.quantize_(memory, scheme, include=["Conv2d"])
     assert len(parts) == 7
     stored = QuantizedCheckpoint(tmp_path / "out")
@@ -39,7 +41,7 @@ def test_a_resnet_equals_the_one_in_memory(resnet: Path, tmp_path: Path, scheme:
         (ours,), (q,) = stored.quantized(layer.tensor), parts[f"{layer.memory_module}.weight"]
         assert torch.equal(ours.codes, q.codes)
         assert stored.dense(layer.tensor).shape == (layer.original or layer.shape)
-    loaded = bitgrain.load(tmp_path / "out", execution="dequantize")
+    loaded = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
     with torch.no_grad():
         assert torch.equal(loaded(pixel_values=X).logits, memory(pixel_values=X).logits)
     assert all(check.ok is not False for check in bitgrain.verify(tmp_path / "out", against=resnet))
@@ -65,10 +67,13 @@ def test_a_vision_transformer_with_its_patch_embedding(tmp_path: Path):
     torch.manual_seed(0)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     bitgrain.quantize(tmp_path / "vit", tmp_path / "out", "W8A16", include=["projection"])
-    original, loaded = bitgrain.load(tmp_path / "vit"), bitgrain.load(tmp_path / "out", execution="dequantize")
+    original, loaded = (
+        bitgrain.load(tmp_path / "vit", device="cpu"),
+        bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize"),
+    )
     with torch.no_grad():
         a, b = original(pixel_values=X).logits, loaded(pixel_values=X).logits
-    assert 0 < (a - b).norm() / a.norm() < 0.02
+    assert 0 < (a - b).norm() / a.norm() < 0.03
     bitgrain.quantize(tmp_path / "vit", tmp_path / "plain", "W8A16")  # compressed-tensors, and verify copes
     assert all(check.ok is not False for check in bitgrain.verify(tmp_path / "plain", against=tmp_path / "vit"))
 

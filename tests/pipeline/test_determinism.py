@@ -15,6 +15,8 @@ from bitgrain.pipeline import planning
 from bitgrain.pipeline import quantize as job
 from bitgrain.recipes import make_recipe
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 
 

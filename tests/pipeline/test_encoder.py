@@ -12,6 +12,8 @@ from bitgrain.calibration.corpus import builtin_text
 from bitgrain.calibration.text import load_tokenizer
 from bitgrain.evaluation.embeddings import embedding_agreement, sentence_embeddings
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture(scope="module")
 def encoder() -> Path:
@@ -33,7 +35,7 @@ def embed(encoder: Path) -> Callable[[torch.nn.Module], torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def original(encoder: Path, embed: Callable[[torch.nn.Module], torch.Tensor]) -> torch.Tensor:
-    return embed(bitgrain.load(encoder))
+    return embed(bitgrain.load(encoder, device="cpu"))
 
 
 # Mean cosine measured: W8A8 0.9973 (min 0.992), W4A16_ASYM 0.957, W4A16 0.944 (min 0.889). Round to nearest with 4 bits
@@ -42,7 +44,7 @@ def original(encoder: Path, embed: Callable[[torch.nn.Module], torch.Tensor]) ->
 def test_embeddings_survive(encoder, embed, original, tmp_path: Path, scheme: str, mean: float, least: float):
     result = bitgrain.quantize(encoder, tmp_path / "out", scheme, workers=1)
     assert result.plan.layout.name == "compressed-tensors"
-    loaded = bitgrain.load(tmp_path / "out", execution="dequantize")
+    loaded = bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize")
     agreement = embedding_agreement(original, embed(loaded))
     assert mean <= agreement["cosine_mean"] < 0.99999  # it is quantized
     assert agreement["cosine_min"] >= least

@@ -235,3 +235,11 @@ def test_weights_alone_with_inputs_in_8_bits(tiny: Callable[[str], Path], tmp_pa
     assert all(layer.kernel.quantizer is not None for _, layer in quant_layers(model))
     with pytest.raises(SchemeError, match="int4"):
         bitgrain.load(tmp_path / "out", device="cpu", activations="int4")  # type: ignore[arg-type]
+
+
+def test_a_gpu_has_no_kernels(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bitgrain.quantize(tiny("llama"), tmp_path / "out", "W4A16", device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SchemeError, match=r"no kernel on cuda for .*execution='dequantize'.*, or for device='cpu'"):
+        bitgrain.load(tmp_path / "out", device="cuda")

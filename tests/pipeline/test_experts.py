@@ -29,6 +29,8 @@ from bitgrain.recipes import Experts
 from bitgrain.runtime.watch import Key
 from bitgrain.solvers import Moments
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 Policy = Literal["borrow", "all", "nearest"]
 

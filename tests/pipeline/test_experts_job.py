@@ -21,6 +21,8 @@ from bitgrain.progress import Progress
 from bitgrain.recipes import make_recipe
 from calibrated_jobs import activations, layers_of, recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 EVERY = ["mixtral", "qwen3-moe", "gpt-oss", *zoo.EXPERTS]
 POLICIES = ["borrow", "all", "nearest"]

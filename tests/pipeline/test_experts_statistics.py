@@ -13,7 +13,9 @@ import zoo
 from bitgrain.calibration.statistics import layer_key, whole_key
 from bitgrain.calibration.statistics_file import MANIFEST, open_statistics
 from bitgrain.errors import ModelError, PlanError
-from calibrated_jobs import activations, layers_of, recipe_of, run
+from calibrated_jobs import activations, layers_of, recipe_of, run, same_layers
+
+pytestmark = pytest.mark.usefixtures("device")
 
 Make = Callable[..., Path]
 Saved = Callable[..., Path]
@@ -30,7 +32,7 @@ def saved(readable: Make, tmp_path_factory: pytest.TempPathFactory) -> Saved:
         if key not in made:
             made[key] = tmp_path_factory.mktemp("statistics") / "-".join(key)
             calibration = {**TEXT, "text": str(readable(name).parent / "text.txt")}
-            how = {"experts": {"policy": policy, "tokens": tokens}, "device": "cpu", "workers": workers}
+            how = {"experts": {"policy": policy, "tokens": tokens}, "workers": workers}
             bitgrain.calibrate(readable(name), made[key], calibration=calibration, **how)
         return made[key]
 
@@ -68,10 +70,10 @@ def test_the_same_as_from_text(
     recipe = asked(text, policy, tokens, scheme=scheme)
     by_text = run(source, tmp_path / "text", recipe)
     plan = bitgrain.plan(source, recipe=recipe, statistics=statistics, workers=2, max_shard_bytes=300_000)
-    by_saved = bitgrain.pipeline.quantize.run_plan(plan, tmp_path / "saved", device="cpu")
+    by_saved = bitgrain.pipeline.quantize.run_plan(plan, tmp_path / "saved")
     one, other = zoo.contents(tmp_path / "text"), zoo.contents(tmp_path / "saved")
     assert {file for file in one if one[file] != other[file]} <= {"README.md", "manifest.json"}
-    assert layers_of(by_saved) == layers_of(by_text)
+    assert same_layers(layers_of(by_saved).values(), layers_of(by_text).values())
     assert by_saved.manifest["experts"] == by_text.manifest["experts"]
     told = [note for note in by_text.manifest["notes"] if "tokens reached" in note]
     assert told
@@ -110,7 +112,7 @@ def test_what_was_not_kept_is_asked_in_vain(
     plan = bitgrain.plan(readable("mixtral"), recipe=asked(text, policy, tokens), statistics=statistics)
     assert len(plan.problems) == 1
     with pytest.raises(PlanError, match=words):
-        bitgrain.pipeline.quantize.run_plan(plan, tmp_path / "out", device="cpu")
+        bitgrain.pipeline.quantize.run_plan(plan, tmp_path / "out")
     rounded = asked(text, policy, tokens, solver="rtn")  # which needs none of it
     assert bitgrain.plan(readable("mixtral"), recipe=rounded, statistics=statistics).problems == ()
 
@@ -147,7 +149,8 @@ def test_what_is_kept(policy: str, saved: Saved):
             assert found.tokens == 5 * 24
             assert found.hessian is not None
             assert found.hessian.shape == (width, width)
-            assert bool((found.high >= (stored.read(name).high if name in stored else found.low)).all())
+            least = stored.read(name).high if name in stored else found.low
+            assert bool((found.high >= least - 1e-5).all())  # of other batches, whose products may have other last bits
     routed = [stored.read(layer_key("model.layers.0.mlp.experts.gate_up_proj", i)).tokens for i in range(4)]
     assert sum(routed) == 2 * 5 * 24
 
@@ -170,8 +173,8 @@ def test_a_folder_is_the_same_for_any_number_of_workers(policy: str, saved: Save
 def test_a_layer_that_cannot_be_asked(readable: Make, text: Path, tmp_path: Path):
     calibration = {**TEXT, "text": str(text)}
     with pytest.raises(ModelError, match="not told by indices"):
-        bitgrain.calibrate(readable("llama4"), tmp_path / "all", calibration=calibration, experts="all", device="cpu")
+        bitgrain.calibrate(readable("llama4"), tmp_path / "all", calibration=calibration, experts="all")
     assert list(tmp_path.iterdir()) == []
-    bitgrain.calibrate(readable("llama4"), tmp_path / "out", calibration=calibration, experts="borrow", device="cpu")
+    bitgrain.calibrate(readable("llama4"), tmp_path / "out", calibration=calibration, experts="borrow")
     recipe = asked(text, "borrow", 40, on_indivisible="channel")
     assert bitgrain.plan(readable("llama4"), recipe=recipe, statistics=tmp_path / "out").problems == ()

@@ -17,6 +17,8 @@ from bitgrain.pipeline import mixed, weigh
 from bitgrain.pipeline.plan import Plan
 from bitgrain.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 
 
@@ -29,7 +31,7 @@ def bits_of(plan: Plan) -> float:
 
 def planned(model: Path, text: Path, **settings: Any) -> Plan:
     calibration = {"text": str(text), "windows": 5, "seqlen": 24}
-    return bitgrain.plan(model, calibration=calibration, workers=1, device="cpu", **settings)
+    return bitgrain.plan(model, calibration=calibration, workers=1, **settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "qwen3-moe", "gpt-oss"])
@@ -51,17 +53,17 @@ def test_the_budget_is_kept_and_used(readable: Make, text: Path, name: str, bits
 def test_more_bits_are_predicted_to_cost_less(readable: Make, text: Path):
     draft = {"calibration": {"text": str(text), "windows": 5, "seqlen": 24}, "scheme": "W8A16"}
     recipe, quiet = bitgrain.recipes.make_recipe(**draft), bitgrain.progress.make_progress("quiet")
-    found = [mixed.allocate_bits(readable("llama"), recipe, b, device="cpu", progress=quiet) for b in (2.4, 3.4, 5.4)]
+    found = [mixed.allocate_bits(readable("llama"), recipe, b, progress=quiet) for b in (2.4, 3.4, 5.4)]
     assert found[0].kl > found[1].kl > found[2].kl > 0
     assert [round(one.bits, 1) for one in found] == pytest.approx([2.4, 3.4, 5.4], abs=0.35)
 
 
 def test_the_recipe_that_is_written_gives_the_same_bytes(readable: Make, text: Path, tmp_path: Path):
     calibration = {"text": str(text), "windows": 5, "seqlen": 24}
-    bitgrain.quantize(readable("llama"), tmp_path / "a", bits=3.2, recipe="fast", calibration=calibration, device="cpu")
+    bitgrain.quantize(readable("llama"), tmp_path / "a", bits=3.2, recipe="fast", calibration=calibration)
     recipe = tmp_path / "a" / "recipe.yaml"
     assert len(yaml.safe_load(recipe.read_text())["rules"]) == 14
-    bitgrain.quantize(readable("llama"), tmp_path / "b", recipe=recipe, device="cpu")
+    bitgrain.quantize(readable("llama"), tmp_path / "b", recipe=recipe)
     both = [zoo.contents(tmp_path / name) for name in ("a", "b")]
     weights = [{name: data for name, data in one.items() if name.endswith(".safetensors")} for one in both]
     assert weights[0] == weights[1]
@@ -77,7 +79,7 @@ def test_engines_limit_the_choice(readable: Make, text: Path):
 
 def test_gguf_types_are_mixed_written_and_read(readable: Make, text: Path, tmp_path: Path):
     calibration = {"text": str(text), "windows": 5, "seqlen": 24}
-    settings: dict[str, Any] = {"recipe": "balanced", "calibration": calibration, "device": "cpu"}
+    settings: dict[str, Any] = {"recipe": "balanced", "calibration": calibration}
     result = bitgrain.quantize(readable("llama"), tmp_path / "out", bits=4.7, engine="gguf", **settings)
     plan = result.plan
     assert 4.4 < bits_of(plan) <= 4.7
@@ -85,7 +87,10 @@ def test_gguf_types_are_mixed_written_and_read(readable: Make, text: Path, tmp_p
     schemes = {x.scheme.name: x.scheme for x in plan.quantized.values()}
     assert len(schemes) > 1
     assert all(scheme.weight == GGUF_TYPES[name] and scheme.prescribed for name, scheme in schemes.items())
-    original, loaded = bitgrain.load(readable("llama")), bitgrain.load(tmp_path / "out", execution="dequantize")
+    original, loaded = (
+        bitgrain.load(readable("llama"), device="cpu"),
+        bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize"),
+    )
     ids = torch.arange(1, 25)[None]
     with torch.no_grad():
         wanted, found = original(input_ids=ids).logits, loaded(input_ids=ids).logits

@@ -10,6 +10,8 @@ import zoo
 from bitgrain.errors import ModelError
 from calibrated_jobs import recipe_of, run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 ROTATE = {"name": "rotate", "optional": True}
 SMOOTH = {"name": "smoothquant", "pairs": "linear"}

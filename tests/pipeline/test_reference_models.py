@@ -17,6 +17,8 @@ from bitgrain.kernels.native import is_available
 from bitgrain.recipes import PRESETS, make_recipe
 from bitgrain.runtime.quant_linear import quant_layers
 
+pytestmark = pytest.mark.usefixtures("device")
+
 MODELS = ("llama", "llama-outliers", "stories260k", "tinystories-656k")
 SCHEMES = (
     *("W8A16", "W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A8", "INT8_TENSOR"),
@@ -43,7 +45,9 @@ def reference(shared: Path) -> Callable[[str], Reference]:
             folder = shared / "models" / name
             text = read_text(shared / "text" / "heldout.txt")
             ids = token_windows(load_tokenizer(folder), text, 80, 1)
-            made[name] = Reference(folder, ids, zoo.outputs(bitgrain.load(folder, execution="dequantize"), ids))
+            made[name] = Reference(
+                folder, ids, zoo.outputs(bitgrain.load(folder, device="cpu", execution="dequantize"), ids)
+            )
         return made[name]
 
     return get
@@ -61,7 +65,7 @@ def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def in_memory(folder: Path, scheme: str, on_indivisible: str, dtype: torch.dtype) -> Any:
     """The original quantized in memory, its parameters then in the dtype in which the file's config says it runs."""
-    model = bitgrain.load(folder, execution="dequantize")
+    model = bitgrain.load(folder, device="cpu", execution="dequantize")
     bitgrain.quantize_(model, make_recipe(scheme=scheme, on_indivisible=on_indivisible))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -80,8 +84,8 @@ def test_every_reader_gives_the_same_logits(reference: Any, tmp_path: Path, name
 
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     theirs = zoo.outputs(loaded, model.ids)
-    like_theirs = bitgrain.load(out, rounding="transformers", execution="dequantize")
-    ours = zoo.outputs(bitgrain.load(out, execution="dequantize"), model.ids)
+    like_theirs = bitgrain.load(out, device="cpu", rounding="transformers", execution="dequantize")
+    ours = zoo.outputs(bitgrain.load(out, device="cpu", execution="dequantize"), model.ids)
     dtype = next(like_theirs.parameters()).dtype
     runs_in_bfloat16 = "FP4" in scheme
     assert dtype == (torch.bfloat16 if runs_in_bfloat16 else torch.float32)
@@ -116,8 +120,8 @@ def test_kernels_lose_what_the_simulation_loses(reference: Any, tmp_path: Path, 
     model = reference("llama")
     out = tmp_path / "out"
     bitgrain.quantize(model.folder, out, scheme, on_indivisible="skip" if "FP4" in scheme else "channel", workers=1)
-    dense = zoo.outputs(bitgrain.load(out, dtype=torch.float32, execution="dequantize"), model.ids)
-    packed = bitgrain.load(out, dtype=torch.float32)
+    dense = zoo.outputs(bitgrain.load(out, device="cpu", dtype=torch.float32, execution="dequantize"), model.ids)
+    packed = bitgrain.load(out, device="cpu", dtype=torch.float32)
     assert len(list(quant_layers(packed))) == 42
     found = zoo.outputs(packed, model.ids)
     assert kl(dense, found) < apart
@@ -130,7 +134,7 @@ def test_eight_bits_are_nearly_free_on_a_trained_model(reference: Any, tmp_path:
     for scheme in ("W8A16", "W4A16", "W3A16", "W2A16"):
         bitgrain.quantize(model.folder, tmp_path / scheme, scheme, workers=1)
         lost[scheme] = kl(
-            model.logits, zoo.outputs(bitgrain.load(tmp_path / scheme, execution="dequantize"), model.ids)
+            model.logits, zoo.outputs(bitgrain.load(tmp_path / scheme, device="cpu", execution="dequantize"), model.ids)
         )
     assert lost["W8A16"] < 1e-4 < lost["W4A16"] < lost["W3A16"] < lost["W2A16"]
     assert lost["W4A16"] < 0.02
@@ -142,7 +146,7 @@ def test_api_evaluate_measures_the_same(reference: Any, shared: Path, tmp_path: 
     found = bitgrain.evaluate(
         tmp_path / "out", text=shared / "text" / "heldout.txt", against=model.folder, seqlen=80, windows=1
     )
-    ours = zoo.outputs(bitgrain.load(tmp_path / "out", execution="dequantize"), model.ids)
+    ours = zoo.outputs(bitgrain.load(tmp_path / "out", device="cpu", execution="dequantize"), model.ids)
     assert found.kl == pytest.approx(kl(model.logits, ours), rel=1e-3)
     assert found.tokens == 80
     assert found.perplexity > 1

@@ -12,12 +12,14 @@ from bitgrain.pipeline import sensitive
 from bitgrain.pipeline.blockwise.sensitivity import Costs
 from bitgrain.pipeline.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[..., Path]
 
 
 def planned(model: Path, text: Path, scheme: str, **settings: Any) -> Plan:
     calibration = {"text": str(text), "windows": 5, "seqlen": 24}
-    return bitgrain.plan(model, scheme, calibration=calibration, workers=1, device="cpu", **settings)
+    return bitgrain.plan(model, scheme, calibration=calibration, workers=1, **settings)
 
 
 def part(plan: Plan, names: set[str]) -> float:

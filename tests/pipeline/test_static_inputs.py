@@ -30,6 +30,8 @@ from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import PRESETS, Scheme
 from bitgrain.runtime.watch import Key, Watch, parameters_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ASYMMETRIC = replace(
     PRESETS["W8A8_STATIC"],
     name="W8A8_STATIC_ASYM",

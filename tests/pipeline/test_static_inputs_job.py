@@ -30,6 +30,8 @@ from bitgrain.pipeline.stored import QuantizedCheckpoint
 from bitgrain.recipes import PRESETS, Scheme, make_recipe
 from bitgrain.runtime.watch import Key
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Make = Callable[[str], Path]
 WINDOWS = {"windows": 5, "seqlen": 24}
 
@@ -52,7 +54,7 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def job(model: Path, out: Path, scheme: str = "W8A8_STATIC", workers: int = 1, **settings: Any) -> Path:
     calibration = {"text": str(model / "text.txt"), **WINDOWS, "batch": 2, **settings.pop("calibration", {})}
     recipe = make_recipe(**{"scheme": scheme, "input_range": "minmax", "calibration": calibration, **settings})
-    bitgrain.quantize(model, out, recipe=recipe, device="cpu", workers=workers)
+    bitgrain.quantize(model, out, recipe=recipe, workers=workers)
     return out
 
 

@@ -13,6 +13,8 @@ import zoo
 from bitgrain.errors import CheckpointError
 from bitgrain.recipes import make_recipe
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Tiny = Callable[[str], Path]
 
 

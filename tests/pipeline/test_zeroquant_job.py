@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from test_blockwise_resume import run_interrupted
 
@@ -13,6 +14,8 @@ from bitgrain.calibration.text import load_tokenizer
 from bitgrain.calibration.windows import calibration_windows
 from bitgrain.recipes import load_recipe
 from calibrated_jobs import layers_of, recipe_of, run
+
+pytestmark = pytest.mark.usefixtures("device")
 
 Make = Callable[..., Path]
 BRIEF = {"blockwise": {**(load_recipe("zeroquant", scheme="W4A8").tuning.blockwise or {}), "steps": 16}}

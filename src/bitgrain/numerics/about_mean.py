@@ -12,6 +12,7 @@ from torch import Tensor
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.packed import float_dtype
 from bitgrain.numerics.qtensor import QTensor, scale_values
+from bitgrain.numerics.quotient import quotient
 from bitgrain.numerics.scales import encode_scale
 from bitgrain.numerics.spec import QuantSpec
 
@@ -25,7 +26,7 @@ def quantize_about_mean(x: Tensor, spec: QuantSpec, name: str = "scales") -> QTe
     assert not isinstance(spec.minimum, QuantSpec)
     minimum = -x.mean().to(float_dtype(spec.minimum))
     distance = to_tiles(x + minimum.float(), spec.granularity).abs().amax(dim=-1)
-    scale = encode_scale(distance / spec.high, spec, name)
+    scale = encode_scale(quotient(distance, spec.high), spec, name)
     return about(x, spec, scale, minimum.expand(scale.shape).clone(memory_format=torch.contiguous_format))
 
 

@@ -13,6 +13,7 @@ from bitgrain.errors import SchemeError
 from bitgrain.numerics.formats import CodebookFormat, Format
 from bitgrain.numerics.granularity import matrix_shape, to_tiles
 from bitgrain.numerics.qtensor import QTensor
+from bitgrain.numerics.quotient import quotient
 from bitgrain.numerics.sums import row_sums
 
 _PIECE = 2**16  # elements that are worked on at a time: their float64 copies stay in a core's cache
@@ -62,7 +63,7 @@ def row_errors(x: Tensor, x_hat: Tensor) -> Tensor:
     shape = matrix_shape(tuple(x.shape))
     a, b = x.reshape(shape), x_hat.reshape(shape)
     if not x.numel():
-        return torch.zeros(shape[0], 5, dtype=torch.float64)
+        return torch.zeros(shape[0], 5, dtype=torch.float64, device=x.device)
     step = max(1, _PIECE // shape[1])
     parts = zip(a.split(step), b.split(step), strict=True)
     return torch.cat([_errors(part.to(torch.float32), part_hat.to(torch.float32)) for part, part_hat in parts])
@@ -126,17 +127,17 @@ def code_use(q: QTensor) -> CodeUse:
     spec = q.spec
     if spec.format.bits > 8:
         raise SchemeError(f"code use is counted for formats of up to 8 bits, not {spec.format}")
-    numbers = _numbers(spec.format)
+    numbers = _numbers(spec.format).to(q.codes.device)
     codes = numbers.numel()
     tiles = to_tiles(q.unsigned_codes().to(torch.int16), spec.granularity, fill=codes).flatten(0, 1)
-    used = torch.zeros(tiles.shape[0], codes + 1, dtype=torch.bool)
+    used = torch.zeros(tiles.shape[0], codes + 1, dtype=torch.bool, device=tiles.device)
     for start in range(0, tiles.shape[-1], 4096):  # the index takes 8 bytes for each element
         used.scatter_(-1, tiles[:, start : start + 4096].to(torch.int64), True)
     used = used[:, :codes]
     usable = int(numbers.isfinite().sum().item()) - int(spec.restricted)
     hit = used.sum(-1).double() / (tiles < codes).sum(-1).clamp(max=usable)
     low, high = torch.where(used, numbers, math.inf).amin(-1), torch.where(used, numbers, -math.inf).amax(-1)
-    span = (high.double() - low.double()) / (spec.high - spec.low)
+    span = quotient(high.double() - low.double(), spec.high - spec.low)
     tile_count = hit.numel()
     return CodeUse(
         math.fsum(hit.tolist()) / tile_count,

@@ -17,6 +17,7 @@ from bitgrain.numerics.affine import as_stored, store_zero, to_codes
 from bitgrain.numerics.formats import FloatFormat, IntFormat
 from bitgrain.numerics.granularity import from_tiles, to_tiles
 from bitgrain.numerics.qtensor import QTensor, scale_values
+from bitgrain.numerics.quotient import quotient
 from bitgrain.numerics.ranges.search import real_elements, tile_pieces, tile_products
 from bitgrain.numerics.scales import encode_scale, round_scale
 from bitgrain.numerics.spec import QuantSpec
@@ -99,7 +100,7 @@ def follow(zero: Tensor, ideal: Tensor, steps: Tensor, slope: Tensor, spec: Quan
 def _search(values: Tensor, spec: QuantSpec, weights: Tensor, name: str, lost: bool = False) -> QTensor:
     """`values` [down, across] under the outer scales with the least weighted squared error; `lost`: may become 0."""
     tiles, counts = to_tiles(values, spec.granularity), to_tiles(weights.to(torch.float32), spec.granularity)
-    base = tiles.abs().amax(dim=-1) / spec.high
+    base = quotient(tiles.abs().amax(dim=-1), spec.high)
     best, least = round_scale(base, spec), torch.full_like(base, torch.inf)
     for factor in torch.linspace(_LEAST, _MOST, _TRIED).tolist():
         outer = round_scale(base * factor, spec)

@@ -132,7 +132,8 @@ def _choose(
             else:
                 found[name] = KernelChoice(row, quantizer)
     if without:
-        raise SchemeError(f"no kernel on {device.type} for {_listed(without)}: {_REMEDY}")
+        elsewhere = "" if device.type == "cpu" else ", or for device='cpu'"
+        raise SchemeError(f"no kernel on {device.type} for {_listed(without)}: {_REMEDY}{elsewhere}")
     return found
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from bitgrain.numerics.quotient import quotient
+
 if TYPE_CHECKING:
     from bitgrain.numerics.spec import QuantSpec
 
@@ -49,8 +51,8 @@ def scale_from_limits(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tenso
     low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         if spec.low >= 0:
-            return high / spec.high, None
-        return torch.maximum(high / spec.high, low / spec.low), None
-    scale = (high - low) / (spec.high - spec.low)
+            return quotient(high, spec.high), None
+        return torch.maximum(quotient(high, spec.high), quotient(low, spec.low)), None
+    scale = quotient(high - low, spec.high - spec.low)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale, spec.low - low / safe

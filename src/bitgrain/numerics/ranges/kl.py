@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bitgrain.errors import SchemeError
 from bitgrain.numerics.formats import IntFormat
+from bitgrain.numerics.quotient import quotient
 from bitgrain.numerics.ranges.base import Range, scale_from_limits
 from bitgrain.numerics.ranges.search import tile_pieces
 
@@ -95,7 +96,7 @@ def abs_histogram(tiles: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     magnitude = tiles.abs()
     real = ~magnitude.isnan()
     magnitude = magnitude.nan_to_num(nan=0.0)
-    width = magnitude.amax(dim=-1) / bins
+    width = quotient(magnitude.amax(dim=-1), bins)
     safe = torch.where(width > 0, width, torch.ones_like(width)).unsqueeze(-1)
     index = (magnitude / safe).to(torch.int64).clamp_(max=bins - 1)
     counts = torch.zeros(tiles.shape[0], bins, dtype=torch.float32, device=tiles.device)

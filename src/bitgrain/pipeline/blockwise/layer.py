@@ -14,7 +14,7 @@ from bitgrain.checkpoints.layout import StoredLayer
 from bitgrain.models.anatomy import Weight
 from bitgrain.numerics import QuantSpec
 from bitgrain.pipeline.experts import ALONE, BORROWED, FEW
-from bitgrain.pipeline.layers import matrices, record, report, to_cpu
+from bitgrain.pipeline.layers import matrices, record, report
 from bitgrain.pipeline.plan import Plan
 from bitgrain.pipeline.plan_text import learns_from_inputs
 from bitgrain.recipes.recipe import Target
@@ -94,7 +94,7 @@ def _solve_matrix(
 def record_of(layer: StoredLayer, original: Tensor, solutions: Sequence[Solution]) -> dict[str, Any]:
     """What the manifest says of a layer: errors against its weights, which candidate won, by how much."""
     errors = [
-        report(matrix.float(), to_cpu(solution.q))
+        report(matrix.to(solution.q.codes.device, torch.float32), solution.q)
         for matrix, solution in zip(matrices(original, layer), solutions, strict=True)
     ]
     figures: dict[str, float] = {}

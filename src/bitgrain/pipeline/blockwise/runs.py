@@ -195,6 +195,7 @@ class Runs(Walk):
         outcome: Tensor | BaseException
         self._free.acquire()
         try:
+            torch.zeros((), device=hidden.device)  # a kernel first: cuBLAS warns in a thread without a context
             watch = Watch(parameters_of(self._block, list(self._place)), product, total, summed=self._sources)
             with single_threaded(), torch.no_grad(), watch:
                 output = call_block(self._block, hidden, call)
