@@ -6,7 +6,7 @@ namespace bitgrain {
 namespace BG_ISA {
 
 constexpr int64_t kIntMatrixRows = 12;  // from so many rows on the unit is faster than registers
-constexpr int64_t kMatrixSteps = 8;  // 16 KB of unpacked weights, beside as many bytes of two tiles of inputs
+constexpr int64_t kMatrixSteps = 8;     // 16 KB of unpacked weights, beside as many bytes of two tiles of inputs
 
 // A part of a span in a run of steps.
 struct MatrixPart {
@@ -22,19 +22,23 @@ struct MatrixPart {
 struct SpanScales {
   F32 scale[2], shift[2];
   I32 start[2];
+  bool shifts;  // whether there is something to take off
 };
 
+constexpr int32_t kMostTaken = 127;  // off codes of fewer than 8 bits, whose difference then fits a byte
+
 template <int BITS>
-BG_INLINE I32 zero_codes(const IntWeights& w, const uint8_t* header, int v) {  // taken off codes of fewer than 8 bits
+BG_INLINE I32 zero_codes(const IntWeights& w, const uint8_t* header, int v) {
   if (BITS == 8 || w.zeros == Zeros::real) return zero_i();
-  if (w.zeros == Zeros::codes) return load_u8_i(header + scales_bytes(w.scale_type) + 16 * v);
-  return set_i(w.zero);
+  if (w.zeros != Zeros::codes) return set_i(w.zero);  // uses_matrix has seen it
+  return min_i(load_u8_i(header + scales_bytes(w.scale_type) + 16 * v), set_i(kMostTaken));
 }
 
 template <int BITS>
 BG_INLINE SpanScales span_scales(const IntWeights& w, const Span& span, const uint8_t* header) {
   const uint8_t* zeros = header + scales_bytes(w.scale_type);
   SpanScales of;
+  of.shifts = w.zeros == Zeros::real || w.zeros == Zeros::minima;
   for (int v = 0; v < 2; ++v) {
     of.scale[v] = mul_f(load_scales(header, w.scale_type, 16 * v), set_f(span.a_scale));
     of.start[v] = zero_i(), of.shift[v] = zero_f();
@@ -44,7 +48,11 @@ BG_INLINE SpanScales span_scales(const IntWeights& w, const Span& span, const ui
       of.start[v] = mul_i(add_i(codes, real), set_i(-span.a_zero));
     }
     if (w.zeros == Zeros::real) of.shift[v] = mul_f(load_f((const float*)zeros + 16 * v), of.scale[v]);
-    if (w.zeros == Zeros::codes && BITS == 8) of.shift[v] = mul_f(to_float(load_u8_i(zeros + 16 * v)), of.scale[v]);
+    if (w.zeros == Zeros::codes) {
+      const F32 rest = sub_f(to_float(load_u8_i(zeros + 16 * v)), to_float(zero_codes<BITS>(w, header, v)));
+      of.shift[v] = mul_f(rest, of.scale[v]);
+      of.shifts |= any_greater(rest, zero_f());
+    }
     if (w.zeros == Zeros::minima) {
       of.shift[v] = mul_f(load_scales(zeros, w.scale_type, 16 * v), set_f(span.a_scale));
       if (BITS == 8) of.shift[v] = fma_f(set_f((float)w.zero), of.scale[v], of.shift[v]);
@@ -139,7 +147,6 @@ static void multiply_parts(const IntPanelJob& job, int64_t panel, const MatrixPa
   const int64_t x_tile = job.row_bytes * kMatrixTile, place = (tile - job.first_tile) * kMatrixSums;
   const uint8_t* x = job.bytes + tile * x_tile;
   const bool add = BITS == 8 && w.zeros == Zeros::constant && w.zero != 0, start = add || w.sums;
-  const bool shift = w.zeros == Zeros::real || w.zeros == Zeros::minima || (w.zeros == Zeros::codes && BITS == 8);
   for (int i = 0; i < count; ++i) {
     const MatrixPart& part = parts[i];
     alignas(64) int32_t own[T * kMatrixSums];
@@ -152,9 +159,9 @@ static void multiply_parts(const IntPanelJob& job, int64_t panel, const MatrixPa
       const int64_t row = (tile + t) * kMatrixTile;
       float* total = job.totals + place + t * kMatrixSums;
       if (one.last) add_matrix_sums<true, true, true>(job, one, panel, row, total);
-      else if (start && shift) add_matrix_sums<true, true, false>(job, one, panel, row, total);
+      else if (start && of[i].shifts) add_matrix_sums<true, true, false>(job, one, panel, row, total);
       else if (start) add_matrix_sums<true, false, false>(job, one, panel, row, total);
-      else if (shift) add_matrix_sums<false, true, false>(job, one, panel, row, total);
+      else if (of[i].shifts) add_matrix_sums<false, true, false>(job, one, panel, row, total);
       else add_matrix_sums<false, false, false>(job, one, panel, row, total);
     }
   }

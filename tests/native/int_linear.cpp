@@ -65,7 +65,8 @@ class Layer {
     const int64_t count = int64_t(spans_.size());
     shift_ = c.bits == 8 ? (c.low < 0 ? 128 : 0) : (c.high > 127 ? -128 : 0);
     w_.n = c.n, w_.bits = c.bits, w_.scale_type = c.scale_type, w_.zeros = c.zeros;
-    w_.zero = c.zeros == Zeros::constant || c.zeros == Zeros::minima ? int32_t(random.within(0, 15)) : 0;
+    const bool far = random.next() % 4 == 0;  // zero points that no code comes near
+    w_.zero = c.zeros == Zeros::constant || c.zeros == Zeros::minima ? int32_t(far ? random.within(-20, 300) : random.within(0, 15)) : 0;
     w_.sums = shift_ != 0 || c.fixed;
     const int64_t bytes = lay_out(w_, c.lengths.data(), int32_t(count), spans_.data());
     spec_ = {c.fixed, 127.f, c.low, c.high, shift_};
@@ -83,7 +84,7 @@ class Layer {
     }
     for (float& s : scale_) s = rounded(0.1f + std::fabs(random.real()), c.scale_type);
     for (float& z : zero_) {
-      z = c.zeros == Zeros::codes ? float(random.within(0, 15)) : random.real() * 8;
+      z = c.zeros == Zeros::codes ? float(random.within(0, far ? 255 : 15)) : random.real() * 8;
       if (c.zeros == Zeros::minima) z = rounded(z, c.scale_type);
     }
     panels_ = new Guarded<uint8_t>(bytes, c.edge, 0xa5);
@@ -267,13 +268,15 @@ void check_case(const Case& c, uint64_t seed, const std::vector<const Kernels*>&
     const int64_t strides[] = {y_stride, y_stride};
     int_linear({x.data(), c.x_type, c.m, x_stride, layer.spec(), 2, weights, outputs, strides, c.x_type}, c.threads);
     Guarded<uint8_t> z(elements(c.n, y_stride), c.edge, 0x77);  // of the matrix unit
-    if (c.m > 0 && level->int_matrix) run_matrix(c, layer, x.data(), z.data(), x_stride, y_stride);
+    const bool fits = layer.weights().bits == 8 || (layer.weights().zero >= 0 && layer.weights().zero < 128);
+    const bool unit = level->int_matrix && fits;
+    if (c.m > 0 && unit) run_matrix(c, layer, x.data(), z.data(), x_stride, y_stride);
     auto& used = uses_matrix(*level, layer.weights(), c.m) ? z : y;
     if (c.m > 0 &&
         (std::memcmp(used.data(), first.data(), y.size()) || std::memcmp(used.data(), second.data(), y.size()))) {
       fail(std::string(level->name) + ": threads or fused weights change bytes: " + describe(c));
     }
-    for (int64_t i = 0; i < (level->int_matrix ? 2 : 1) * c.m; ++i) {
+    for (int64_t i = 0; i < (unit ? 2 : 1) * c.m; ++i) {
       check_row(c, layer, stored.data() + i % c.m * k, scales[size_t(i % c.m)], i % c.m, i < c.m ? y : z, y_stride);
     }
   }

@@ -163,7 +163,7 @@ def test_interrupted_at_every_file_it_ends_in_the_same_bytes(
 
 
 def test_nan_stops_with_one_error_and_the_same_command_ends_with_the_best_state(
-    readable: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    readable: Make, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ):
     settings = job(text, training={"batch": 4})
     run(readable("llama"), tmp_path / "whole", settings)
@@ -184,7 +184,7 @@ def test_nan_stops_with_one_error_and_the_same_command_ends_with_the_best_state(
     told = made.manifest["training"]
     assert "in step 4" in told["stopped"]
     assert any("in step 4" in line for line in warning_lines(made))
-    assert told["best_step"] in (0, 2)  # which of them is nearer to the original is a matter of the last bits
+    assert told["best_step"] in ((2,) if device == "cpu" else (0, 2))  # which is nearer is a matter of the last bits
     assert all(bool(p.isfinite().all()) for p in bitgrain.load(out, device="cpu", execution="dequantize").parameters())
     assert weights(out) != weights(tmp_path / "whole")
 
