@@ -86,7 +86,7 @@ int list_kernels(const Kernels** found, int room) {
     if (has && count < room) found[count++] = &one;
   };
 #if BITGRAIN_HAS_AMX
-  add(cpu.amx, amx::kernels());
+  if (cpu.amx) add(true, amx::kernels());  // its table is made by code of that level
 #endif
 #if BITGRAIN_HAS_AVX512VNNI
   // Intel's vdpbf16ps is slower than float32
