@@ -3,8 +3,9 @@ of FP8; inputs as they are, or rounded to FP8 or FP4.
 
 Two arithmetics, by level (`native.isa()`) and rows; `rounds_inputs()` says which one runs:
 
-- avx512bf16, and amx from 4 rows on: inputs and the table's numbers are rounded to bfloat16, products are exact, sums are float32. Integers of
-  up to 8 bits, FP8 and E2M1 are bfloat16 numbers; NF4's are not (relative error of each: up to 2^-9).
+- avx512bf16, and amx from 4 rows on: inputs and the table's numbers are rounded to bfloat16, products are exact, sums
+  are float32. Integers of up to 8 bits, FP8 and E2M1 are bfloat16 numbers; NF4's are not (relative error of each: up to
+  2^-9).
 - amx for fewer rows, avx512vnni, avxvnni, avx2, neon, portable: float32 throughout, inputs as they are.
 
 Scales, zero points and bias are applied in float32 at every level. Inputs that are rounded to FP8 or FP4 are multiplied

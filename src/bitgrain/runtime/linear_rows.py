@@ -57,7 +57,14 @@ def _integers(mine: Callable[[QuantSpec], bool]) -> Refusal:
 
 
 _ROWS: tuple[tuple[str, str, Refusal, type[PackedKernel], type[PackedKernel], str], ...] = (
-    (_CODES, "16 or 32 bits", _codes, CodeKernel, CodeTwin, "bfloat16 products (avx512bf16; amx from 4 rows on) or float32, float32 sums"),
+    (
+        _CODES,
+        "16 or 32 bits",
+        _codes,
+        CodeKernel,
+        CodeTwin,
+        "bfloat16 products (avx512bf16; amx from 4 rows on) or float32, float32 sums",
+    ),
     (
         _CODES,
         "fp8, fp4 per token or in the weight's groups (MXFP8, MXFP4, NVFP4, FP8 blocks)",
