@@ -9,6 +9,8 @@ from bitgrain.kernels.native import is_available, native
 
 LEVELS: list[str] = native().isas() if is_available() else []
 """Instruction sets that were built and that this machine has."""
+VECTOR_LEVELS = [name for name in LEVELS if name != "amx"]
+"""Those with functions of their own for everything; amx has those of avx512vnni, but for many rows."""
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import VECTOR_LEVELS
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.attention import attend_dense, attend_packed
@@ -22,7 +23,7 @@ if not is_available():
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=native().isas())
+@pytest.fixture(params=VECTOR_LEVELS)
 def level(request: pytest.FixtureRequest):
     before = native().isa()
     native().use_isa(request.param)
@@ -63,7 +64,7 @@ def cases(draw: Any):
     return q, k, v, options
 
 
-@pytest.mark.parametrize("isa", native().isas())
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_equals_its_twin(isa: str, case: Any):
@@ -148,7 +149,7 @@ def packed(x: torch.Tensor, bits: int, *, values: bool, piece: int = 1000) -> Pa
     return states
 
 
-@pytest.mark.parametrize("isa", native().isas())
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(case=packed_cases())
 def test_packed_equals_its_twin(isa: str, case: Any):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import VECTOR_LEVELS
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.code_linear import rounds_inputs
@@ -13,7 +14,7 @@ from bitgrain.kernels.native import native
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-@pytest.mark.parametrize("isa", native().isas())
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31), m=st.integers(0, 19), n=st.integers(1, 40), k=st.integers(1, 100), x_dtype=DTYPES,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import LEVELS, level, threads
+from levels import VECTOR_LEVELS, level, threads
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.descend import Descent
@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn) -> Callable[[], tuple[Any, ...]]:
     return make
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(deadline=None, max_examples=50)
 @given(make=cases())
 def test_is_torchs_loop_where_sums_are_exact(isa, make):
@@ -85,7 +85,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize(
     "settings", [{"order": "act"}, {"order": "group", "candidates": ("minmax*0.9", "minmax")}], ids=str

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import VECTOR_LEVELS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bitgrain.errors import KernelError
@@ -11,13 +12,12 @@ from bitgrain.kernels.native import native
 from bitgrain.kernels.reference import rows as twin
 from bitgrain.kernels.rows import ACTS, ROTARY, ModuleNorm, RowNorm, gated, rotate_
 
-LEVELS = native().isas()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**31)
 ROWS = st.sampled_from([0, 1, 3, 8, 17])
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=VECTOR_LEVELS)
 def level(request: pytest.FixtureRequest):
     before = native().isa()
     native().use_isa(request.param)
@@ -38,7 +38,7 @@ def rounding(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).smallest_normal
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS, rows=ROWS, width=st.integers(1, 200), dtype=DTYPES, centered=st.booleans(), parts=st.integers(0, 3))
 def test_norms_equal_their_twin(isa, seed, rows, width, dtype, centered, parts):
@@ -60,7 +60,7 @@ def test_norms_equal_their_twin(isa, seed, rows, width, dtype, centered, parts):
     assert ((y.double() - exact).abs() <= (width / 16 + 16) * 2.0**-24 * size + rounding(y, exact)).all()
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS, rows=ROWS, width=st.integers(1, 70), dtype=DTYPES, act=st.sampled_from(list(ACTS)), up=st.booleans())
 def test_gated_activations_equal_their_twin(isa, seed, rows, width, dtype, act, up):
@@ -75,7 +75,7 @@ def test_gated_activations_equal_their_twin(isa, seed, rows, width, dtype, act, 
     assert ((y.double() - exact).abs() <= 2.0**-20 * size + rounding(y, exact)).all()
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(max_examples=40, deadline=None)
 @given(
     data=st.data(), seed=SEEDS, rows=ROWS, heads=st.integers(1, 3), dtype=DTYPES, rotary=st.sampled_from(list(ROTARY))

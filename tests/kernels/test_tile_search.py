@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import LEVELS, level, threads
+from levels import VECTOR_LEVELS, level, threads
 
 from bitgrain.errors import KernelError
 from bitgrain.kernels.grid import integer_grid, table_grid
@@ -52,7 +52,7 @@ def numbers(rows: int, cols: int, seed: int) -> torch.Tensor:
     return x * 10.0 ** (seed % 5 - 2)
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(deadline=None, max_examples=40)
 @given(spec=spec(), cols=st.integers(1, 90), seed=st.integers(0, 2**31), weighted=st.booleans())
 def test_ranges_choose_as_torch_does(isa, spec, cols, seed, weighted):
@@ -69,7 +69,7 @@ def test_ranges_choose_as_torch_does(isa, spec, cols, seed, weighted):
         assert zero is None or (expected_zero is not None and torch.equal(zero, expected_zero))
 
 
-@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("isa", VECTOR_LEVELS)
 @settings(deadline=None, max_examples=40)
 @given(spec=spec(), n=st.integers(1, 70), seed=st.integers(0, 2**31))
 def test_errors_are_those_of_torch(isa, spec, n, seed):
