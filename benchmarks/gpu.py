@@ -29,6 +29,7 @@ import bitgrain
 from bitgrain.demo import demo_model_path
 from bitgrain.errors import BitgrainError
 from bitgrain.recipes import make_recipe
+from bitgrain.runtime.device import resolve_device
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ROUNDED: ("W4A16", {"solver": "rtn"}),
@@ -170,6 +171,10 @@ def main() -> None:
     parser.add_argument("--on-cpu", default="RTN,GPTQ", help="methods that the CPU repeats, with commas between them")
     parser.add_argument("--name", default="gpu", help="of the files in benchmarks/results")
     arguments = parser.parse_args()
+    try:
+        resolve_device(arguments.device)
+    except BitgrainError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="bitgrain-bench-") as scratch:
         found = measure(model_of(arguments.whole), model_of(arguments.blocks), Path(scratch), arguments)
     gpu = torch.cuda.get_device_name() if arguments.device != "cpu" else "no GPU"
