@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--name", default="gpu", help="of the files in benchmarks/results")
     arguments = parser.parse_args()
     try:
-        resolve_device(arguments.device)
+        arguments.device = str(resolve_device(arguments.device))
     except BitgrainError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory(prefix="bitgrain-bench-") as scratch:

@@ -70,13 +70,14 @@ struct Kernels {
   void (*attend_matrix)(const PrefillJob&, int64_t first, int64_t last);
 };
 
-// Whether m rows meet a weight on the matrix unit. Sums of short spans take longer on their way out than they take to make;
-// codes less a zero point that no code comes near would not fit a byte.
-inline bool uses_matrix(const Kernels& kernel, const IntWeights& w, int64_t m) {
-  const bool fits = w.bits == 8 || (w.zero >= 0 && w.zero < 128);
-  return fits && m >= kernel.int_matrix_rows && w.k >= kMatrixBytes * w.spans;
+// Whether the matrix unit can take a weight: codes less a zero point that no code comes near would not fit a byte.
+BG_INLINE bool fits_matrix(const IntWeights& w) { return w.bits == 8 || (w.zero >= 0 && w.zero < 128); }
+
+// Whether m rows meet a weight on the matrix unit. Sums of short spans take longer on their way out than they take to make.
+BG_INLINE bool uses_matrix(const Kernels& kernel, const IntWeights& w, int64_t m) {
+  return fits_matrix(w) && m >= kernel.int_matrix_rows && w.k >= kMatrixBytes * w.spans;
 }
-inline bool uses_matrix(const Kernels& kernel, const CodeWeights&, int64_t m) { return m >= kernel.code_matrix_rows; }
+BG_INLINE bool uses_matrix(const Kernels& kernel, const CodeWeights&, int64_t m) { return m >= kernel.code_matrix_rows; }
 
 // The best level that this machine has, or the one that the environment variable BITGRAIN_ISA names.
 const Kernels& kernels();

@@ -24,11 +24,11 @@ static void quantize_row(const ActivationJob& job, const void* x, uint8_t* bytes
   for (int32_t s = 0; s < w.spans; ++s) {
     const Span& span = w.span[s];
     const int32_t zero = span.a_zero - job.spec.shift;
-    const F32 by = set_f(job.spec.fixed ? span.a_scale : step), offset = set_f((float)zero);
+    const float divisor = job.spec.fixed ? span.a_scale : step;
+    const F32 by = set_f(divisor), offset = set_f((float)zero);
     const I32 minus_zero = set_i(-zero), shift = set_i(job.spec.shift);
     // a product with the inverse, which is sooner there, rounds to the same code unless it is next to a tie: it is off
     // by at most 2**-22 of itself, and numbers past 511 are clipped either way
-    const float divisor = job.spec.fixed ? span.a_scale : step;
     const bool inverts = divisor > 1e-30f && divisor < 1e30f;
     const F32 inverse = set_f(inverts ? 1.f / divisor : 0.f), tie = set_f(inverts ? 0.4998f : -1.f);
     const int64_t features = span.chunks * chunk_features(w.bits);

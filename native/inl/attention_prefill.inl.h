@@ -146,7 +146,7 @@ static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int
   const bool pairs = as_pairs(one.past->type);
   const Multiply multiply = multiply_of(pairs, rows);
   const int64_t group = head / (job.heads / job.groups), pair = row * job.groups + group;
-  const int64_t features = round_up(job.v_size, 32), tokens = one.past->tokens;
+  const int64_t features = round_up(job.v_size, 32);
   const uint8_t *k = one.k + pair * one.k_bytes, *v = one.v + pair * one.v_bytes;
 
   for (int r = 0; r < rows; ++r) {
@@ -158,22 +158,16 @@ static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int
     tile.top[r] = kUnseen, tile.total[r] = 0.f;
   }
 
-  // tokens that the last and the first of the rows see: [first, end)
-  const int64_t ahead = tokens - job.queries;
-  const int64_t end = job.causal ? ahead + query + rows : tokens;
-  const int64_t first = one.window && ahead + query + 1 > one.window ? ahead + query + 1 - one.window : 0;
-  for (int64_t block = first / kKeysAtOnce * kKeysAtOnce; block < end; block += kKeysAtOnce) {
-    const int64_t panels = ceil_div(end - block < kKeysAtOnce ? end - block : kKeysAtOnce, 32);
+  const TokenRange all = seen_tokens(one, query, rows);
+  for (int64_t block = all.first / kKeysAtOnce * kKeysAtOnce; block < all.end; block += kKeysAtOnce) {
+    const int64_t panels = ceil_div(all.end - block < kKeysAtOnce ? all.end - block : kKeysAtOnce, 32);
     for (int64_t panel = 0; panel < panels; ++panel) {
       multiply(k + (block / 32 + panel) * one.k_steps * 128, tile.q, one.k_steps, tile.scores[0] + 32 * panel,
                kKeysAtOnce, nullptr, 0);
     }
     for (int r = 0; r < rows; ++r) {
-      const int64_t last = job.causal ? ahead + query + r + 1 : tokens;
-      const int64_t low = one.window && ahead + query + r + 1 > one.window ? ahead + query + r +
-          1 - one.window - block : 0;
-      const int64_t high = last - block < 32 * panels ? last - block : 32 * panels;
-      soften(tile, r, rows, job.scaling, low, high, pairs);
+      const TokenRange seen = seen_in_block(one, query + r, block, 32 * panels);
+      soften(tile, r, rows, job.scaling, seen.first, seen.end, pairs);
     }
     const uint8_t* values = v + (pairs ? block / 2 : block) * 128;
     for (int64_t c = 0; c < features; c += 32, values += one.value_steps * 128) {
@@ -192,13 +186,11 @@ static void attend_tile(const PrefillJob& one, QueryTile& tile, int64_t row, int
   }
 }
 
-// Items are (batch row, head, tile of queries), a head's last tiles, which see most tokens, first.
 static void attend_tiles(const PrefillJob& one, int64_t first, int64_t last) {
   QueryTile tile;
   for (int64_t item = first; item < last; ++item) {
-    const int64_t pair = item / one.tiles, index = one.tiles - 1 - item % one.tiles;
-    const int64_t row = pair / one.job->heads, head = pair % one.job->heads, query = index * one.rows;
-    attend_tile(one, tile, row, head, query, (int)rows_of_tile(one.job->queries, one.rows, index));
+    const QueryRun run = query_run(one, item);
+    attend_tile(one, tile, run.row, run.head, run.query, (int)run.rows);
   }
 }
 

@@ -82,11 +82,11 @@ static void soften_matrix(MatrixQueries& now, int64_t r, float scaling, int64_t 
 }
 
 template <int T>
-static void attend_queries(const PrefillJob& one, MatrixQueries& now, int64_t row, int64_t head, int64_t query,
-                           int64_t rows) {
+static void attend_queries(const PrefillJob& one, MatrixQueries& now, const QueryRun& run) {
   const AttentionJob& job = *one.job;
+  const auto [row, head, query, rows] = run;
   const int64_t group = head / (job.heads / job.groups), pair = row * job.groups + group;
-  const int64_t features = round_up(job.v_size, 32), tokens = one.past->tokens, q_steps = one.k_steps / 16;
+  const int64_t features = round_up(job.v_size, 32), q_steps = one.k_steps / 16;
   const uint8_t *k = one.k + pair * one.k_bytes, *v = one.v + pair * one.v_bytes;
 
   std::memset(now.out, 0, (size_t)(features / 32) * sizeof(now.out[0]));
@@ -107,22 +107,17 @@ static void attend_queries(const PrefillJob& one, MatrixQueries& now, int64_t ro
     now.top[r] = kUnseen, now.total[r] = 0.f;
   }
 
-  // tokens that the last and the first of the rows see: [first, end)
-  const int64_t ahead = tokens - job.queries;
-  const int64_t end = job.causal ? ahead + query + rows : tokens;
-  const int64_t first = one.window && ahead + query + 1 > one.window ? ahead + query + 1 - one.window : 0;
-  for (int64_t block = first / kKeysAtOnce * kKeysAtOnce; block < end; block += kKeysAtOnce) {
-    const int64_t panels = ceil_div(end - block < kKeysAtOnce ? end - block : kKeysAtOnce, 32);
+  const TokenRange all = seen_tokens(one, query, rows);
+  for (int64_t block = all.first / kKeysAtOnce * kKeysAtOnce; block < all.end; block += kKeysAtOnce) {
+    const int64_t panels = ceil_div(all.end - block < kKeysAtOnce ? all.end - block : kKeysAtOnce, 32);
     for (int64_t panel = 0; panel < panels; ++panel) {
       multiply_matrix<MatrixKind::bf16, T>(now.q[0][0][0], sizeof(now.q[0]),
                                            k + (block / 32 + panel) * one.k_steps * 128, q_steps, false,
                                            now.scores[panel]);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t last = job.causal ? ahead + query + r + 1 : tokens;
-      const int64_t below = last - block, gone = one.window ? below - one.window : 0, all = 32 * panels;
-      const int64_t high = below < 0 ? 0 : below < all ? below : all, low = gone < 0 ? 0 : gone < high ? gone : high;
-      soften_matrix(now, r, job.scaling, low, high);
+      const TokenRange seen = seen_in_block(one, query + r, block, 32 * panels);
+      soften_matrix(now, r, job.scaling, seen.first, seen.end);
     }
     for (int64_t c = 0; c < features / 32; ++c) {
       for (int64_t r = 0; r < rows; ++r) BG_UNROLL for (int half = 0; half < 2; ++half) {
@@ -144,7 +139,6 @@ static void attend_queries(const PrefillJob& one, MatrixQueries& now, int64_t ro
   }
 }
 
-// Items as those of attend_tiles.
 static void attend_matrix(const PrefillJob& one, int64_t first, int64_t last) {
   const MatrixUnit unit;
   MatrixQueries now;
@@ -152,11 +146,9 @@ static void attend_matrix(const PrefillJob& one, int64_t first, int64_t last) {
   std::memset(now.q, 0, sizeof(now.q));
   std::memset(now.weights, 0, sizeof(now.weights));
   for (int64_t item = first; item < last; ++item) {
-    const int64_t pair = item / one.tiles, index = one.tiles - 1 - item % one.tiles;
-    const int64_t row = pair / one.job->heads, head = pair % one.job->heads, query = index * one.rows;
-    const int64_t rows = rows_of_tile(one.job->queries, one.rows, index);
-    if (rows > kMatrixTile) attend_queries<2>(one, now, row, head, query, rows);
-    else attend_queries<1>(one, now, row, head, query, rows);
+    const QueryRun run = query_run(one, item);
+    if (run.rows > kMatrixTile) attend_queries<2>(one, now, run);
+    else attend_queries<1>(one, now, run);
   }
 }
 

@@ -40,7 +40,7 @@ constexpr int64_t kMatrixTile = 16, kMatrixBytes = 64;  // rows, and bytes of a 
 // Steps of a span of so many padded features.
 constexpr int64_t matrix_steps(int64_t features) { return ceil_div(features, kMatrixBytes); }
 
-inline int64_t matrix_row_bytes(const IntWeights& w) {
+BG_INLINE int64_t matrix_row_bytes(const IntWeights& w) {
   int64_t steps = 0;
   for (int32_t s = 0; s < w.spans; ++s) steps += matrix_steps(w.span[s].chunks * chunk_features(w.bits));
   return steps * kMatrixBytes;

@@ -82,7 +82,7 @@ BG_INLINE int64_t chunks_of(const CodeWeights& w, int64_t s) {
 
 // Steps of the matrix unit, of 32 features, in group s.
 BG_INLINE int64_t matrix_steps(const CodeWeights& w, int64_t s) { return ceil_div(features_of(w, s), 32); }
-inline int64_t matrix_row_bytes(const CodeWeights& w) {
+BG_INLINE int64_t matrix_row_bytes(const CodeWeights& w) {
   const int64_t whole = w.spans > 1 ? (w.spans - 1) * matrix_steps(w, 0) : 0;
   return (whole + matrix_steps(w, w.spans - 1)) * 64;
 }

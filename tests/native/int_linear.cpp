@@ -268,8 +268,7 @@ void check_case(const Case& c, uint64_t seed, const std::vector<const Kernels*>&
     const int64_t strides[] = {y_stride, y_stride};
     int_linear({x.data(), c.x_type, c.m, x_stride, layer.spec(), 2, weights, outputs, strides, c.x_type}, c.threads);
     Guarded<uint8_t> z(elements(c.n, y_stride), c.edge, 0x77);  // of the matrix unit
-    const bool fits = layer.weights().bits == 8 || (layer.weights().zero >= 0 && layer.weights().zero < 128);
-    const bool unit = level->int_matrix && fits;
+    const bool unit = level->int_matrix && fits_matrix(layer.weights());
     if (c.m > 0 && unit) run_matrix(c, layer, x.data(), z.data(), x_stride, y_stride);
     auto& used = uses_matrix(*level, layer.weights(), c.m) ? z : y;
     if (c.m > 0 &&
